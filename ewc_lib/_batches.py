@@ -1,0 +1,109 @@
+"""Data as people have it, cut into batches on the model's device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ewc_lib._parameters import count
+
+BATCH_SIZE = 128
+"""For data given as one tuple of tensors. The size changes the speed, never the result."""
+
+
+class Batch(NamedTuple):
+    """Inputs and targets, and the number of the batch's first observation."""
+
+    inputs: Any
+    target: Tensor
+    first: int
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+
+def batches(data: Any, device: torch.device, n_samples: int | None = None) -> Iterator[Batch]:
+    """Yield batches of ``(inputs, targets)``, and stop after exactly ``n_samples`` observations.
+
+    Raises
+    ------
+    ValueError
+        If there is no observation, fewer than ``n_samples``, a batch of another form, inputs and
+        targets of different lengths, or a NaN among the inputs.
+    """
+    if n_samples is not None and n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+    seen = 0
+    for number, raw in enumerate(_raw_batches(data)):
+        inputs, target = _pair(raw, number)
+        n = _length(inputs, target, number)
+        keep = n if n_samples is None else min(n, n_samples - seen)
+        inputs, target = tree_map(lambda t, keep=keep: t[:keep].to(device), (inputs, target))
+        _check_inputs(inputs, seen)
+        if keep:
+            yield Batch(inputs, target, seen)
+        seen += keep
+        if seen == n_samples:
+            return
+    if seen == 0:
+        raise ValueError("data is empty: it yielded no observation (was an iterator used up?)")
+    if n_samples is not None and seen < n_samples:
+        raise ValueError(f"n_samples={n_samples}, but data holds only {seen} observations")
+
+
+def _raw_batches(data: Any) -> Iterable[Any]:
+    if isinstance(data, tuple) and data and isinstance(data[-1], Tensor):
+        n = count(data)
+        return (
+            tree_map(lambda t, start=start: t[start : start + BATCH_SIZE], data)
+            for start in range(0, n, BATCH_SIZE)
+        )
+    if isinstance(data, (Tensor, Mapping)) or not isinstance(data, Iterable):
+        raise ValueError(
+            "data must be a DataLoader, another iterable of batches (inputs, targets), or one "
+            f"tuple of tensors (inputs, targets); got {type(data).__name__}"
+        )
+    return data
+
+
+def _pair(raw: Any, number: int) -> tuple[Any, Tensor]:
+    if isinstance(raw, Mapping):
+        if "labels" not in raw:
+            raise ValueError(f"batch {number} is a dict without 'labels'; it has {sorted(raw)}")
+        inputs: Any = {key: value for key, value in raw.items() if key != "labels"}
+        target = raw["labels"]
+    elif isinstance(raw, (tuple, list)) and len(raw) == 2:
+        inputs, target = raw
+    else:
+        raise ValueError(f"batch {number} must be a pair (inputs, targets), got {_describe(raw)}")
+    if not all(isinstance(leaf, Tensor) for leaf in tree_leaves((inputs, target))):
+        raise ValueError(f"batch {number} must hold tensors, got {_describe(raw)}")
+    if any(leaf.dim() == 0 for leaf in tree_leaves((inputs, target))):
+        raise ValueError(
+            f"batch {number} must have one observation per row, but holds a 0-d tensor"
+        )
+    return inputs, target
+
+
+def _describe(raw: Any) -> str:
+    if isinstance(raw, (tuple, list)):
+        return f"{len(raw)} items of types {[type(item).__name__ for item in raw]}"
+    return type(raw).__name__
+
+
+def _length(inputs: Any, target: Tensor, number: int) -> int:
+    lengths = [len(leaf) for leaf in tree_leaves((inputs, target))]
+    if len(set(lengths)) > 1:
+        raise ValueError(f"inputs and targets of batch {number} have different lengths: {lengths}")
+    return lengths[0]
+
+
+def _check_inputs(inputs: Any, first: int) -> None:
+    for leaf in tree_leaves(inputs):
+        if leaf.is_floating_point() and leaf.isnan().any():
+            bad = leaf.isnan().reshape(len(leaf), -1).any(1).nonzero()[0]
+            raise ValueError(f"the input of observation {first + int(bad)} holds NaN")

@@ -1,0 +1,67 @@
+"""Parameters as one flat vector, and data as rows of observations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+Params: TypeAlias = Tensor | dict[str, Tensor]
+"""A vector ``[P]`` or named tensors, for example those of a network."""
+
+Data: TypeAlias = Any
+"""A tensor ``[N, ...]`` or a (nested) tuple or dict of tensors with a common first axis."""
+
+
+def ravel(theta: Params) -> tuple[Float[Tensor, " P"], Callable[[Tensor], Params]]:
+    """Flatten parameters into one vector, and return the way back.
+
+    Named tensors are concatenated in the order of the dict.
+    """
+    if isinstance(theta, Tensor):
+        shape = theta.shape
+        return theta.reshape(-1), lambda flat: flat.reshape(shape)
+    shapes = {name: value.shape for name, value in theta.items()}
+    flat = torch.cat([value.reshape(-1) for value in theta.values()])
+    return flat, lambda vector: unravel(vector, shapes)
+
+
+def unravel(flat: Float[Tensor, " P"], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Cut a vector into named tensors of the given shapes."""
+    pieces = flat.split([shape.numel() for shape in shapes.values()])
+    return {name: piece.reshape(shapes[name]) for name, piece in zip(shapes, pieces, strict=True)}
+
+
+def count(data: Data) -> int:
+    """Return the number of observations, the common length of the first axes.
+
+    Raises
+    ------
+    ValueError
+        If there is no observation, or if the lengths differ.
+    """
+    leaves = tree_leaves(data)
+    if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        raise ValueError("data must be a tensor [N, ...] or a tuple or dict of such tensors")
+    if any(leaf.dim() == 0 for leaf in leaves):
+        raise ValueError("data must have one observation per row, but it holds a 0-d tensor")
+    lengths = [len(leaf) for leaf in leaves]
+    if len(set(lengths)) > 1:
+        raise ValueError(f"data and targets have different lengths: {lengths}")
+    if lengths[0] == 0:
+        raise ValueError("data is empty: there is no observation")
+    return lengths[0]
+
+
+def rows(data: Data) -> Iterator[Data]:
+    """Iterate over single observations."""
+    return (row(data, n) for n in range(count(data)))
+
+
+def row(data: Data, n: int) -> Data:
+    """Return observation ``n``."""
+    return tree_map(lambda leaf: leaf[n], data)
