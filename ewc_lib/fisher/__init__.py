@@ -1,0 +1,20 @@
+"""The Fisher information: two definitions, one fast estimate, and what can be done with it."""
+
+from ewc_lib.distributions import Bernoulli, Categorical, Gaussian, Poisson
+from ewc_lib.fisher.definitions import every_label, negative_expected_hessian, score_covariance
+from ewc_lib.fisher.estimate import fisher_information
+from ewc_lib.fisher.structures import Dense, Diagonal, Fisher
+
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "Dense",
+    "Diagonal",
+    "Fisher",
+    "Gaussian",
+    "Poisson",
+    "every_label",
+    "fisher_information",
+    "negative_expected_hessian",
+    "score_covariance",
+]

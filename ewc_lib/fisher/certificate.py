@@ -1,0 +1,105 @@
+r"""The certificate: every result is checked against autograd on the user's own model.
+
+Reading per-observation gradients off an operation needs a guess of which axis holds the
+observations, and that every use of a parameter was seen. For random weights :math:`w_n` and a
+random output direction :math:`s_n`, compare
+
+.. math:: \nabla_\theta \sum_n w_n\, s_n^\top f(x_n)
+          \quad\text{with}\quad \sum_n w_n\, G_n ,
+
+where plain autograd gives the left side and the per-observation gradients :math:`G_n`, built
+from *unweighted* output gradients, give the right one. The two sides are polynomials in the
+random numbers. They agree only if every use was seen, every layout was read right and no
+observation leaks into another; otherwise they differ with probability one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ewc_lib.fisher.capture import Pulled, sum_dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Challenge:
+    """A random question about one batch, and autograd's answer.
+
+    Attributes
+    ----------
+    direction
+        The output direction ``s``, in the shape of the output.
+    weights
+        One weight for each observation.
+    answer
+        The weighted gradient of each parameter, by autograd. A parameter that the output does
+        not depend on is left out.
+    conclusive
+        Whether every parameter has a gradient. A batch of blank inputs may have none, and then
+        any rule gives the right answer.
+    """
+
+    direction: Float[Tensor, "N ..."]
+    weights: Float[Tensor, " N"]
+    answer: dict[str, Tensor]
+    conclusive: bool
+
+    @classmethod
+    def pose(cls, output: Tensor, parameters: dict[str, torch.nn.Parameter]) -> Challenge:
+        """Draw the random numbers and ask autograd."""
+        generator = torch.Generator().manual_seed(0)
+        direction, weights = (
+            torch.randn(shape, generator=generator).to(output)
+            for shape in (output.shape, output.shape[:1])
+        )
+        if not output.requires_grad:  # it depends on none of the parameters
+            return cls(direction, weights, {}, conclusive=False)
+        weighted = direction * weights.reshape(-1, *[1] * (output.dim() - 1))
+        gradients = torch.autograd.grad(
+            output, list(parameters.values()), weighted, retain_graph=True, allow_unused=True
+        )
+        answer = {
+            name: g.to_dense() if g.is_sparse else g
+            for name, g in zip(parameters, gradients, strict=True)
+            if g is not None
+        }
+        conclusive = len(answer) == len(parameters) and all(g.any() for g in answer.values())
+        return cls(direction, weights, answer, conclusive)
+
+    def failed_rules(self, pulled: dict[str, list[Pulled]]) -> set[str]:
+        """Return the parameters whose rules give another answer, or none."""
+        return {
+            name
+            for name, expected in self.answer.items()
+            if name not in pulled
+            or not _agree(self._sum(pulled[name], sum_dtype(expected)), expected)
+        }
+
+    def _sum(self, pulled: list[Pulled], dtype: torch.dtype) -> Tensor:
+        return torch.stack([p.to(dtype).total(self.weights) for p in pulled]).sum(0)
+
+    def check_generic(self, name: str, weighted: Tensor) -> None:
+        """Raise a ValueError if observations taken one by one give another answer."""
+        expected = self.answer.get(name, torch.zeros_like(weighted))
+        largest = max((_norm(g) for g in self.answer.values()), default=0.0)
+        noise = 100 * torch.finfo(expected.dtype).eps * largest
+        if not _agree(weighted, expected, noise):
+            raise ValueError(
+                f"the model mixes observations: the gradient of parameter {name!r} is not a sum "
+                "of contributions of single observations, so they have no scores of their own. "
+                "Batch statistics, contrastive terms and random numbers drawn in eval mode do "
+                "that"
+            )
+
+
+def _agree(a: Tensor, b: Tensor, noise: float = 0.0) -> bool:
+    """Compare up to rounding, which is far below any wrong layout or missed use."""
+    tolerance = torch.finfo(b.dtype).eps ** 0.5
+    return bool(_norm(a.to(sum_dtype(b)) - b) <= tolerance * _norm(b) + noise)
+
+
+def _norm(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=sum_dtype(values)))
