@@ -1,0 +1,21 @@
+"""Fisher information and elastic weight consolidation.
+
+The argument in four steps, one module each: :mod:`ewc_lib.likelihood`, :mod:`ewc_lib.score`,
+:mod:`ewc_lib.fisher`, :mod:`ewc_lib.ewc`.
+"""
+
+from ewc_lib.ewc import EWC
+from ewc_lib.fisher import Bernoulli, Categorical, Fisher, Gaussian, Poisson, fisher_information
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EWC",
+    "Bernoulli",
+    "Categorical",
+    "Fisher",
+    "Gaussian",
+    "Poisson",
+    "__version__",
+    "fisher_information",
+]
