@@ -1,0 +1,1 @@
+"""The measured results of the book, one module each."""
