@@ -119,7 +119,7 @@ class Categorical(OutputDistribution):
             )
         if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
             raise ValueError(f"class labels must be integers, got {target.dtype}")
-        n_classes = output.shape[-1]
+        target, n_classes = _wide(target), output.shape[-1]
         bad = ((target < 0) | (target >= n_classes)) & self.mask(target)
         if bad.any():
             raise ValueError(
@@ -136,7 +136,7 @@ class Categorical(OutputDistribution):
 
 
 def _wide(labels: Tensor) -> Tensor:
-    """Turn narrow integers into int64: -100 is 156 in uint8, and only int64 can index."""
+    """Turn narrow integers into int64: in uint8 -100 is 156, and in int8 200 is -56."""
     return labels if labels.is_floating_point() else labels.long()
 
 

@@ -294,9 +294,6 @@ def _stopped(iterations: int, max_iter: int) -> str:
     return f"no maximum was reached after {limit} iterations of L-BFGS"
 
 
-_LINE_SEARCH_EVALUATIONS = 30
-
-
 def _lbfgs(
     objective: Callable[[Tensor], Tensor], start: Tensor, max_iter: int
 ) -> tuple[Tensor, int]:
@@ -304,7 +301,7 @@ def _lbfgs(
     optimizer = torch.optim.LBFGS(
         [theta],
         max_iter=max_iter,
-        max_eval=_LINE_SEARCH_EVALUATIONS * max_iter,
+        max_eval=2 * max_iter + 100,
         tolerance_grad=torch.finfo(theta.dtype).eps ** 0.6,
         tolerance_change=0.0,
         line_search_fn="strong_wolfe",

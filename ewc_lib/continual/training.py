@@ -96,7 +96,7 @@ def train(
     losses = []
     model.train()
     for step in show_progress(range(1, steps + 1), "training", progress):
-        if len(order) < batch_size:
+        while len(order) < batch_size:
             order = torch.cat([order, torch.randperm(len(x), generator=generator)])
         batch, order = order[:batch_size].to(x.device), order[batch_size:]
         loss = F.cross_entropy(model(x[batch]), y[batch])

@@ -89,10 +89,27 @@ class Challenge:
         if not _agree(weighted, expected, noise):
             raise ValueError(
                 f"the model mixes observations: the gradient of parameter {name!r} is not a sum "
-                "of contributions of single observations, so they have no scores of their own. "
-                "Batch statistics, contrastive terms and random numbers drawn in eval mode do "
-                "that"
+                f"of contributions of single observations, {_NO_SCORES}"
             )
+
+
+_NO_SCORES = (
+    "so they have no scores of their own. Batch statistics, contrastive terms and random numbers "
+    "drawn in eval mode do that"
+)
+
+
+def check_alone(alone: Tensor, together: Tensor) -> None:
+    """Raise a ValueError if observations have another output without the rest of their batch.
+
+    No gradient shows a mixture of the inputs, before the first parameter.
+    """
+    a, b = (output.detach().nan_to_num(neginf=0.0) for output in (alone, together))
+    if a.numel() != b.numel() or not _agree(a.reshape(b.shape), b):
+        raise ValueError(
+            "the model mixes observations: the output of the first ones is another without the "
+            f"rest of their batch, {_NO_SCORES}"
+        )
 
 
 def _agree(a: Tensor, b: Tensor, noise: float = 0.0) -> bool:

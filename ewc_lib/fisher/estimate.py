@@ -10,13 +10,14 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ewc_lib._batches import Batch, batches
 from ewc_lib._model import Selection, check_finite_parameters, forward, select_parameters, untouched
 from ewc_lib._progress import progress as show_progress
 from ewc_lib.distributions import OutputDistribution, output_distribution
 from ewc_lib.fisher.capture import Pulled, Recorder, Use, gradients, squares, sum_dtype
-from ewc_lib.fisher.certificate import Challenge
+from ewc_lib.fisher.certificate import Challenge, check_alone
 from ewc_lib.fisher.generic import GenericPath
 from ewc_lib.fisher.output import KINDS, Kind, columns
 from ewc_lib.fisher.structures import Dense, Diagonal, Fisher, Vector
@@ -79,7 +80,7 @@ def fisher_information(
         a large variance where the model is confident.
 
         ``"empirical"`` uses the observed labels. That is *not* the Fisher information unless
-        the model is the truth (Kunstner, Hennig and Balles 2019).
+        the model is the truth (Kunstner et al. 2019).
     structure
         ``"diagonal"``, or ``"dense"`` for the whole matrix of a small model.
     params
@@ -202,8 +203,11 @@ class _Passes:
                 sums[name] = sums[name] + torch.tensordot(challenge.weights[part].to(g), g, dims=1)
         for name in names:
             challenge.check_generic(name, sums[name])
-        if len(self.batch) > 1 and challenge.conclusive:
-            self._certified.add((signature[0], frozenset(self.by_generic)))
+        if half := len(self.batch) // 2:
+            inputs = tree_map(lambda leaf: leaf[:half], self.batch.inputs)
+            check_alone(forward(self.model, inputs), self.output[:half])
+            if challenge.conclusive:
+                self._certified.add((signature[0], frozenset(self.by_generic)))
 
     def pull(self, column: Tensor) -> dict[str, list[Pulled]]:
         """Bring one output column back to every use that goes by rule."""

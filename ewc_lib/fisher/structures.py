@@ -120,6 +120,7 @@ class Fisher(ABC):
             "structure": _encode(type(self).__name__),
             "kind": _encode(self.kind),
             "n_samples": torch.tensor(self.n_samples),
+            "parameters": _encode("\n".join(self.shapes)),  # in order, which files do not keep
             **{f"path.{name}": _encode(path) for name, path in self.paths.items()},
             **{key: tensor.clone().contiguous() for key, tensor in self._tensors().items()},
         }
@@ -133,17 +134,21 @@ class Fisher(ABC):
         ValueError
             If the state is not that of a Fisher information.
         """
-        missing = {"structure", "kind", "n_samples"} - state.keys()
+        missing = {"structure", "kind", "n_samples", "parameters"} - state.keys()
         if missing:
             raise ValueError(f"this is not the state of a Fisher: it has no {sorted(missing)}")
         by_name: dict[str, type[Fisher]] = {"Diagonal": Diagonal, "Dense": Dense}
         structure = _decode(state["structure"])
         if structure not in by_name:
             raise ValueError(f"unknown structure {structure!r} in the state of a Fisher")
-        paths = {key: _decode(value) for key, value in _under("path.", state).items()}
-        return by_name[structure]._from_tensors(
-            state, int(state["n_samples"]), _decode(state["kind"]), paths
-        )
+        names = _decode(state["parameters"]).split("\n")
+        try:
+            paths = {name: _decode(state[f"path.{name}"]) for name in names}
+            return by_name[structure]._from_tensors(
+                state, int(state["n_samples"]), _decode(state["kind"]), paths
+            )
+        except KeyError as error:
+            raise ValueError(f"the state of a Fisher has no {error}") from None
 
     def __add__(self, other: Self) -> Self:
         """Add two Fisher informations of the same parameters, kind and structure."""
@@ -214,7 +219,7 @@ class Diagonal(Fisher):
     def _from_tensors(
         cls, state: dict[str, Tensor], n_samples: int, kind: str, paths: dict[str, str]
     ) -> Self:
-        values = {name: d.clone() for name, d in _under("diagonal.", state).items()}
+        values = {name: state[f"diagonal.{name}"].clone() for name in paths}
         return cls(n_samples, kind, paths, values)
 
 
@@ -266,6 +271,8 @@ class Dense(Fisher):
         return torch.cat([v[name].reshape(-1) for name in self.shapes])
 
     def _plus(self, other: Self) -> Self:
+        if list(self.shapes) != list(other.shapes):
+            raise ValueError("cannot add matrices whose parameters are in another order")
         return replace(self, matrix=self.matrix + other.matrix)
 
     def _times(self, factor: float) -> Self:
@@ -279,7 +286,7 @@ class Dense(Fisher):
     def _from_tensors(
         cls, state: dict[str, Tensor], n_samples: int, kind: str, paths: dict[str, str]
     ) -> Self:
-        shapes = {k: torch.Size(s.tolist()) for k, s in _under("shape.", state).items()}
+        shapes = {name: torch.Size(state[f"shape.{name}"].tolist()) for name in paths}
         return cls(n_samples, kind, paths, state["matrix"].clone(), shapes)
 
 
@@ -301,10 +308,6 @@ def check_shapes(expected: dict[str, torch.Size], given: dict[str, torch.Size]) 
     ]
     if problems:
         raise ValueError("parameters do not match: " + "; ".join(problems))
-
-
-def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
 
 
 def _encode(text: str) -> Tensor:
