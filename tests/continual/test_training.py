@@ -1,0 +1,98 @@
+import pytest
+import torch
+
+from ewc_lib import EWC, data
+from ewc_lib.continual import accuracy, mlp, train
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.digits()
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_mlp_has_the_given_sizes_with_relu_between():
+    model = mlp((64, 16, 8, 10), seed=0)
+    assert [type(m).__name__ for m in model] == ["Linear", "ReLU", "Linear", "ReLU", "Linear"]
+    assert [tuple(m.weight.shape) for m in model[::2]] == [(16, 64), (8, 16), (10, 8)]
+
+
+def test_mlp_is_fixed_by_its_seed_and_leaves_the_global_state_alone():
+    before = torch.random.get_rng_state()
+    assert torch.equal(weights(mlp((4, 3), seed=1)), weights(mlp((4, 3), seed=1)))
+    assert not torch.equal(weights(mlp((4, 3), seed=1)), weights(mlp((4, 3), seed=2)))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_training_learns_the_digits(digits):
+    model = mlp((64, 32, 10), seed=0)
+    losses = train(model, digits.train, steps=300, seed=0)
+    assert len(losses) == 300
+    assert losses[0] == pytest.approx(2.3, abs=0.15)  # log 10: it knows nothing
+    assert accuracy(model, digits.test) > 0.9
+
+
+def test_training_repeats_for_equal_seeds_and_differs_for_others(digits):
+    runs = []
+    for seed in (0, 0, 1):
+        model = mlp((64, 10), seed=0)
+        train(model, digits.train, steps=20, seed=seed)
+        runs.append(weights(model))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_one_pass_uses_every_observation_once():
+    x = torch.arange(12.0).unsqueeze(1)
+    seen = []
+
+    class Spy(torch.nn.Linear):
+        def forward(self, inputs):
+            seen.extend(inputs[:, 0].tolist())
+            return super().forward(inputs)
+
+    train(Spy(1, 2), (x, torch.zeros(12, dtype=torch.long)), steps=3, seed=0, batch_size=4)
+    assert sorted(seen) == list(range(12))
+
+
+def test_batches_larger_than_the_data_set_are_filled_by_further_passes():
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    sizes = []
+
+    class Spy(torch.nn.Linear):
+        def forward(self, inputs):
+            sizes.append(len(inputs))
+            return super().forward(inputs)
+
+    train(Spy(2, 2), (x, torch.zeros(3, dtype=torch.long)), steps=2, seed=0, batch_size=8)
+    assert sizes == [8, 8]
+
+
+def test_the_penalty_holds_the_weights_near_the_anchor(digits):
+    moved = {}
+    for strength in (0.0, 1e3):
+        model = mlp((64, 10), seed=0)
+        train(model, digits.train, steps=100, seed=0)
+        ewc = EWC(model, strength=strength)
+        fisher = ewc.consolidate(digits.train)
+        anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
+        flipped = (digits.x_train.flip(1), digits.y_train)
+        train(model, flipped, steps=100, seed=1, ewc=ewc)
+        step = {name: p.detach() - anchor[name] for name, p in model.named_parameters()}
+        moved[strength] = float(fisher.quadratic(step))
+    assert 0 < moved[1e3] < 0.1 * moved[0.0]
+
+
+def test_on_step_sees_every_update(digits):
+    steps = []
+    train(mlp((64, 10), seed=0), digits.train, steps=5, seed=0, on_step=steps.append)
+    assert steps == [1, 2, 3, 4, 5]
+
+
+def test_no_step_changes_nothing(digits):
+    model = mlp((64, 10), seed=0)
+    assert train(model, digits.train, steps=0, seed=0) == []
+    assert torch.equal(weights(model), weights(mlp((64, 10), seed=0)))

@@ -1,0 +1,179 @@
+"""Data in every form that people have them, cut into batches."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch.utils.data import DataLoader, TensorDataset
+
+from ewc_lib import _batches
+from ewc_lib._batches import batches
+from tests.scenarios import PROPERTY, cut, same
+
+CPU = torch.device("cpu")
+N = 10
+X, Y = torch.arange(2.0 * N).reshape(N, 2), torch.arange(N)
+NAN = float("nan")
+
+
+class Record(dict):
+    """What a collator of another library may return."""
+
+
+FORMS = {
+    "one tuple of tensors": lambda: (X, Y),
+    "a loader": lambda: DataLoader(TensorDataset(X, Y), batch_size=4),
+    "a list of pairs": lambda: cut(X, Y, 4),
+    "a tuple of pairs": lambda: tuple(cut(X, Y, 4)),
+    "a list of lists": lambda: [list(pair) for pair in cut(X, Y, 4)],
+    "a generator": lambda: iter(cut(X, Y, 4)),
+    "dicts": lambda: [{"x": x, "labels": y} for x, y in cut(X, Y, 4)],
+    "dicts of another class": lambda: [Record(x=x, labels=y) for x, y in cut(X, Y, 4)],
+    "pairs of several inputs": lambda: [((x, x + 1), y) for x, y in cut(X, Y, 4)],
+    "one tuple of several inputs": lambda: ((X, X + 1), Y),
+    "one tuple of named inputs": lambda: ({"x": X}, Y),
+    "batches of one": lambda: cut(X, Y, 1),
+    "with an empty batch": lambda: [(X[:3], Y[:3]), (X[:0], Y[:0]), (X[3:], Y[3:])],
+}
+
+
+def first_input(inputs):
+    if isinstance(inputs, dict):
+        return inputs["x"]
+    return inputs[0] if isinstance(inputs, tuple) else inputs
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_yields_the_same_observations_in_order(form):
+    found = list(batches(FORMS[form](), CPU))
+    assert same(torch.cat([first_input(batch.inputs) for batch in found]), X)
+    assert same(torch.cat([batch.target for batch in found]), Y)
+    assert [batch.first for batch in found] == [int(batch.target[0]) for batch in found]
+    assert all(len(batch) > 0 for batch in found)
+
+
+def test_dicts_keep_all_inputs_but_the_labels():
+    (batch,) = batches([{"a": X, "labels": Y, "b": Y}], CPU)
+    assert same(batch.inputs, {"a": X, "b": Y})
+
+
+def test_one_tuple_of_tensors_is_cut_into_batches(monkeypatch):
+    monkeypatch.setattr(_batches, "BATCH_SIZE", 4)
+    assert [len(batch) for batch in batches((X, Y), CPU)] == [4, 4, 2]
+
+
+def test_everything_is_moved_to_the_device():
+    (batch,) = batches([((Y, {"a": Y}), Y)], torch.device("meta"))
+    x, named = batch.inputs
+    assert {t.device.type for t in (x, named["a"], batch.target)} == {"meta"}
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=6), st.integers(1, 24))
+@PROPERTY
+def test_exactly_n_samples_are_used_however_the_data_are_cut(sizes, n_samples):
+    total = sum(sizes)
+    labels = iter(torch.arange(total).split(sizes))
+    data = [(label.double(), label) for label in labels]
+    if n_samples > total:
+        with pytest.raises(ValueError, match=r"empty|holds only"):
+            list(batches(data, CPU, n_samples))
+    else:
+        found = list(batches(data, CPU, n_samples))
+        assert torch.cat([b.target for b in found]).tolist() == list(range(n_samples))
+        assert torch.cat([b.inputs for b in found]).tolist() == list(range(n_samples))
+
+
+def test_no_batch_is_drawn_after_n_samples():
+    source = iter(cut(X, Y, 4))
+    assert [len(batch) for batch in batches(source, CPU, n_samples=6)] == [4, 2]
+    assert len(list(source)) == 1
+
+
+def test_a_bad_input_after_n_samples_does_no_harm():
+    x = X.clone()
+    x[6] = NAN
+    assert sum(len(batch) for batch in batches((x, Y), CPU, n_samples=6)) == 6
+
+
+@pytest.mark.parametrize("n_samples", [0, -1])
+def test_n_samples_below_one_is_refused(n_samples):
+    with pytest.raises(ValueError, match=f"n_samples must be at least 1, got {n_samples}"):
+        list(batches((X, Y), CPU, n_samples))
+
+
+def test_more_samples_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="n_samples=11, but data holds only 10 observations"):
+        list(batches(cut(X, Y, 4), CPU, 11))
+
+
+@pytest.mark.parametrize(
+    "data", [[], (X[:0], Y[:0]), [(X[:0], Y[:0])], DataLoader(TensorDataset(X[:0], Y[:0]))]
+)
+def test_empty_data_are_refused(data):
+    with pytest.raises(ValueError, match="data is empty"):
+        list(batches(data, CPU))
+
+
+def test_a_used_up_iterator_is_refused_with_a_hint():
+    source = iter(cut(X, Y, 4))
+    list(batches(source, CPU))
+    with pytest.raises(ValueError, match="was an iterator used up"):
+        list(batches(source, CPU))
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (X, x), lambda x: {"a": X, "b": x}])
+@pytest.mark.parametrize("form", ["whole", "batches"])
+@pytest.mark.parametrize("bad", [0, 3, 7, 9])
+def test_a_nan_is_named_by_its_observation_in_the_whole_data(wrap, form, bad):
+    x = X.clone()
+    x[bad, 1] = NAN
+    inputs = wrap(x)
+    if form == "whole":
+        data = (inputs, Y)
+    else:
+        pick = torch.utils._pytree.tree_map
+        parts = [slice(0, 3), slice(3, 8), slice(8, N)]
+        data = [(pick(lambda t, part=part: t[part], inputs), Y[part]) for part in parts]
+    with pytest.raises(ValueError, match=f"the input of observation {bad} holds NaN"):
+        list(batches(data, CPU))
+
+
+def test_the_first_of_several_nans_is_named():
+    x = X.clone()
+    x[4:] = NAN
+    with pytest.raises(ValueError, match="observation 4 "):
+        list(batches((x, Y), CPU))
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ((X, Y[:3]), r"batch 1 have different lengths: \[10, 3\]"),
+        ((X, Y[:0]), r"batch 1 have different lengths: \[10, 0\]"),
+        ((X[:0], Y), r"batch 1 have different lengths: \[0, 10\]"),
+        (((X, X[:4]), Y), r"batch 1 have different lengths: \[10, 4, 10\]"),
+        ((X[0], Y[0]), "batch 1 .* 0-d tensor"),
+        ((X, Y[0]), "batch 1 .* 0-d tensor"),
+        ({"x": X, "y": Y}, r"batch 1 is a dict without 'labels'; it has \['x', 'y'\]"),
+        ((X, Y, Y), "batch 1 must be a pair .* 3 items of types"),
+        (X, "batch 1 must be a pair .* Tensor"),
+        (None, "batch 1 must be a pair .* NoneType"),
+        ((X, Y.tolist()), "batch 1 must hold tensors, .*'list'"),
+        ((X.numpy(), Y), "batch 1 must hold tensors, .*'ndarray'"),
+        ({"x": ["a"], "labels": Y}, "batch 1 must hold tensors"),
+    ],
+)
+def test_a_batch_of_another_form_is_named_by_its_number(second, message):
+    with pytest.raises(ValueError, match=message):
+        list(batches([(X, Y), second], CPU))
+
+
+def test_data_and_targets_of_different_length_are_refused():
+    with pytest.raises(ValueError, match=r"different lengths: \[10, 9\]"):
+        list(batches((X, Y[:9]), CPU))
+
+
+@pytest.mark.parametrize("data", [X, {"x": X, "labels": Y}, 3, None])
+def test_data_that_are_neither_batches_nor_one_tuple_are_refused(data):
+    with pytest.raises(ValueError, match=f"must be a DataLoader.* got {type(data).__name__}"):
+        list(batches(data, CPU))

@@ -1,0 +1,688 @@
+"""Elastic weight consolidation: the penalty, many tasks in one, and its state."""
+
+import copy
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from safetensors.torch import load, save
+from torch import nn
+
+from ewc_lib import EWC, Gaussian, fisher_information
+from ewc_lib.data import digits
+from tests.scenarios import PROPERTY, same, trace_of
+
+DOUBLE = torch.float64
+TIGHT = {"rtol": 1e-10, "atol": 1e-10}
+STRUCTURES = ["diagonal", "dense"]
+each_structure = pytest.mark.parametrize("structure", STRUCTURES)
+
+
+def network(dtype=DOUBLE, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).to(dtype)
+
+
+def task(seed=0, n=12, dtype=DOUBLE, blank=None, scale=1.0):
+    """Inputs and labels; a ``blank`` input is always zero, so its weights have Fisher zero."""
+    generator = torch.Generator().manual_seed(seed)
+    x = scale * torch.randn(n, 3, generator=generator, dtype=DOUBLE)
+    if blank is not None:
+        x[:, blank] = 0
+    return x.to(dtype), torch.randint(3, (n,), generator=generator)
+
+
+def move(model, seed, size=0.5):
+    """Change the parameters, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += (size * torch.randn(p.shape, generator=generator, dtype=DOUBLE)).to(p.dtype)
+
+
+def copies(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def flat(values):
+    return torch.cat([value.reshape(-1) for value in values.values()])
+
+
+def gradients(model, loss):
+    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return torch.cat([g.reshape(-1) for g in found])
+
+
+def explicit(model, strength, remembered):
+    """The sum of one penalty for each task, from all matrices and anchors."""
+    theta = flat(dict(model.named_parameters()))
+    total = 0
+    for weight, matrix, anchor in remembered:
+        d = theta - anchor
+        total = total + weight * (d @ (matrix @ d))
+    return strength / 2 * total
+
+
+def consolidated(n_tasks=1, structure="diagonal", strength=3.0, **options):
+    """A model after some tasks, its EWC, and what each task would have to be remembered by."""
+    model = network()
+    ewc = EWC(model, strength, structure=structure, **options)
+    remembered = []
+    for t in range(n_tasks):
+        anchor = flat(copies(model))
+        fisher = ewc.consolidate(task(t, blank=t % 3))
+        remembered.append((1.0, fisher.to_dense(), anchor))
+        move(model, t)
+    return model, ewc, remembered
+
+
+# The penalty
+
+
+def test_the_penalty_is_half_the_strength_times_the_weighted_squared_distance():
+    model = nn.Linear(2, 1, bias=False).double()
+    ewc = EWC(model, strength=4.0, likelihood=Gaussian(sigma=0.5))
+    anchor = copies(model)["weight"]
+    x = torch.tensor([[1.0, 0.0], [3.0, 2.0]], dtype=DOUBLE)
+    ewc.consolidate((x, torch.zeros(2, 1, dtype=DOUBLE)))
+    with torch.no_grad():
+        model.weight.copy_(anchor + torch.tensor([[0.5, -1.0]]))
+    first, second = (1 + 9) / 2 / 0.25, (0 + 4) / 2 / 0.25
+    by_hand = 4 / 2 * (first * 0.5**2 + second * 1.0**2)
+    assert ewc.penalty().item() == pytest.approx(by_hand, rel=1e-12)
+    ewc.penalty().backward()
+    expected = torch.tensor([[4 * first * 0.5, -4 * second * 1.0]], dtype=DOUBLE)
+    torch.testing.assert_close(model.weight.grad, expected, **TIGHT)
+
+
+@each_structure
+def test_the_penalty_is_zero_with_zero_gradient_at_the_anchor(structure):
+    model = network()
+    ewc = EWC(model, strength=10.0, structure=structure)
+    ewc.consolidate(task())
+    assert ewc.penalty().item() == 0
+    assert not gradients(model, ewc.penalty()).any()
+    assert same(ewc.anchor, copies(model))
+
+
+def test_the_fisher_of_a_task_is_that_of_fisher_information():
+    model = network()
+    fisher = EWC(model, 1.0).consolidate(task())
+    assert same(fisher.diagonal(), fisher_information(model, task()).diagonal())
+
+
+def test_before_the_first_task_the_penalty_is_zero_and_adds_no_gradient():
+    model = network()
+    ewc = EWC(model, strength=10.0)
+    x, y = task()
+    assert ewc.penalty().shape == ()
+    assert ewc.penalty().item() == 0
+    assert (ewc.precision, ewc.anchor, ewc.n_tasks) == (None, {}, 0)
+    (F.cross_entropy(model(x), y) + ewc.penalty()).backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    ewc.add_gradient_()
+    assert same({name: p.grad for name, p in model.named_parameters()}, before)
+
+
+def test_the_strength_may_be_changed_at_any_time():
+    _, ewc, _ = consolidated(strength=2.0)
+    at_two = ewc.penalty().item()
+    ewc.strength = 6
+    assert ewc.strength == 6.0
+    assert ewc.penalty().item() == pytest.approx(3 * at_two, rel=1e-12)
+    ewc.strength = 0
+    assert ewc.penalty().item() == 0
+
+
+# Several tasks in one quadratic
+
+
+@each_structure
+def test_separate_penalties_merge_into_one_exactly(structure):
+    model, ewc, remembered = consolidated(5, structure)
+    diagonals = torch.stack([matrix.diagonal() for _, matrix, _ in remembered])
+    assert (diagonals == 0).any()
+    assert ewc.n_tasks == 5
+    for seed in range(3):
+        found, expected = ewc.penalty(), explicit(model, 3.0, remembered)
+        assert found.item() > 0.01
+        torch.testing.assert_close(found, expected, **TIGHT)
+        torch.testing.assert_close(gradients(model, found), gradients(model, expected), **TIGHT)
+        move(model, 100 + seed)
+    total = sum(matrix for _, matrix, _ in remembered)
+    torch.testing.assert_close(ewc.precision.to_dense(), total, **TIGHT)
+
+
+@given(
+    structure=st.sampled_from(STRUCTURES),
+    tasks=st.lists(
+        st.tuples(
+            st.integers(0, 999),
+            st.sampled_from([None, 0, 1, 2]),
+            st.sampled_from([1e-2, 1.0, 1e2]),
+            st.integers(1, 4),
+        ),
+        min_size=2,
+        max_size=6,
+    ),
+    strength=st.floats(0.1, 1e3),
+)
+@PROPERTY
+def test_merging_is_exact_for_any_tasks(structure, tasks, strength):
+    model = nn.Linear(3, 3).double()
+    ewc = EWC(model, strength, structure=structure)
+    remembered = []
+    for seed, blank, scale, n in tasks:
+        move(model, seed)
+        fisher = ewc.consolidate(task(seed, n, blank=blank, scale=scale))
+        remembered.append((1.0, fisher.to_dense(), flat(copies(model))))
+    move(model, 1000)
+    found, expected = ewc.penalty(), explicit(model, strength, remembered)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    a, b = gradients(model, found), gradients(model, expected)
+    assert (a - b).norm() <= 1e-10 * b.norm()
+
+
+def test_a_direction_that_no_task_cares_about_stays_free():
+    model, x = network(), task(blank=0)
+    ewc = EWC(model, 1.0)
+    for _ in range(3):
+        ewc.consolidate(x)
+        move(model, 1)
+    ewc.penalty().backward()
+    assert not model[0].weight.grad[:, 0].any()
+    assert model[0].weight.grad[:, 1:].all()
+
+
+@each_structure
+@pytest.mark.parametrize("mode", ["separate", "online"])
+def test_memory_does_not_grow_with_the_number_of_tasks(structure, mode):
+    def sizes(ewc):
+        return {key: (t.shape, t.dtype) for key, t in ewc.state_dict().items()}
+
+    _, one, _ = consolidated(1, structure, mode=mode)
+    _, five, _ = consolidated(5, structure, mode=mode)
+    assert sizes(one) == sizes(five)
+    assert vars(one).keys() == vars(five).keys()
+
+
+@each_structure
+@pytest.mark.parametrize("decay", [1.0, 0.7, 0.0])
+def test_the_online_penalty_decays_and_is_anchored_at_the_latest_optimum(structure, decay):
+    model, ewc, remembered = consolidated(3, structure, mode="online", decay=decay)
+    latest = remembered[-1][2]
+    expected = explicit(
+        model,
+        3.0,
+        [(decay ** (2 - t), matrix, latest) for t, (_, matrix, _) in enumerate(remembered)],
+    )
+    torch.testing.assert_close(ewc.penalty(), expected, **TIGHT)
+    torch.testing.assert_close(flat(ewc.anchor), latest, **TIGHT)
+
+
+def test_online_without_decay_is_not_the_same_as_separate():
+    _, separate, _ = consolidated(3)
+    _, online, _ = consolidated(3, mode="online")
+    assert same(separate.precision.diagonal(), online.precision.diagonal())
+    assert abs(separate.penalty() - online.penalty()).item() > 1e-3
+
+
+# The gradient without a graph
+
+
+@each_structure
+@pytest.mark.parametrize("existing", [True, False])
+def test_adding_the_gradient_equals_the_penalty_in_the_loss(structure, existing):
+    model, ewc, _ = consolidated(2, structure)
+    twin = copy.deepcopy(model)
+    x, y = task(7)
+    if existing:
+        for m in (model, twin):
+            F.cross_entropy(m(x), y).backward()
+    objects = [p.grad for p in model.parameters()]
+    ewc.add_gradient_()
+    ewc.model = twin
+    ewc.penalty().backward()
+    for p, q, before in zip(model.parameters(), twin.parameters(), objects, strict=True):
+        torch.testing.assert_close(p.grad, q.grad, **TIGHT)
+        assert not p.grad.requires_grad
+        assert p.grad is before or before is None
+
+
+def test_adding_the_gradient_leaves_other_parameters_alone():
+    model = network()
+    ewc = EWC(model, 1.0, params="2.*")
+    ewc.consolidate(task())
+    move(model, 1)
+    ewc.add_gradient_()
+    assert [p.grad is None for p in model.parameters()] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_are_remembered_in_single_precision(dtype):
+    model = network(dtype)
+    ewc = EWC(model, strength=100.0)
+    for seed in range(3):
+        ewc.consolidate(task(seed, dtype=dtype))
+        move(model, seed)
+    assert {t.dtype for t in ewc.anchor.values()} == {torch.float32}
+    assert {t.dtype for t in ewc.precision.diagonal().values()} == {torch.float32}
+    penalty = ewc.penalty()
+    assert penalty.dtype == torch.float32
+    assert penalty.item() > 0
+    penalty.backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    ewc.add_gradient_()
+    assert {g.dtype for g in found} == {dtype}
+    assert same(found, [p.grad for p in model.parameters()])
+
+
+def test_a_half_precision_penalty_is_close_to_the_double_one():
+    half, double = network(torch.bfloat16), network()
+    double.load_state_dict(half.state_dict())
+    penalties = []
+    for model in (half, double):
+        dtype = next(model.parameters()).dtype
+        x, y = task(dtype=torch.bfloat16)
+        ewc = EWC(model, 1.0)
+        ewc.consolidate((x.to(dtype), y))
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.5
+        penalties.append(ewc.penalty().item())
+    assert penalties[0] == pytest.approx(penalties[1], rel=0.03)
+
+
+# Which parameters
+
+
+def test_only_the_chosen_parameters_are_held():
+    model = network()
+    ewc = EWC(model, 1.0, params=["0.weight", "*.bias"])
+    ewc.consolidate(task())
+    chosen = ["0.weight", "0.bias", "2.bias"]
+    assert list(ewc.anchor) == list(ewc.precision.diagonal()) == chosen
+    with torch.no_grad():
+        model[2].weight += 1
+    assert ewc.penalty().item() == 0
+    with torch.no_grad():
+        model[2].bias += 1
+    assert ewc.penalty().item() > 0
+
+
+def test_frozen_parameters_are_left_out():
+    model = network()
+    model[0].requires_grad_(False)
+    ewc = EWC(model, 1.0)
+    ewc.consolidate(task())
+    assert list(ewc.anchor) == ["2.weight", "2.bias"]
+    ewc.add_gradient_()
+    assert model[0].weight.grad is None
+
+
+def test_a_model_that_has_changed_its_shape_is_refused_by_name():
+    model, ewc, _ = consolidated()
+    model[2] = nn.Linear(4, 5).double()
+    for use in (ewc.penalty, ewc.add_gradient_):
+        with pytest.raises(ValueError, match=r"'2.weight' has shape \(5, 4\) instead of \(3, 4\)"):
+            use()
+
+
+def test_everything_follows_the_model_to_another_device():
+    model, ewc, _ = consolidated(2)
+    model.to("meta")
+    assert ewc.penalty().device.type == "meta"
+    assert {t.device.type for t in ewc.anchor.values()} == {"meta"}
+    assert {t.device.type for t in ewc.precision.diagonal().values()} == {"meta"}
+
+
+# State
+
+
+@each_structure
+@pytest.mark.parametrize("mode", ["separate", "online"])
+@pytest.mark.parametrize("n_tasks", [0, 1, 3])
+def test_the_state_survives_safetensors_bit_by_bit(structure, mode, n_tasks):
+    model, ewc, _ = consolidated(n_tasks, structure, mode=mode)
+    restored = EWC(model, 3.0, mode, structure=structure)
+    restored.load_state_dict(load(save(ewc.state_dict())))
+    assert same(restored.state_dict(), ewc.state_dict())
+    assert same(restored.penalty(), ewc.penalty())
+    assert restored.n_tasks == n_tasks
+    for either in (ewc, restored):
+        either.consolidate(task(9))
+    move(model, 9)
+    assert same(restored.penalty(), ewc.penalty())
+    assert restored.bayesian_strength(4) == ewc.bayesian_strength(4)
+
+
+def test_the_state_of_weights_in_another_memory_layout_can_be_saved():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 2))
+    model = model.to(memory_format=torch.channels_last)
+    ewc = EWC(model, 1.0)
+    x = torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    ewc.consolidate((x, torch.tensor([0, 1, 0, 1, 1, 0])))
+    move(model, 1)
+    restored = EWC(model, 1.0)
+    restored.load_state_dict(load(save(ewc.state_dict())))
+    torch.testing.assert_close(restored.penalty(), ewc.penalty())
+
+
+@each_structure
+def test_a_state_is_a_copy_on_the_way_out_and_in(structure):
+    model, ewc, _ = consolidated(2, structure)
+    expected = ewc.penalty().item()
+    state = ewc.state_dict()
+    restored = EWC(model, 3.0, structure=structure)
+    restored.load_state_dict(state)
+    for tensor in state.values():
+        tensor.zero_()
+    assert (ewc.penalty().item(), restored.penalty().item()) == (expected, expected)
+
+
+def test_loading_a_state_before_the_first_task_forgets_everything():
+    model, ewc, _ = consolidated(2)
+    ewc.load_state_dict(EWC(model, 1.0).state_dict())
+    assert ewc.penalty().item() == 0
+    assert (ewc.n_tasks, ewc.anchor) == (0, {})
+
+
+class Other(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.add_module("0", nn.Linear(3, 7))
+        self.add_module("2", nn.Linear(7, 3))
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.head(getattr(self, "2")(getattr(self, "0")(x)))
+
+
+def test_the_state_of_another_model_is_refused_with_a_list_and_nothing_changes():
+    _, ewc, _ = consolidated(2)
+    other = EWC(Other().double(), 1.0)
+    other.consolidate(task())
+    before, penalty = ewc.state_dict(), ewc.penalty()
+    with pytest.raises(ValueError, match="parameters do not match") as error:
+        ewc.load_state_dict(other.state_dict())
+    for problem in (
+        "'head.weight' is not expected",
+        "'head.bias' is not expected",
+        "'0.weight' has shape (7, 3) instead of (4, 3)",
+        "'2.weight' has shape (3, 7) instead of (3, 4)",
+    ):
+        assert problem in str(error.value)
+    assert same(ewc.state_dict(), before)
+    assert same(ewc.penalty(), penalty)
+    with pytest.raises(ValueError, match=r"'head.weight' is missing; 'head.bias' is missing"):
+        other.load_state_dict(before)
+
+
+@pytest.mark.parametrize(
+    ("dropped", "message"),
+    [
+        ("offset", r"not the state of an EWC: it has no \['offset'\]"),
+        ("n_tasks", r"\['n_tasks'\]"),
+        ("anchor.0.weight", "'0.weight' is missing"),
+        ("precision.kind", "not the state of a Fisher"),
+        ("precision.diagonal.2.bias", "2.bias"),
+    ],
+)
+def test_an_incomplete_state_is_refused_and_nothing_changes(dropped, message):
+    _, ewc, _ = consolidated(2)
+    before = ewc.state_dict()
+    state = {key: value for key, value in before.items() if key != dropped}
+    assert len(state) == len(before) - 1
+    with pytest.raises(ValueError, match=message):
+        ewc.load_state_dict(state)
+    assert same(ewc.state_dict(), before)
+
+
+def test_the_state_of_the_model_itself_is_refused():
+    model, ewc, _ = consolidated()
+    with pytest.raises(ValueError, match="not the state of an EWC"):
+        ewc.load_state_dict(model.state_dict())
+
+
+# Consolidation
+
+
+def bad_data():
+    x, y = task()
+    nan, label = x.clone(), y.clone()
+    nan[5] = math.nan
+    label[5] = 3
+    return {
+        "NaN": ((nan, y), "observation 5 holds NaN"),
+        "label": ([(x[:4], y[:4]), (x[4:], label[4:])], "label 3 of observation 5"),
+        "empty": ([], "data is empty"),
+        "lengths": ((x, y[:3]), "different lengths"),
+    }
+
+
+@pytest.mark.parametrize("n_tasks", [0, 2])
+@pytest.mark.parametrize("name", bad_data())
+def test_a_consolidation_that_fails_changes_nothing(name, n_tasks):
+    data, message = bad_data()[name]
+    model, ewc, _ = consolidated(n_tasks)
+    state, trace = ewc.state_dict(), trace_of(model)
+    with pytest.raises(ValueError, match=message):
+        ewc.consolidate(data)
+    assert same(ewc.state_dict(), state)
+    assert same(trace_of(model), trace)
+
+
+def test_a_task_of_another_kind_is_refused_and_changes_nothing():
+    _, ewc, _ = consolidated(2)
+    state = ewc.state_dict()
+    ewc.kind = "empirical"
+    with pytest.raises(ValueError, match="kind 'empirical'"):
+        ewc.consolidate(task())
+    assert same(ewc.state_dict(), state)
+
+
+def test_a_consolidation_leaves_no_trace_in_the_model():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 3))
+    model.double()[1].eval()
+    before = trace_of(model)
+    EWC(model, 1.0).consolidate(task())
+    assert same(trace_of(model), before)
+
+
+def test_a_fisher_of_zero_everywhere_warns():
+    model = nn.Linear(3, 3).double()
+    with torch.no_grad():
+        model.bias.copy_(torch.tensor([2000.0, 0.0, 0.0]))
+    ewc = EWC(model, 1.0)
+    with pytest.warns(RuntimeWarning, match="zero everywhere: the penalty protects nothing") as w:
+        ewc.consolidate(task())
+    assert w[0].filename == __file__
+    assert ewc.n_tasks == 1
+    move(model, 1)
+    assert ewc.penalty().item() == 0
+
+
+def test_options_reach_the_fisher_information():
+    model = network()
+    ewc = EWC(model, 1.0, kind="sampled", structure="dense")
+    seeds = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
+    one, again, other = (ewc.consolidate(task(), n_samples=5, generator=g) for g in seeds)
+    assert (one.kind, one.n_samples) == ("sampled", 5)
+    assert torch.equal(one.to_dense(), again.to_dense())
+    assert not torch.equal(one.to_dense(), other.to_dense())
+
+
+# Settings
+
+
+@pytest.mark.parametrize("strength", [-1.0, math.inf, math.nan, -math.inf])
+def test_a_strength_that_is_negative_or_not_finite_is_refused(strength):
+    with pytest.raises(ValueError, match="strength must be non-negative and finite"):
+        EWC(network(), strength)
+    ewc = EWC(network(), 1.0)
+    with pytest.raises(ValueError, match="strength must be"):
+        ewc.strength = strength
+    assert ewc.strength == 1.0
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.1, math.nan, math.inf])
+@pytest.mark.parametrize("mode", ["online", "separate"])
+def test_a_decay_outside_zero_and_one_is_refused(mode, decay):
+    with pytest.raises(ValueError, match="decay must lie between 0 and 1"):
+        EWC(network(), 1.0, mode, decay=decay)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay": 0.5}, "decay belongs to mode='online'"),
+        ({"mode": "offline"}, "mode must be 'separate' or 'online', got 'offline'"),
+        ({"params": "3.weight"}, "no trainable parameter is named '3.weight'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        EWC(network(), 1.0, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"likelihood": "softmax"}, "likelihood must be one of"),
+        ({"kind": "guess"}, "kind must be one of"),
+        ({"structure": "full"}, "structure must be one of"),
+    ],
+)
+def test_unknown_choices_are_refused_by_the_time_of_consolidation(options, message):
+    with pytest.raises(ValueError, match=message):
+        EWC(network(), 1.0, **options).consolidate(task())
+
+
+def test_a_model_without_trainable_parameters_is_refused():
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        EWC(network().requires_grad_(False), 1.0)
+
+
+def test_the_bayesian_strength_is_the_ratio_of_the_sizes():
+    model = network()
+    ewc = EWC(model, 1.0)
+    assert ewc.bayesian_strength(50, n_a=200) == 4.0
+    ewc.consolidate(task(n=12))
+    assert ewc.bayesian_strength(6) == 2.0
+    ewc.consolidate(task(n=24))
+    assert ewc.bayesian_strength(6) == 3.0
+    assert ewc.bayesian_strength(6, n_a=60) == 10.0
+
+
+def test_the_bayesian_penalty_is_the_prior_in_the_mean_loss():
+    n_a, n_b = 12, 30
+    model = network()
+    ewc = EWC(model, 0.0)
+    fisher = ewc.consolidate(task(n=n_a))
+    anchor = flat(copies(model))
+    move(model, 3)
+    ewc.strength = ewc.bayesian_strength(n_b)
+    d = flat(dict(model.named_parameters())) - anchor
+    log_prior = -0.5 * (n_a * flat(fisher.diagonal()) * d.square()).sum()
+    torch.testing.assert_close(n_b * ewc.penalty(), -log_prior, **TIGHT)
+
+
+@pytest.mark.parametrize(
+    ("n_b", "n_a", "message"),
+    [
+        (5, None, "no task is consolidated yet, so give n_a"),
+        (0, 5, "must be positive, got 5 and 0"),
+        (-1, 5, "must be positive"),
+        (5, 0, "must be positive, got 0 and 5"),
+        (5, -2, "must be positive"),
+    ],
+)
+def test_numbers_of_observations_that_are_not_positive_are_refused(n_b, n_a, message):
+    with pytest.raises(ValueError, match=message):
+        EWC(network(), 1.0).bayesian_strength(n_b, n_a)
+
+
+# What it is for
+
+
+def train(model, x, y, ewc=None, steps=150, by_gradient=False):
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        batch = torch.randint(len(x), (64,), generator=generator)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x[batch]), y[batch])
+        if ewc is not None and not by_gradient:
+            loss = loss + ewc.penalty()
+        loss.backward()
+        if ewc is not None and by_gradient:
+            ewc.add_gradient_()
+        optimizer.step()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Train tiny networks on one thread: several would spend their time waiting for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def two_tasks(one_thread):
+    """Real digits, the same with permuted pixels, and a network that has learned the first."""
+    data = digits()
+    permutation = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    train(model, *data.train)
+    return data, permutation, model
+
+
+def after_the_second_task(two_tasks, strength, by_gradient=False):
+    data, permutation, first = two_tasks
+    model = copy.deepcopy(first)
+    ewc = None
+    if strength is not None:
+        ewc = EWC(model, strength)
+        ewc.consolidate(data.train)
+    train(model, data.x_train[:, permutation], data.y_train, ewc, by_gradient=by_gradient)
+    return model
+
+
+def accuracy(model, x, y):
+    with torch.no_grad():
+        return (model(x).argmax(1) == y).double().mean().item()
+
+
+def test_it_protects_the_first_task_while_the_second_is_learned(two_tasks):
+    data, permutation, first = two_tasks
+    x, y = data.test
+    plain, held = (after_the_second_task(two_tasks, s) for s in (None, 30.0))
+    assert accuracy(first, x, y) > 0.9
+    assert accuracy(plain, x, y) < 0.75
+    assert accuracy(held, x, y) > accuracy(plain, x, y) + 0.15
+    assert accuracy(held, x[:, permutation], y) > 0.7
+    assert accuracy(first, x[:, permutation], y) < 0.3
+
+
+def test_a_strength_of_zero_is_plain_training_and_others_are_not(two_tasks):
+    plain, zero, held = (
+        after_the_second_task(two_tasks, strength) for strength in (None, 0.0, 1.0)
+    )
+    assert same(copies(zero), copies(plain))
+    assert not same(copies(held), copies(plain))
+
+
+def test_training_by_gradient_is_training_by_loss(two_tasks):
+    by_loss, by_gradient = (after_the_second_task(two_tasks, 100.0, b) for b in (False, True))
+    distance = (flat(copies(by_loss)) - flat(copies(by_gradient))).norm()
+    moved = (flat(copies(by_loss)) - flat(copies(two_tasks[2]))).norm()
+    assert distance < 0.01 * moved

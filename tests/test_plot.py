@@ -1,0 +1,132 @@
+import re
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from ewc_lib import plot
+
+
+@pytest.fixture(autouse=True)
+def restore_style():
+    mpl.use("agg")
+    with mpl.rc_context():
+        yield
+    plt.close("all")
+
+
+def curves(n):
+    figures = {}
+    for k in range(n):
+        figures[f"value <{k}>"], axes = plt.subplots()
+        axes.plot([0, 1], [0, k])
+    return figures
+
+
+def test_importing_changes_no_setting():
+    code = (
+        "import matplotlib as mpl; before = dict(mpl.rcParams);"
+        "import seaborn; middle = dict(mpl.rcParams);"
+        "import ewc_lib.plot; assert dict(mpl.rcParams) == middle"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_style_makes_figures_transparent_and_text_grey():
+    plot.use_style()
+    assert mpl.rcParams["savefig.facecolor"] == mpl.rcParams["axes.facecolor"] == "none"
+    assert mpl.rcParams["text.color"] == mpl.rcParams["xtick.color"] == plot.GREY
+
+
+def contrast(one, other):
+    def luminance(color):
+        rgb = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color]
+        return 0.2126 * rgb[0] + 0.7152 * rgb[1] + 0.0722 * rgb[2]
+
+    dark, light = sorted(luminance(mpl.colors.to_rgb(c)) for c in (one, other))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("page", ["#ffffff", "#121212"])
+def test_grey_can_be_read_on_light_and_dark_pages(page):
+    assert contrast(plot.GREY, page) > 4.0
+
+
+@pytest.mark.parametrize("probability", [0.5, 0.95])
+def test_the_ellipse_holds_the_given_share_of_a_gaussian(probability):
+    covariance = torch.tensor([[2.0, 0.9], [0.9, 0.5]], dtype=torch.float64)
+    centre = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    _, axes = plt.subplots()
+    plot.ellipse(axes, centre, covariance, probability)
+    outline = mpl.path.Path(torch.tensor(axes.lines[0].get_xydata()))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(20_000, 2, generator=generator, dtype=torch.float64)
+    points = centre + noise @ torch.linalg.cholesky(covariance).mT
+    assert outline.contains_points(points).mean() == pytest.approx(probability, abs=0.01)
+
+
+def test_slider_shows_one_frame_and_names_all_values():
+    background, _ = plt.subplots()
+    markup = plot.slider(
+        curves(3), name="n", alt="A line.", caption="Lines & more.", background=background, start=1
+    )._repr_html_()
+    frames = re.findall(r'<div class="frame"( hidden)?>', markup)
+    assert frames == [" hidden", "", " hidden"]
+    assert 'type="range" min="0" max="2" step="1" value="1"' in markup
+    assert "value &lt;0&gt;\nvalue &lt;1&gt;\nvalue &lt;2&gt;" in markup
+    assert "<output>value &lt;1&gt;</output>" in markup
+    assert 'role="img" aria-label="A line."' in markup
+    assert "<figcaption>Lines &amp; more.</figcaption>" in markup
+
+
+def test_slider_images_are_whole_svg_without_outside_references():
+    markup = plot.slider(curves(2), name="n", alt="A line.", caption="")._repr_html_()
+    images = re.findall(r"<svg.*?</svg>", markup, flags=re.DOTALL)
+    assert len(images) == 2
+    for image in images:
+        ElementTree.fromstring(image)
+        assert "width=" not in image.split(">")[0]
+    links = re.findall(r'(?:href|src)="([^"]*)"', markup)
+    assert all(link.startswith("#") for link in links)
+
+
+def test_frames_of_one_page_share_no_element_id():
+    both = [plot.slider(curves(2), name=n, alt="A.", caption="")._repr_html_() for n in "ab"]
+    ids = [
+        set(re.findall(r' id="((?!figure|axes|patch|line|text|matplotlib|xtick|ytick)[^"]+)"', m))
+        for m in both
+    ]
+    assert not ids[0] & ids[1]
+
+
+def test_slider_follows_the_text_colour_of_the_page():
+    plot.use_style()
+    markup = plot.slider(curves(1), name="n", alt="A line.", caption="")._repr_html_()
+    assert plot.GREY not in markup
+    assert "currentColor" in markup
+
+
+def test_slider_closes_its_figures():
+    plot.slider(curves(2), name="n", alt="A line.", caption="")
+    assert not plt.get_fignums()
+
+
+@pytest.mark.parametrize(("n", "start"), [(0, 0), (2, 2), (2, -1)])
+def test_slider_refuses_a_start_that_is_no_frame(n, start):
+    with pytest.raises(ValueError, match="frames"):
+        plot.slider(curves(n), name="n", alt="A line.", caption="", start=start)
+
+
+def test_save_writes_only_where_the_build_asks_for_it(tmp_path, monkeypatch):
+    figure, _ = plt.subplots()
+    monkeypatch.delenv("EWC_FIGURES", raising=False)
+    monkeypatch.chdir(tmp_path)
+    plot.save(figure, "result")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("EWC_FIGURES", str(tmp_path / "figures"))
+    plot.save(figure, "result")
+    assert (tmp_path / "figures" / "result.png").read_bytes().startswith(b"\x89PNG")
