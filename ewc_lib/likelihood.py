@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.func import grad, jacrev, vmap
+from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from ewc_lib._model import evaluating, forward, select_parameters
+from ewc_lib._optimum import FOUND, OUTSIDE, find_maximum
 from ewc_lib._parameters import Data, Params, count, ravel, row, rows
 from ewc_lib.distributions import (
     Bernoulli,
@@ -248,147 +249,23 @@ def maximum_likelihood(
 
     if not mean_log_likelihood(flat).isfinite():
         raise ValueError("the log-likelihood is not finite at theta0; start inside its domain")
-    flat0 = flat
-    flat, iterations = _lbfgs(mean_log_likelihood, flat0, max_iter)
-    point = _Optimum.at(mean_log_likelihood, flat)
-    finished = _Optimum.at(mean_log_likelihood, flat + point.newton_step)
-    if finished.value >= point.value - _tolerance(flat) * (1 + point.value.abs()):
-        point = finished
-    converged, message = point.verdict(iterations, max_iter)
-    if message == _NOT_UNIQUE and _levels_off(mean_log_likelihood, flat0, point):
-        converged, message = False, _NO_MAXIMUM
+    search = find_maximum(mean_log_likelihood, flat, max_iter)
+    estimate = restore(search.point.theta)
     try:
-        check_log_prob(log_prob, restore(point.theta), data)
+        check_log_prob(log_prob, estimate, data)
     except ValueError:  # torch.distributions clamps what vmap did not let it check
-        converged, message = False, _OUTSIDE
-    if message != _FOUND:
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
-    undefined = torch.full_like(flat, torch.nan)
-    usable = converged or message == _stopped(max_iter, max_iter)
+        search = search._replace(converged=False, message=OUTSIDE)
+    if search.message != FOUND:
+        warnings.warn(search.message, RuntimeWarning, stacklevel=2)
+    undefined = restore(torch.full_like(flat, torch.nan))
+    errors = restore(search.point.standard_errors(n)) if search.converged else undefined
     return MLE(
-        estimate=restore(point.theta if usable else undefined),
-        converged=converged,
-        iterations=iterations,
-        standard_errors=restore(point.standard_errors(n) if converged else undefined),
-        message=message,
+        estimate=estimate if search.usable else undefined,
+        converged=search.converged,
+        iterations=search.iterations,
+        standard_errors=errors,
+        message=search.message,
     )
-
-
-_FOUND = "found a maximum"
-_NOT_UNIQUE = (
-    "found a maximum, but it is not unique: the data say nothing about some direction of theta"
-)
-_NO_MAXIMUM = (
-    "the likelihood has no maximum: it keeps rising while theta grows without bound, as on "
-    "separable data"
-)
-_NOT_FINITE = "the search ran to parameters where the log-likelihood is not finite"
-_OUTSIDE = (
-    "the search left the domain of the model: its likelihood has no maximum inside, or a "
-    "parameter without bounds is needed (a logit for a probability, a log for a scale)"
-)
-
-
-def _stopped(iterations: int, max_iter: int) -> str:
-    limit = f"the limit of {max_iter}" if iterations >= max_iter else f"{iterations}"
-    return f"no maximum was reached after {limit} iterations of L-BFGS"
-
-
-def _lbfgs(
-    objective: Callable[[Tensor], Tensor], start: Tensor, max_iter: int
-) -> tuple[Tensor, int]:
-    theta = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [theta],
-        max_iter=max_iter,
-        max_eval=2 * max_iter + 100,
-        tolerance_grad=torch.finfo(theta.dtype).eps ** 0.6,
-        tolerance_change=0.0,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = -objective(theta)
-        (theta.grad,) = torch.autograd.grad(loss, theta)
-        if not loss.isfinite():  # outside the domain: a wall, from which the line search steps back
-            theta.grad = torch.zeros_like(theta)
-            loss = torch.full_like(loss, torch.finfo(loss.dtype).max ** 0.25)
-        return loss
-
-    with torch.enable_grad():
-        optimizer.step(closure)
-    return theta.detach(), int(optimizer.state[theta]["n_iter"])
-
-
-def _tolerance(theta: Tensor) -> float:
-    return float(torch.finfo(theta.dtype).eps ** 0.5)
-
-
-@dataclass(frozen=True)
-class _Optimum:
-    """A candidate maximum, with the eigenvectors of the information there."""
-
-    theta: Float[Tensor, " P"]
-    value: Float[Tensor, ""]
-    gradient: Float[Tensor, " P"]
-    curvatures: Float[Tensor, " P"]
-    directions: Float[Tensor, "P P"]
-
-    @classmethod
-    def at(cls, objective: Callable[[Tensor], Tensor], theta: Tensor) -> _Optimum:
-        gradient = grad(objective)(theta)
-        information = -jacrev(grad(objective))(theta)
-        if information.isfinite().all():
-            curvatures, directions = torch.linalg.eigh(information)
-        else:
-            directions = information
-            curvatures = torch.full_like(theta, torch.nan)
-        return cls(theta, objective(theta), gradient, curvatures, directions)
-
-    @property
-    def informed(self) -> Tensor:
-        """Mark the directions about which the data say something."""
-        floor = len(self.theta) * torch.finfo(self.theta.dtype).eps
-        return self.curvatures.abs() > floor * self.curvatures.abs().max()
-
-    @property
-    def newton_step(self) -> Float[Tensor, " P"]:
-        along = self.directions.mT @ self.gradient / self.curvatures
-        return self.directions @ along.where(self.informed, torch.zeros_like(along))
-
-    def standard_errors(self, n: int) -> Float[Tensor, " P"]:
-        weights = self.directions.square()
-        variance = weights[:, self.informed] @ (1 / (n * self.curvatures[self.informed]))
-        blind = weights[:, ~self.informed].sum(1) > _tolerance(self.theta)
-        return variance.sqrt().masked_fill(blind, torch.inf)
-
-    def verdict(self, iterations: int, max_iter: int) -> tuple[bool, str]:
-        small = _tolerance(self.theta)
-        if not self.curvatures.isfinite().all():
-            return False, _NOT_FINITE
-        steep = small * (1 + self.value.abs())
-        blind_slope = (self.directions.mT @ self.gradient)[~self.informed].norm()
-        settled = self.newton_step.norm() <= small * (1 + self.theta.norm())
-        if settled and blind_slope <= steep and (self.curvatures[self.informed] > 0).all():
-            return True, _FOUND if self.informed.all() else _NOT_UNIQUE
-        if self.gradient.norm() <= steep:
-            return False, _NO_MAXIMUM
-        return False, _stopped(iterations, max_iter)
-
-
-def _levels_off(
-    objective: Callable[[Tensor], Tensor], start: Tensor, point: _Optimum
-) -> Bool[Tensor, ""]:
-    """Tell a likelihood that has come near its supremum from one that is flat.
-
-    The first is level further on, and falls on the way back to the start.
-    """
-    blind = point.directions[:, ~point.informed]
-    away = blind @ (blind.mT @ (point.theta - start))
-    step = (1 + point.theta.norm()) * away / away.norm()
-    level = point.value - _tolerance(start) * (1 + point.value.abs())
-    return (objective(point.theta + step) >= level) & (objective(point.theta - step) < level)
 
 
 def network_log_prob(

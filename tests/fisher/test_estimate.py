@@ -509,6 +509,16 @@ def test_precisions_may_be_mixed_in_one_model(half, output, structure):
     assert relative_error(flat(found.diagonal()), flat(expected.diagonal())) < 0.05
 
 
+def test_autocasting_by_the_caller_changes_nothing():
+    case = SCENARIOS["attention"]()
+    case = case._replace(model=case.model.float(), x=case.x.float())
+    expected = estimate(case).diagonal()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = estimate(case).diagonal()
+        assert case.model(case.x).dtype == torch.bfloat16
+    assert same(found, expected)
+
+
 # No trace
 
 
