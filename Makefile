@@ -1,0 +1,62 @@
+# Every target starts from Python 3.11, make and git alone: it first creates .venv and installs
+# the tested versions there. Nothing is installed outside .venv.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SITE := _build/html
+
+# Progress bars have no place in a log, and kernels must come from .venv.
+export TQDM_DISABLE := 1
+export JUPYTER_PREFER_ENV_PATH := 1
+unexport JUPYTER_PATH
+
+.PHONY: help
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+# Python compiles what it imports; to compile all that is installed would take as long again.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[book,test,dev]'
+	touch $@
+
+.PHONY: book
+book: $(INSTALLED) ## Execute the chapters and build the book; any warning is an error
+	rm -rf $(SITE)
+	$(BIN)/jupyter-book build . -W --all --keep-going
+	$(BIN)/pytest --quiet tests/book/test_pages.py
+	@echo "The book: $(CURDIR)/$(SITE)/index.html"
+
+.PHONY: test
+test: lint ## Check the code, run all tests with coverage, then every notebook
+	$(BIN)/pytest tests ewc_lib --doctest-modules --cov
+	$(BIN)/pytest --nbmake book
+	@echo "All checks passed: code, tests, doctests, notebooks."
+
+.PHONY: lint
+lint: $(INSTALLED) ## Check style, types, import rules and metadata
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+
+.PHONY: notebooks
+notebooks: $(INSTALLED) ## Write the notebook beside each chapter
+	$(BIN)/python book/_ext/notebook_pairs.py
+
+.PHONY: links
+links: $(INSTALLED) ## Check the external links (needs a network)
+	$(BIN)/jupyter-book build . --builder linkcheck
+
+.PHONY: clean
+clean: ## Remove the built book and all caches, but not .venv
+	rm -rf _build .coverage .hypothesis .mypy_cache .ruff_cache
+	find book ewc_lib tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,38 @@
+"""The notebook beside each chapter, made from the chapter's text.
+
+Run as a program it writes all of them. A notebook holds no output, and its bytes follow from the
+text alone: a cell is named by what it says.
+"""
+
+from collections import Counter
+from hashlib import sha256
+from pathlib import Path
+
+import jupytext
+import nbformat
+
+BOOK = Path(__file__).parents[1]
+
+
+def chapters() -> list[Path]:
+    """Return the pages that run code, which are those that name a kernel."""
+    pages = sorted(BOOK.rglob("*.md"))
+    return [page for page in pages if "\nkernelspec:\n" in page.read_text(encoding="utf-8")]
+
+
+def notebook_text(chapter: Path) -> str:
+    """Return the text of the notebook that belongs beside ``chapter``."""
+    notebook = jupytext.read(chapter)
+    notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"]}
+    notebook.nbformat_minor = 5
+    seen: Counter[str] = Counter()
+    for cell in notebook.cells:
+        name = sha256(cell.source.encode()).hexdigest()[:12]
+        seen[name] += 1
+        cell.id = name if seen[name] == 1 else f"{name}-{seen[name]}"
+    return nbformat.writes(notebook) + "\n"
+
+
+if __name__ == "__main__":
+    for chapter in chapters():
+        chapter.with_suffix(".ipynb").write_text(notebook_text(chapter), encoding="utf-8")

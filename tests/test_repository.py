@@ -1,0 +1,124 @@
+"""The files around the package agree with one another, and with what is there."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+
+
+def read_yaml(name: str) -> dict:
+    return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def requirements() -> list[Requirement]:
+    """Return all that pyproject.toml asks for, extras included, the project itself left out."""
+    lists = [project()["dependencies"], *project()["optional-dependencies"].values()]
+    found = [Requirement(line) for lines in lists for line in lines]
+    return [requirement for requirement in found if requirement.name != project()["name"]]
+
+
+def constraints() -> dict[str, Version]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): Version(version) for name, version in pairs}
+
+
+def tracked_files() -> list[Path]:
+    """Return the files that git tracks or would track, or nothing outside a git repository."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return [path for line in listed.stdout.splitlines() if (path := ROOT / line).is_file()]
+
+
+def test_each_requirement_stands_once() -> None:
+    names = [canonicalize_name(requirement.name) for requirement in requirements()]
+    assert sorted(names) == sorted(set(names))
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=lambda requirement: requirement.name)
+def test_the_tested_version_is_in_the_allowed_range(requirement: Requirement) -> None:
+    version = constraints()[canonicalize_name(requirement.name)]
+    assert requirement.specifier.contains(version)
+
+
+def test_tested_versions_are_public_ones() -> None:
+    assert [name for name, version in constraints().items() if version.local] == []
+
+
+def test_environment_repeats_nothing() -> None:
+    conda = read_yaml("environment.yml")["dependencies"]
+    (pip,) = (entry["pip"] for entry in conda if isinstance(entry, dict))
+    names = [re.split("[=<>]", entry)[0] for entry in conda if isinstance(entry, str)]
+    assert names == ["python", "pip"]
+    assert pip == ["-e .[book,test]"]
+    assert not set(names) & {requirement.name for requirement in requirements()}
+
+
+def test_environment_has_an_allowed_python() -> None:
+    (python,) = (
+        entry for entry in read_yaml("environment.yml")["dependencies"] if "python" in entry
+    )
+    wanted = Requirement(f"python{project()['requires-python']}")
+    assert wanted.specifier.contains(python.split("=")[1])
+
+
+def test_each_entry_of_the_contents_exists() -> None:
+    contents = read_yaml("_toc.yml")
+    pages = [contents["root"]]
+    pages += [chapter["file"] for part in contents["parts"] for chapter in part["chapters"]]
+    missing = [page for page in pages if not (ROOT / page).with_suffix(".md").is_file()]
+    assert missing == []
+
+
+def test_a_page_is_named_with_its_ending_exactly_if_it_runs_code() -> None:
+    for part in read_yaml("_toc.yml")["parts"]:
+        for chapter in part["chapters"]:
+            text = (ROOT / chapter["file"]).with_suffix(".md").read_text(encoding="utf-8")
+            assert ("\nkernelspec:" in text) == chapter["file"].endswith(".md"), chapter["file"]
+
+
+def test_both_lists_of_macros_define_the_same_macros() -> None:
+    settings = read_yaml("_config.yml")["sphinx"]["config"]
+    web = settings["mathjax3_config"]["tex"]["macros"]
+    paper = dict(
+        re.findall(r"\\newcommand\{\\(\w+)\}\{(.*)\}", settings["latex_elements"]["preamble"])
+    )
+    assert web == paper
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    assert read_yaml("CITATION.cff")["version"] == project()["version"]
+
+
+def test_each_public_module_has_its_tests() -> None:
+    package, tests = ROOT / "ewc_lib", ROOT / "tests"
+    modules = [path.relative_to(package) for path in package.rglob("[!_]*.py")]
+    wanted = [tests / module.with_name(f"test_{module.name}") for module in modules]
+    assert sorted(path for path in wanted if not path.is_file()) == []
+
+
+def test_no_file_names_a_path_of_one_machine() -> None:
+    machine = re.compile(r"(?<![\w.])/(?:work|tmp|root|home)/|\.\./shared")
+    guilty = []
+    for path in tracked_files():
+        if path == Path(__file__):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        if machine.search(text):
+            guilty.append(path.relative_to(ROOT).as_posix())
+    assert guilty == []
