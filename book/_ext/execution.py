@@ -32,6 +32,7 @@ def _fingerprint(root: Path) -> str:
 def _prepare(app: Sphinx, config: Config) -> None:
     root = Path(app.srcdir)
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("EWC_FIGURES", str(root / "book" / "figures"))
     caches = Path(app.outdir).parent / "cache"
     current = caches / _fingerprint(root)
