@@ -288,8 +288,8 @@ class EWC:
         Raises
         ------
         ValueError
-            If it is not such a state, or if its parameters have other names or shapes than the
-            model's. Nothing has changed then.
+            If it is not such a state, if it is of another structure, or if its parameters have
+            other names or shapes than the model's. Nothing has changed then.
         """
         missing = {"n_tasks", "n_observations", "offset"} - state.keys()
         if missing:
@@ -299,6 +299,9 @@ class EWC:
         precision = None
         if int(state["n_tasks"]) > 0:
             precision = Fisher.from_state_dict(_under("precision.", state)).to(device)
+            structure = type(precision).__name__.lower()
+            if structure != self.structure:
+                raise ValueError(f"the state is {structure}, but this EWC is {self.structure}")
             shapes = {name: p.shape for name, p in self._parameters().items()}
             check_shapes(shapes, {name: value.shape for name, value in anchor.items()})
             check_shapes(shapes, precision.shapes)

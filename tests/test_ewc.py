@@ -443,6 +443,15 @@ def test_an_incomplete_state_is_refused_and_nothing_changes(dropped, message):
     assert same(ewc.state_dict(), before)
 
 
+def test_the_state_of_another_structure_is_refused_and_nothing_changes():
+    _, diagonal, _ = consolidated(structure="diagonal")
+    _, dense, _ = consolidated(structure="dense")
+    before = diagonal.state_dict()
+    with pytest.raises(ValueError, match="the state is dense, but this EWC is diagonal"):
+        diagonal.load_state_dict(dense.state_dict())
+    assert same(diagonal.state_dict(), before)
+
+
 def test_the_state_of_the_model_itself_is_refused():
     model, ewc, _ = consolidated()
     with pytest.raises(ValueError, match="not the state of an EWC"):

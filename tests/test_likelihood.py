@@ -441,7 +441,11 @@ WITHOUT_MAXIMUM = {
     "counts that are all zero": (poisson, tensor(0.0), torch.zeros(5, dtype=DOUBLE)),
     "one repeated value": (gauss, tensor([0.0, 0.0]), 3 * ONES),
     "a single value": (gauss, tensor([0.0, 0.0]), 3 * ONES[:1]),
-    "a single value from nearby": (gauss, tensor([3.0, -50.0]), 3 * ONES[:1]),
+    "a straight line in one parameter": (
+        lambda t, x: t[1] - (t[0] - x).square(),
+        tensor([0.0, 0.0]),
+        REALS,
+    ),
     "one repeated value by sigma": (gauss_by_sigma, tensor([1.0, 1.0]), 3 * ONES),
     **{
         f"separable data, inputs times {scale:g}": (logistic, tensor([0.0, 0.0]), separable(scale))
@@ -472,6 +476,14 @@ def test_data_without_a_maximum_give_a_warning_and_no_number(name, dtype):
     assert not fit.converged
     assert fit.estimate.isnan().all()
     assert fit.standard_errors.isnan().all()
+
+
+def test_a_likelihood_that_rises_in_a_straight_line_is_not_mistaken_for_a_flat_one():
+    with pytest.warns(RuntimeWarning, match="keeps rising"):
+        fit = maximum_likelihood(
+            lambda t, x: t[1] - (t[0] - x).square(), tensor([0.0, 0.0]), REALS, max_iter=500
+        )
+    assert not fit.converged
 
 
 def test_separable_data_are_recognised_as_such():
