@@ -11,10 +11,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SITE := _build/html
 
-# Progress bars have no place in a log, and kernels must come from .venv.
-export TQDM_DISABLE := 1
 # The networks here are small: threads that wait for each other cost more than they give.
 export OMP_NUM_THREADS ?= 1
+# Kernels come from .venv.
 export JUPYTER_PREFER_ENV_PATH := 1
 unexport JUPYTER_PATH
 
