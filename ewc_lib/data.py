@@ -87,7 +87,7 @@ def digits(
     (torch.Size([1437, 64]), torch.Size([360, 64]))
     """
     try:
-        from sklearn import datasets, model_selection  # type: ignore[import-untyped,unused-ignore]
+        from sklearn import datasets, model_selection
     except ImportError as error:
         raise ImportError("digits() needs scikit-learn: pip install scikit-learn") from error
     if not 0 < test_fraction < 1:  # scikit-learn would read 1 as one image

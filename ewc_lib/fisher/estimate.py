@@ -1,4 +1,4 @@
-"""The front door: the Fisher information of any network, at the price of a backward pass."""
+"""The front door: the Fisher information of any network."""
 
 from __future__ import annotations
 
