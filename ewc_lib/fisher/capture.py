@@ -53,12 +53,15 @@ class Recorder(TorchFunctionMode):
         Every use by an operation with a rule, in order.
     unknown
         Names of the parameters that some operation used without a rule.
+    eps
+        Machine precision of the coarsest result of any operation, as autocast may make it.
     """
 
     def __init__(self, parameters: dict[str, Tensor], n: int) -> None:
         super().__init__()
         self.uses: list[Use] = []
         self.unknown: set[str] = set()
+        self.eps = 0.0
         self._n = n
         self._names = {id(parameter): name for name, parameter in parameters.items()}
 
@@ -67,6 +70,7 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
+        self.eps = max(self.eps, _eps(output))
         touched = Counter(
             self._names[id(leaf)]
             for leaf in tree_leaves((args, kwargs))
@@ -83,6 +87,11 @@ class Recorder(TorchFunctionMode):
             name = self._names.get(id(parameter))
             if name is not None and rule.fits(other, output, self._n):
                 yield Use(name, rule, other.detach(), get_gradient_edge(output), func.__name__)
+
+
+def _eps(output: Any) -> float:
+    leaves = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+    return max((torch.finfo(t.dtype).eps for t in leaves if t.is_floating_point()), default=0.0)
 
 
 def _requires_grad(output: Any) -> bool:

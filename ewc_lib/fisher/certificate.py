@@ -40,15 +40,20 @@ class Challenge:
     conclusive
         Whether every parameter has a gradient. A batch of blank inputs may have none, and then
         any rule gives the right answer.
+    eps
+        Machine precision of the coarsest operation of the model.
     """
 
     direction: Float[Tensor, "N ..."]
     weights: Float[Tensor, " N"]
     answer: dict[str, Tensor]
     conclusive: bool
+    eps: float = 0.0
 
     @classmethod
-    def pose(cls, output: Tensor, parameters: dict[str, torch.nn.Parameter]) -> Challenge:
+    def pose(
+        cls, output: Tensor, parameters: dict[str, torch.nn.Parameter], eps: float = 0.0
+    ) -> Challenge:
         """Draw the random numbers and ask autograd."""
         generator = torch.Generator().manual_seed(0)
         direction, weights = (
@@ -56,7 +61,7 @@ class Challenge:
             for shape in (output.shape, output.shape[:1])
         )
         if not output.requires_grad:  # it depends on none of the parameters
-            return cls(direction, weights, {}, conclusive=False)
+            return cls(direction, weights, {}, conclusive=False, eps=eps)
         weighted = direction * weights.reshape(-1, *[1] * (output.dim() - 1))
         gradients = torch.autograd.grad(
             output, list(parameters.values()), weighted, retain_graph=True, allow_unused=True
@@ -67,7 +72,7 @@ class Challenge:
             if g is not None
         }
         conclusive = len(answer) == len(parameters) and all(g.any() for g in answer.values())
-        return cls(direction, weights, answer, conclusive)
+        return cls(direction, weights, answer, conclusive, eps)
 
     def failed_rules(self, pulled: dict[str, list[Pulled]]) -> set[str]:
         """Return the parameters whose rules give another answer, or none."""
@@ -75,7 +80,7 @@ class Challenge:
             name
             for name, expected in self.answer.items()
             if name not in pulled
-            or not _agree(self._sum(pulled[name], sum_dtype(expected)), expected)
+            or not _agree(self._sum(pulled[name], sum_dtype(expected)), expected, self.eps)
         }
 
     def _sum(self, pulled: list[Pulled], dtype: torch.dtype) -> Tensor:
@@ -85,8 +90,8 @@ class Challenge:
         """Raise a ValueError if observations taken one by one give another answer."""
         expected = self.answer.get(name, torch.zeros_like(weighted))
         largest = max((_norm(g) for g in self.answer.values()), default=0.0)
-        noise = 100 * torch.finfo(expected.dtype).eps * largest
-        if not _agree(weighted, expected, noise):
+        noise = 100 * max(self.eps, torch.finfo(expected.dtype).eps) * largest
+        if not _agree(weighted, expected, self.eps, noise):
             raise ValueError(
                 f"the model mixes observations: the gradient of parameter {name!r} is not a sum "
                 f"of contributions of single observations, {_NO_SCORES}"
@@ -99,22 +104,22 @@ _NO_SCORES = (
 )
 
 
-def check_alone(alone: Tensor, together: Tensor) -> None:
+def check_alone(alone: Tensor, together: Tensor, eps: float = 0.0) -> None:
     """Raise a ValueError if observations have another output without the rest of their batch.
 
     No gradient shows a mixture of the inputs, before the first parameter.
     """
     a, b = (output.detach().nan_to_num(neginf=0.0) for output in (alone, together))
-    if a.numel() != b.numel() or not _agree(a.reshape(b.shape), b):
+    if a.numel() != b.numel() or not _agree(a.reshape(b.shape), b, eps):
         raise ValueError(
             "the model mixes observations: the output of the first ones is another without the "
             f"rest of their batch, {_NO_SCORES}"
         )
 
 
-def _agree(a: Tensor, b: Tensor, noise: float = 0.0) -> bool:
+def _agree(a: Tensor, b: Tensor, eps: float, noise: float = 0.0) -> bool:
     """Compare up to rounding, which is far below any wrong layout or missed use."""
-    tolerance = torch.finfo(b.dtype).eps ** 0.5
+    tolerance = max(eps, torch.finfo(b.dtype).eps) ** 0.5
     return bool(_norm(a.to(sum_dtype(b)) - b) <= tolerance * _norm(b) + noise)
 
 

@@ -55,12 +55,12 @@ class Passes:
         if self.output.requires_grad:  # else it was detached from all of them
             self.uses = recorder.uses
             self.by_generic |= recorder.unknown
-        self._certify()
+        self._certify(recorder.eps)
         self.uses = [use for use in self.uses if use.name not in self.by_generic]
         self.used |= {use.name for use in self.uses} | self.by_generic
         return output.to(sum_dtype(output))
 
-    def _certify(self) -> None:
+    def _certify(self, eps: float) -> None:
         """Put every parameter whose rules fail on the generic path, and check that too.
 
         A decision is kept for later batches in which the same operations use the parameters.
@@ -70,7 +70,7 @@ class Passes:
         signature = tuple(use.signature for use in self.uses), frozenset(self.by_generic)
         if signature in self._certified:
             return
-        challenge = Challenge.pose(self.output, self.parameters)
+        challenge = Challenge.pose(self.output, self.parameters, eps)
         by_rule = [use for use in self.uses if use.name not in self.by_generic]
         failed = challenge.failed_rules(self._pull(by_rule, challenge.direction))
         self.by_generic |= failed
@@ -84,7 +84,7 @@ class Passes:
             challenge.check_generic(name, sums[name])
         if half := len(self.batch) // 2:
             inputs = tree_map(lambda leaf: leaf[:half], self.batch.inputs)
-            check_alone(forward(self.model, inputs), self.output[:half])
+            check_alone(forward(self.model, inputs), self.output[:half], eps)
             if challenge.conclusive:
                 self._certified.add((signature[0], frozenset(self.by_generic)))
 

@@ -264,9 +264,9 @@ def posed(monkeypatch):
     """Record the sizes of the batches about which a question is asked."""
     sizes, pose = [], Challenge.pose
 
-    def recording(output, parameters):
+    def recording(output, *rest):
         sizes.append(len(output))
-        return pose(output, parameters)
+        return pose(output, *rest)
 
     monkeypatch.setattr(Challenge, "pose", recording)
     return sizes

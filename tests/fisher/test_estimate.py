@@ -1063,3 +1063,32 @@ def test_the_decision_about_one_batch_is_kept_for_the_others(monkeypatch):
     posed.clear()
     estimate(case, 1)  # a single observation settles nothing
     assert posed == [1] * N
+
+
+class AutocastInside(nn.Module):
+    """A model that computes its first part in bfloat16, as many recipes do."""
+
+    def __init__(self, low_precision):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 8))
+        self.head = nn.Linear(8, 3)
+        self.low_precision = low_precision
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.low_precision):
+            features = self.body(x)
+        return self.head(features.float())
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_a_model_with_autocast_inside_is_close_to_full_precision(kind):
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+    y = torch.randint(3, (40,), generator=torch.Generator().manual_seed(2))
+    low, full = (
+        fisher_information(AutocastInside(low), (x, y), kind=kind).diagonal()
+        for low in (True, False)
+    )
+    for name, values in full.items():
+        assert low[name].dtype == torch.float32
+        torch.testing.assert_close(low[name].sum(), values.sum(), rtol=0.05, atol=0.0)
