@@ -341,6 +341,7 @@ class EWC:
         old, anchor = self._precision, self._anchor
         if self.mode == "online":
             self._precision, self._anchor = self.decay * old + fisher, optimum
+            self._offset = torch.zeros_like(self._offset)
             return
         merged = old + fisher
         shift = merged.solve(fisher @ _minus(optimum, anchor))
