@@ -22,8 +22,12 @@ from ewc_lib.distributions import OutputDistribution
 from ewc_lib.fisher.estimate import Structure, fisher_information
 from ewc_lib.fisher.output import Kind
 from ewc_lib.fisher.structures import Fisher, Vector, check_shapes
+from ewc_lib.fisher.structures.base import decode, encode, under
 
 __all__ = ["EWC"]
+
+ONE_TASK = frozenset[str]({"kronecker", "kronecker-reduce", "eigenkronecker"})
+"""Structures without a sum: two tasks do not merge into one matrix of the same structure."""
 
 
 class EWC:
@@ -51,7 +55,9 @@ class EWC:
     decay
         :math:`\gamma \in [0, 1]` of the online mode. The default 1 forgets nothing.
     likelihood, kind, structure, params
-        As in :func:`ewc_lib.fisher_information`.
+        As in :func:`ewc_lib.fisher_information`. The Kronecker structures hold one task only,
+        because the sum of two of them has another structure. With ``"lowrank"`` the rank, and so
+        the memory, grows with every task.
 
     Raises
     ------
@@ -200,11 +206,22 @@ class EWC:
         Fisher
             The Fisher information of this task alone.
 
+        Raises
+        ------
+        ValueError
+            If this is the second task and the structure holds one only, and as
+            :func:`ewc_lib.fisher_information`.
+
         Warns
         -----
         RuntimeWarning
             If it is zero everywhere, so that nothing would be protected.
         """
+        if self._n_tasks > 0 and self.structure in ONE_TASK:
+            raise ValueError(
+                f"structure={self.structure!r} holds one task: the sum of the matrices of two "
+                "tasks has another structure. Choose one that has sums, such as 'block'"
+            )
         fisher = fisher_information(
             self.model,
             data,
@@ -275,6 +292,7 @@ class EWC:
             "n_tasks": torch.tensor(self._n_tasks),
             "n_observations": torch.tensor(self._n_observations),
             "offset": self._offset.clone(),
+            "structure": encode(self.structure),
             **{f"anchor.{k}": v.clone().contiguous() for k, v in self._anchor.items()},
         }
         if self._precision is not None:
@@ -295,11 +313,12 @@ class EWC:
         if missing:
             raise ValueError(f"this is not the state of an EWC: it has no {sorted(missing)}")
         device = next(self.model.parameters()).device
-        anchor = {k: v.to(device, copy=True) for k, v in _under("anchor.", state).items()}
+        anchor = {k: v.to(device, copy=True) for k, v in under("anchor.", state).items()}
         precision = None
         if int(state["n_tasks"]) > 0:
-            precision = Fisher.from_state_dict(_under("precision.", state)).to(device)
-            structure = type(precision).__name__.lower()
+            precision = Fisher.from_state_dict(under("precision.", state)).to(device)
+            by_type = encode(type(precision).__name__.lower())  # of states without this key
+            structure = decode(state.get("structure", by_type))
             if structure != self.structure:
                 raise ValueError(f"the state is {structure}, but this EWC is {self.structure}")
             shapes = {name: p.shape for name, p in self._parameters().items()}
@@ -356,7 +375,3 @@ class EWC:
 
 def _minus(a: Vector, b: Vector) -> Vector:
     return {name: a[name] - b[name] for name in a}
-
-
-def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}

@@ -17,7 +17,7 @@ from tests.scenarios import PROPERTY, same, trace_of
 
 DOUBLE = torch.float64
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
-STRUCTURES = ["diagonal", "dense"]
+STRUCTURES = ["diagonal", "dense", "block", "module", "lowrank"]
 each_structure = pytest.mark.parametrize("structure", STRUCTURES)
 
 
@@ -198,7 +198,7 @@ def test_a_direction_that_no_task_cares_about_stays_free():
     assert model[0].weight.grad[:, 1:].all()
 
 
-@each_structure
+@pytest.mark.parametrize("structure", ["diagonal", "dense", "block", "module"])
 @pytest.mark.parametrize("mode", ["separate", "online"])
 def test_memory_does_not_grow_with_the_number_of_tasks(structure, mode):
     def sizes(ewc):
@@ -296,6 +296,36 @@ def test_a_half_precision_penalty_is_close_to_the_double_one():
                 p += 0.5
         penalties.append(ewc.penalty().item())
     assert penalties[0] == pytest.approx(penalties[1], rel=0.03)
+
+
+# Structures without a sum
+
+without_sum = pytest.mark.parametrize(
+    "structure", ["kronecker", "kronecker-reduce", "eigenkronecker"]
+)
+
+
+@without_sum
+def test_a_kronecker_structure_remembers_one_task(structure):
+    model, ewc, remembered = consolidated(1, structure)
+    torch.testing.assert_close(ewc.penalty(), explicit(model, 3.0, remembered), **TIGHT)
+    assert ewc.penalty() > 0
+    ewc.add_gradient_()
+    found = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    torch.testing.assert_close(found, gradients(model, ewc.penalty()), **TIGHT)
+    restored = EWC(model, 3.0, structure=structure)
+    restored.load_state_dict(load(save(ewc.state_dict())))
+    assert same(restored.penalty(), ewc.penalty())
+
+
+@without_sum
+@pytest.mark.parametrize("mode", ["separate", "online"])
+def test_a_second_task_in_a_structure_without_a_sum_is_refused_before_it_costs(structure, mode):
+    _, ewc, _ = consolidated(1, structure, mode=mode)
+    state = ewc.state_dict()
+    with pytest.raises(ValueError, match=f"structure='{structure}' holds one task: .* 'block'"):
+        ewc.consolidate(())  # empty data, at which nobody looks
+    assert same(ewc.state_dict(), state)
 
 
 # Which parameters
@@ -421,6 +451,17 @@ def test_the_state_of_another_model_is_refused_with_a_list_and_nothing_changes()
     assert same(ewc.penalty(), penalty)
     with pytest.raises(ValueError, match=r"'head.weight' is missing; 'head.bias' is missing"):
         other.load_state_dict(before)
+
+
+def test_a_state_without_the_name_of_its_structure_still_loads():
+    model, ewc, _ = consolidated(2, "dense")
+    state = ewc.state_dict()
+    del state["structure"]
+    restored = EWC(model, 3.0, structure="dense")
+    restored.load_state_dict(state)
+    assert same(restored.penalty(), ewc.penalty())
+    with pytest.raises(ValueError, match="the state is dense, but this EWC is diagonal"):
+        EWC(model, 3.0).load_state_dict(state)
 
 
 @pytest.mark.parametrize(

@@ -1,181 +1,596 @@
 """Every form of a Fisher information answers every question as its whole matrix does."""
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial, reduce
+
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ewc_lib.fisher import Dense, Diagonal, Fisher
+from ewc_lib import fisher_information
+from ewc_lib.fisher import (
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    EigenKronecker,
+    Fisher,
+    Kronecker,
+    LowRank,
+)
 from ewc_lib.fisher.structures import check_shapes
-from tests.scenarios import SCENARIOS, estimate, same
+from ewc_lib.fisher.structures.base import encode
+from tests.scenarios import PROPERTY, SCENARIOS, estimate, same
 
+DOUBLE = torch.float64
 SHAPES = {"layer.weight": (2, 3), "path.scale": (), "layer.bias": (3,)}
-P = 10
-PATHS = {"layer.weight": "rule", "path.scale": "generic", "layer.bias": "unused"}
+LAYERS = {
+    "linear": ({"w": (2, 3), "b": (2,)}, False),
+    "no bias": ({"w": (3, 2)}, False),
+    "transposed": ({"w": (3, 2), "b": (2,)}, True),
+    "transposed, no bias": ({"w": (3, 2)}, True),
+    "square": ({"w": (2, 2)}, False),
+    "convolution": ({"w": (2, 2, 1, 2), "b": (2,)}, False),
+}
 
 
-def vector(seed=0, dtype=torch.float64, requires_grad=False):
-    generator = torch.Generator().manual_seed(seed)
+# One of each, always the same for the same seed, of full rank or singular
+
+
+def randn(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+
+
+def sizes(shapes):
+    return {name: torch.Size(shape) for name, shape in shapes.items()}
+
+
+def count(shapes):
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def paths(shapes):
+    return dict(zip(shapes, ("rule", "generic", "unused"), strict=False))
+
+
+def basis(size, seed):
+    return torch.linalg.qr(randn(size, size, seed=seed)).Q.contiguous()
+
+
+def factor(size, rank, seed):
+    directions = basis(size, seed)[:, :rank]
+    return directions * (randn(rank, seed=seed).square() + 0.1) @ directions.mT
+
+
+def diagonal(seed=0, singular=False, n=20, kind="exact", shapes=SHAPES):
+    values = {
+        name: randn(*shape, seed=seed + k).square() + 0.1
+        for k, (name, shape) in enumerate(shapes.items())
+    }
+    if singular:
+        next(iter(values.values())).view(-1)[:1] = 0
+    return Diagonal(n, kind, paths(shapes), values)
+
+
+def dense(seed=0, singular=False, n=20, kind="exact", shapes=SHAPES):
+    size = count(shapes)
+    root = randn(size, size // 2 if singular else size, seed=seed)
+    return Dense(n, kind, paths(shapes), root @ root.mT, sizes(shapes))
+
+
+def lowrank(seed=0, singular=False, n=20, kind="exact", shapes=SHAPES):
+    size = count(shapes)
+    rank = size // 3 if singular else size
+    values = randn(rank, seed=seed).square() + 0.1
+    directions = basis(size, seed)[:, :rank].clone()
+    return LowRank(n, kind, paths(shapes), directions, values, sizes(shapes))
+
+
+def kronecker(seed=0, singular=False, n=20, kind="exact", layer="linear", prefix=""):
+    shapes, transposed = LAYERS[layer]
+    outputs = shapes["w"][1 if transposed else 0]
+    inputs = count(shapes) // outputs
+    B = factor(outputs, outputs, seed)
+    A = factor(inputs, inputs - 1 if singular else inputs, seed + 1)
+    shapes = {prefix + name: torch.Size(shape) for name, shape in shapes.items()}
+    return Kronecker(n, kind, paths(shapes), B, A, shapes, transposed)
+
+
+def eigenkronecker(seed=0, singular=False, n=20, kind="exact", layer="linear", prefix=""):
+    F = kronecker(0, False, n, kind, layer, prefix)  # the same eigenvectors for every seed
+    moments = randn(*F.size, seed=seed).square() + 0.1
+    if singular:
+        moments[0, 1:] = 0
+    return EigenKronecker(n, kind, F.paths, moments, *F.bases, F.shapes, F.transposed)
+
+
+def blocks(*parts, seed=0, singular=False, n=20, kind="exact", order=None):
+    made = tuple(part(seed=seed, singular=singular, n=n, kind=kind) for part in parts)
+    found = {name: path for block in made for name, path in block.paths.items()}
+    return BlockDiagonal(n, kind, {name: found[name] for name in order or found}, made)
+
+
+def only(make, *names):
+    return partial(make, shapes={name: SHAPES[name] for name in names})
+
+
+MAKERS: dict[str, Callable[..., Fisher]] = {
+    "diagonal": diagonal,
+    "dense": dense,
+    "low rank": lowrank,
+    "a block a parameter": partial(blocks, *(only(dense, name) for name in SHAPES)),
+    "a block a module": partial(
+        blocks,
+        only(dense, "layer.weight", "layer.bias"),
+        only(diagonal, "path.scale"),
+        order=list(SHAPES),
+    ),
+    "Kronecker in blocks": partial(
+        blocks,
+        partial(kronecker, layer="transposed", prefix="1."),
+        only(diagonal, "path.scale"),
+        partial(kronecker, layer="no bias", prefix="0."),
+        order=["0.w", "1.b", "path.scale", "1.w"],
+    ),
+    "eigen-Kronecker in blocks": partial(
+        blocks,
+        partial(eigenkronecker, layer="convolution", prefix="1."),
+        only(lowrank, "path.scale"),
+        order=["1.b", "path.scale", "1.w"],
+    ),
+    **{f"Kronecker {layer}": partial(kronecker, layer=layer) for layer in LAYERS},
+    **{f"eigen-Kronecker {layer}": partial(eigenkronecker, layer=layer) for layer in LAYERS},
+}
+HAVE_SUMS = {name: make for name, make in MAKERS.items() if not name.startswith("Kronecker")}
+
+every = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+every_with_sums = pytest.mark.parametrize("make", HAVE_SUMS.values(), ids=HAVE_SUMS)
+either = pytest.mark.parametrize("singular", [False, True], ids=["regular", "singular"])
+
+
+def vector(F, seed=1, requires_grad=False):
     return {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64)
-        .to(dtype)
-        .requires_grad_(requires_grad)
-        for name, shape in SHAPES.items()
+        name: randn(*shape, seed=seed + k).requires_grad_(requires_grad)
+        for k, (name, shape) in enumerate(F.shapes.items())
     }
 
 
-def flat(v):
-    return torch.cat([v[name].reshape(-1) for name in SHAPES])
+def flat(F, v):
+    return torch.cat([v[name].reshape(-1) for name in F.shapes])
 
 
-def diagonal(seed=0, rank=P, n_samples=20, kind="exact"):
-    values = {name: t.square() + 0.1 for name, t in vector(seed).items()}
-    if rank < P:
-        values["layer.bias"].zero_()
-        values["layer.weight"][0, : P - rank - 3] = 0
-    return Diagonal(n_samples, kind, PATHS, values)
+def identity(F):
+    return torch.eye(count(F.shapes), dtype=DOUBLE)
 
 
-def dense(seed=0, rank=P, n_samples=20, kind="exact"):
-    generator = torch.Generator().manual_seed(seed)
-    root = torch.randn(P, rank, generator=generator, dtype=torch.float64)
-    shapes = {name: torch.Size(shape) for name, shape in SHAPES.items()}
-    return Dense(n_samples, kind, PATHS, root @ root.mT, shapes)
-
-
-def identity():
-    return torch.eye(P, dtype=torch.float64)
-
-
-STRUCTURES = pytest.mark.parametrize("make", [diagonal, dense], ids=["diagonal", "dense"])
-DEFICIENT = P - 4
+def rank(F):
+    return int(torch.linalg.matrix_rank(F.to_dense(), hermitian=True))
 
 
 def close(found, expected, rtol=1e-10):
     assert torch.allclose(found, expected, rtol=rtol, atol=1e-12)
 
 
-@STRUCTURES
+# Each question against the whole matrix
+
+
+@every
 def test_shapes_and_diagonal_are_those_of_the_parameters(make):
     F = make()
-    assert {name: tuple(shape) for name, shape in F.shapes.items()} == SHAPES
-    assert {name: tuple(d.shape) for name, d in F.diagonal().items()} == SHAPES
-    close(flat(F.diagonal()), F.to_dense().diagonal())
-    assert F.to_dense().shape == (P, P)
+    assert {name: d.shape for name, d in F.diagonal().items()} == F.shapes
+    assert list(F.diagonal()) == list(F.shapes) == list(F.paths)
+    close(flat(F, F.diagonal()), F.to_dense().diagonal())
+    assert F.to_dense().shape == identity(F).shape
 
 
-@STRUCTURES
+@pytest.mark.parametrize(
+    "name", ["diagonal", "dense", "low rank", "a block a parameter", "a block a module"]
+)
+def test_the_order_of_the_parameters_is_that_of_the_model(name):
+    assert list(MAKERS[name]().shapes.items()) == list(sizes(SHAPES).items())
+
+
+@every
+@either
+def test_the_whole_matrix_is_symmetric_and_positive_semidefinite(make, singular):
+    matrix = make(singular=singular).to_dense()
+    close(matrix, matrix.mT)
+    assert torch.linalg.eigvalsh(matrix).min() > -1e-12
+
+
+@every
 def test_product_with_a_vector(make):
-    F, v = make(), vector(1)
+    F = make()
+    v = vector(F)
     product = F @ v
-    close(flat(product), F.to_dense() @ flat(v))
-    assert {name: tuple(t.shape) for name, t in product.items()} == SHAPES
+    close(flat(F, product), F.to_dense() @ flat(F, v))
+    assert {name: t.shape for name, t in product.items()} == F.shapes
 
 
-@STRUCTURES
+@every
 def test_names_and_not_the_order_of_a_vector_count(make):
-    F, v = make(), vector(1)
+    F = make()
+    v = vector(F)
     backwards = dict(reversed(v.items()))
-    assert same(flat(F @ backwards), flat(F @ v))
+    assert same(flat(F, F @ backwards), flat(F, F @ v))
     assert torch.equal(F.quadratic(backwards), F.quadratic(v))
-    assert same(flat(F.solve(backwards, 0.1)), flat(F.solve(v, 0.1)))
+    assert same(flat(F, F.solve(backwards, 0.1)), flat(F, F.solve(v, 0.1)))
 
 
-@STRUCTURES
-def test_quadratic_form_and_its_gradient(make):
-    F, v = make(), vector(1, requires_grad=True)
+@every
+@either
+def test_quadratic_form_and_its_gradient(make, singular):
+    F = make(singular=singular)
+    v = vector(F, requires_grad=True)
     value = F.quadratic(v)
-    close(value, flat(v) @ F.to_dense() @ flat(v))
+    close(value, flat(F, v) @ F.to_dense() @ flat(F, v))
     value.backward()
-    close(flat({name: t.grad for name, t in v.items()}), 2 * F.to_dense() @ flat(v).detach())
+    gradient = flat(F, {name: t.grad for name, t in v.items()})
+    close(gradient, 2 * F.to_dense() @ flat(F, v).detach())
 
 
-@STRUCTURES
-@pytest.mark.parametrize("rank", [P, DEFICIENT])
-def test_a_damped_solution(make, rank):
-    F, v = make(rank=rank), vector(1)
-    expected = torch.linalg.solve(F.to_dense() + 0.3 * identity(), flat(v))
-    close(flat(F.solve(v, damping=0.3)), expected)
+@every
+@either
+def test_a_damped_solution(make, singular):
+    F = make(singular=singular)
+    v = vector(F)
+    expected = torch.linalg.solve(F.to_dense() + 0.3 * identity(F), flat(F, v))
+    close(flat(F, F.solve(v, damping=0.3)), expected)
 
 
-@STRUCTURES
-@pytest.mark.parametrize("rank", [P, DEFICIENT])
-def test_a_solution_without_damping_is_the_pseudo_inverse(make, rank):
-    F, v = make(rank=rank), vector(1)
-    assert torch.linalg.matrix_rank(F.to_dense()) == rank
-    close(flat(F.solve(v)), torch.linalg.pinv(F.to_dense()) @ flat(v), rtol=1e-8)
+@every
+@either
+def test_a_solution_without_damping_is_the_pseudo_inverse(make, singular):
+    F = make(singular=singular)
+    v = vector(F)
+    assert (rank(F) < count(F.shapes)) == singular
+    pseudo_inverse = torch.linalg.pinv(F.to_dense(), hermitian=True)
+    close(flat(F, F.solve(v)), pseudo_inverse @ flat(F, v), rtol=1e-9)
 
 
-@STRUCTURES
+def test_eigenvalues_of_the_size_of_a_rounding_error_are_zeros():
+    tiny = 5 * torch.finfo(DOUBLE).eps
+    F, E = lowrank(singular=True), eigenkronecker()
+    values, moments = F.eigenvalues.clone(), E.second_moments.clone()
+    values[1], moments[1, 2] = tiny * values.max(), tiny * moments.max()
+    for G in (replace(F, eigenvalues=values), replace(E, second_moments=moments)):
+        pseudo_inverse = torch.linalg.pinv(G.to_dense(), hermitian=True)
+        v = vector(G)
+        close(flat(G, G.solve(v)), pseudo_inverse @ flat(G, v), rtol=1e-9)
+        assert G.logdet() == -torch.inf
+
+
+@every
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_a_solution_is_differentiable_also_where_there_is_no_information(make, damping):
+    F = make(singular=True)
+    v, w = vector(F, 1, requires_grad=True), vector(F, 5)
+    (flat(F, F.solve(v, damping)) @ flat(F, w)).backward()
+    gradient = flat(F, {name: t.grad for name, t in v.items()})
+    close(gradient, flat(F, F.solve(w, damping)))
+
+
+@every
 def test_trace(make):
     close(make().trace(), make().to_dense().trace())
 
 
-@STRUCTURES
+@every
 @pytest.mark.parametrize("damping", [0.0, 0.3])
 def test_log_determinant(make, damping):
     F = make()
-    expected = torch.linalg.slogdet(F.to_dense() + damping * identity()).logabsdet
+    expected = torch.linalg.slogdet(F.to_dense() + damping * identity(F)).logabsdet
     close(F.logdet(damping), expected)
 
 
-@STRUCTURES
+@every
 @pytest.mark.parametrize("seed", range(5))
 def test_the_log_determinant_of_a_singular_matrix_is_minus_infinity(make, seed):
-    F = make(seed, rank=DEFICIENT)
+    F = make(seed=seed, singular=True)
     assert F.logdet() == -torch.inf
-    expected = torch.linalg.slogdet(F.to_dense() + 0.3 * identity()).logabsdet
+    expected = torch.linalg.slogdet(F.to_dense() + 0.3 * identity(F)).logabsdet
     close(F.logdet(damping=0.3), expected)
 
 
-@STRUCTURES
+@every
 def test_no_information_at_all(make):
-    F, v = 0 * make(), vector(1)
+    F = 0 * make()
+    v = vector(F)
     assert F.trace() == 0
-    assert flat(F.solve(v)).tolist() == [0] * P
-    close(flat(F.solve(v, damping=2.0)), flat(v) / 2)
+    assert not flat(F, F.solve(v)).any()
+    close(flat(F, F.solve(v, damping=2.0)), flat(F, v) / 2)
     assert F.logdet() == -torch.inf
-    assert [row.share for row in F.report()] == [0, 0, 0]
+    assert [row.share for row in F.report()] == [0] * len(F.shapes)
 
 
-@STRUCTURES
-def test_sums_and_multiples(make):
-    F, G = make(0, n_samples=20), make(1, n_samples=5)
-    close((F + G).to_dense(), F.to_dense() + G.to_dense())
-    assert (F + G).n_samples == 25
-    for multiple in (2 * F, F * 2):
-        close(multiple.to_dense(), 2 * F.to_dense())
-        assert (multiple.n_samples, multiple.kind, multiple.paths) == (20, "exact", PATHS)
-    assert type(F + G) is type(F)
+def test_a_low_rank_of_zero_is_no_information():
+    F = 0 * lowrank() + 0 * lowrank()
+    assert F.directions.shape == (10, 0)
+    v = vector(F)
+    assert not flat(F, F.solve(v)).any()
+    close(flat(F, F.solve(v, damping=2.0)), flat(F, v) / 2)
+    close(F.logdet(damping=2.0), torch.tensor(10 * math.log(2), dtype=DOUBLE))
+    assert same((F + lowrank()).to_dense().shape, (10, 10))
+    close((F + lowrank()).to_dense(), lowrank().to_dense())
 
 
-@STRUCTURES
-def test_arithmetic_leaves_its_operands_alone(make):
-    F, G, v = make(0), make(1), vector(1)
-    before = F.to_dense().clone(), G.to_dense().clone(), flat(v).clone()
-    F + G, 2 * F, F @ v, F.solve(v), F.quadratic(v), F.logdet(), F.to(dtype=torch.float32)
-    assert same((F.to_dense(), G.to_dense(), flat(v)), before)
+@every
+def test_the_report_names_path_and_share(make):
+    F = make()
+    report = F.report()
+    assert {row.parameter: row.path for row in report} == F.paths
+    for row in report:
+        assert row.share == pytest.approx(float(F.diagonal()[row.parameter].sum() / F.trace()))
+    assert sum(row.share for row in report) == pytest.approx(1)
 
 
-@STRUCTURES
+@every
 def test_conversion(make):
     F = make()
+    F.solve(vector(F))
     single = F.to("cpu", torch.float32)
     assert single.to_dense().dtype == torch.float32
     assert all(d.dtype == torch.float32 for d in single.diagonal().values())
-    assert torch.allclose(single.to_dense().double(), F.to_dense(), rtol=1e-6, atol=1e-6)
+    assert all(t.dtype == torch.float32 for t in (single @ as_single(vector(F))).values())
+    assert all(t.dtype == torch.float32 for t in single.solve(as_single(vector(F))).values())
+    assert torch.allclose(single.to_dense().double(), F.to_dense(), rtol=1e-5, atol=1e-5)
     assert (single.n_samples, single.kind, single.paths) == (F.n_samples, F.kind, F.paths)
     assert F.to(device="meta").trace().device.type == "meta"
 
 
-@STRUCTURES
-def test_the_report_names_path_and_share(make):
+def as_single(v):
+    return {name: t.float() for name, t in v.items()}
+
+
+# Eigenvectors are found once
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [(diagonal, 0), (dense, 1), (lowrank, 0), (kronecker, 2), (eigenkronecker, 0)],
+)
+def test_eigenvectors_are_found_once_and_only_when_they_are_needed(make, expected, monkeypatch):
+    F, calls, eigh = make(), [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda m: calls.append(m) or eigh(m))
+    F @ vector(F), F.quadratic(vector(F)), F.diagonal(), F.to_dense(), F.state_dict()
+    assert not calls
+    for seed in range(3):
+        F.solve(vector(F, seed), damping=seed)
+        F.logdet(damping=seed)
+    assert len(calls) == expected
+
+
+@every
+def test_eigenvectors_of_one_are_not_taken_for_those_of_another(make):
     F = make()
-    report = F.report()
-    assert {row.parameter: row.path for row in report} == PATHS
-    for row in report:
-        assert row.share == pytest.approx(float(F.diagonal()[row.parameter].sum() / F.trace()))
-    assert sum(row.share for row in report) == pytest.approx(1)
+    v = vector(F)
+    before = F.solve(v)
+    for other in (3 * F, F.pool(make(seed=1)), F.to(dtype=DOUBLE) * 0.5):
+        matrix = torch.linalg.pinv(other.to_dense(), hermitian=True)
+        close(flat(F, other.solve(v)), matrix @ flat(F, v), rtol=1e-9)
+    assert same(F.solve(v), before)
+
+
+# The Kronecker structures against gradients
+
+
+def layer_with_gradient(layer):
+    """A layer with one observation at one position: the gradient and the two factors of it."""
+    F = kronecker(layer=layer)
+    transposed = F.transposed
+    p = vector(F, requires_grad=True)
+    w, bias = p["w"], p.get("b")
+    if layer == "convolution":
+        x = randn(1, *w.shape[1:], seed=7)
+        output = nn.functional.conv2d(x, w, bias).flatten()
+    else:
+        x = randn(len(w) if transposed else w.shape[1], seed=7)
+        output = x @ (w if transposed else w.mT) + (0 if bias is None else bias)
+    g = randn(len(output), seed=8)
+    output.backward(g)
+    a = x.flatten() if bias is None else torch.cat([x.flatten(), torch.ones(1, dtype=DOUBLE)])
+    return F, flat(F, {name: t.grad for name, t in p.items()}), g, a
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_factors_of_one_observation_give_the_outer_product_of_its_gradient(layer):
+    F, gradient, g, a = layer_with_gradient(layer)
+    F = replace(F, output_factor=g.outer(g), input_factor=a.outer(a))
+    close(F.to_dense(), gradient.outer(gradient))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_second_moments_keep_the_diagonal_in_the_basis_of_the_eigenvectors(layer):
+    """What makes it the closest matrix with these eigenvectors."""
+    F, gradient, g, a = layer_with_gradient(layer)
+    outputs, inputs = F.bases
+    moments = (outputs.mT @ g.outer(a) @ inputs).square()
+    E = EigenKronecker(1, "exact", F.paths, moments, outputs, inputs, F.shapes, F.transposed)
+    _, eigenvectors = torch.linalg.eigh(F.to_dense())  # of distinct eigenvalues: unique
+    exact = eigenvectors.mT @ gradient.outer(gradient) @ eigenvectors
+    close(eigenvectors.mT @ E.to_dense() @ eigenvectors, exact.diagonal().diag(), rtol=1e-9)
+    close(E.trace(), gradient.square().sum())
+
+
+def test_eigenvalues_of_kronecker_factors_as_second_moments_change_nothing():
+    F = kronecker()
+    (B, U), (A, V) = torch.linalg.eigh(F.output_factor), torch.linalg.eigh(F.input_factor)
+    E = EigenKronecker(20, "exact", F.paths, B.outer(A), U, V, F.shapes)
+    close(E.to_dense(), F.to_dense())
+
+
+@pytest.mark.parametrize("make", [kronecker, eigenkronecker])
+def test_the_memory_layout_of_the_factors_does_not_matter(make):
+    F = make()
+    side = {field for field in ("output_factor", "output_basis") if hasattr(F, field)}.pop()
+    G = replace(F, **{side: getattr(F, side).mT.contiguous().mT})
+    assert not getattr(G, side).is_contiguous()
+    close(G.to_dense(), F.to_dense())
+    close(flat(F, G.solve(vector(F), 0.1)), flat(F, F.solve(vector(F), 0.1)))
+
+
+@pytest.mark.parametrize("make", [kronecker, eigenkronecker])
+def test_sizes_that_do_not_belong_to_the_parameters_are_refused(make):
+    F = make()
+    with pytest.raises(ValueError, match=r"factors of 'w' are of \(2, 4\) instead of \(2, 3\)"):
+        replace(F, parameter_shapes=sizes({"w": (2, 3)}))
+    with pytest.raises(ValueError, match=r"'w' are of \(2, 4\) instead of \(3, 3\)"):
+        replace(F, parameter_shapes=sizes({"w": (2, 3), "b": (3,)}), transposed=True)
+    for others in ({"b": (3,)}, {"b": (2,), "c": (2,)}):
+        with pytest.raises(ValueError, match=r"one bias of shape \(2,\) at most, got {'b'"):
+            replace(F, parameter_shapes=sizes({"w": (2, 3), **others}))
+
+
+# Sums, multiples and pools
+
+
+@every
+def test_multiples(make):
+    F = make()
+    for multiple in (2 * F, F * 2):
+        close(multiple.to_dense(), 2 * F.to_dense())
+        assert (multiple.n_samples, multiple.kind, multiple.paths) == (20, "exact", F.paths)
+
+
+@every_with_sums
+@either
+def test_sums(make, singular):
+    F, G = make(seed=0, n=20, singular=singular), make(seed=1, n=5, singular=singular)
+    close((F + G).to_dense(), F.to_dense() + G.to_dense())
+    assert (F + G).n_samples == 25
+    assert type(F + G) is type(F)
+
+
+@every_with_sums
+def test_a_pool_is_the_mean_over_all_observations(make):
+    F, G = make(seed=0, n=20), make(seed=1, n=5)
+    close(F.pool(G).to_dense(), (20 * F.to_dense() + 5 * G.to_dense()) / 25)
+    assert type(F.pool(G)) is type(F)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_pool_of_kronecker_products_averages_each_factor(layer):
+    F, G = kronecker(0, n=20, layer=layer), kronecker(5, n=5, layer=layer)
+    pooled = F.pool(G)
+    close(pooled.output_factor, (20 * F.output_factor + 5 * G.output_factor) / 25)
+    close(pooled.input_factor, (20 * F.input_factor + 5 * G.input_factor) / 25)
+
+
+def test_blocks_are_pooled_one_by_one():
+    make = MAKERS["Kronecker in blocks"]
+    F, G = make(seed=0, n=20), make(seed=1, n=5)
+    for found, ours, theirs in zip(F.pool(G).blocks, F.blocks, G.blocks, strict=True):
+        close(found.to_dense(), ours.pool(theirs).to_dense())
+
+
+@every
+def test_pools_may_be_taken_in_any_order(make):
+    parts = [make(seed=seed, n=n) for seed, n in enumerate([20, 5, 1])]
+    F, G, H = parts
+    assert F.pool(G).pool(H).n_samples == 26
+    expected = reduce(lambda one, other: one.pool(other), parts).to_dense()
+    close(F.pool(G.pool(H)).to_dense(), expected)
+    close(H.pool(F).pool(G).to_dense(), expected)
+
+
+@pytest.mark.parametrize(
+    "structure",
+    ["diagonal", "block", "module", "dense", "kronecker", "kronecker-reduce", "lowrank"],
+)
+def test_a_pool_of_two_parts_is_one_run_over_all_data(structure):
+    model = nn.Linear(3, 4).double()
+    x, y = randn(11, 3, seed=0), torch.arange(11) % 4
+    first, second, whole = (
+        fisher_information(model, (x[rows], y[rows]), structure=structure)
+        for rows in (slice(0, 8), slice(8, 11), slice(0, 11))
+    )
+    pooled = Fisher.from_state_dict(first.state_dict()).pool(second)
+    close(pooled.to_dense(), whole.to_dense())
+    assert (pooled.n_samples, pooled.paths) == (11, whole.paths)
+
+
+def test_the_rank_of_a_sum_is_no_larger_than_it_must_be():
+    F, G = lowrank(0, singular=True), lowrank(1, singular=True)
+    assert [len(H.eigenvalues) for H in (F, F + G, F + G + F, F.pool(F))] == [3, 6, 6, 3]
+    assert len((lowrank(0) + lowrank(1)).eigenvalues) == 10
+    close((F + G).directions.mT @ (F + G).directions, torch.eye(6, dtype=DOUBLE))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "both"),
+    [
+        ("unused", "rule", "rule"),
+        ("generic", "rule", "generic"),
+        ("generic", "loop", "loop"),
+        ("unused", "unused", "unused"),
+    ],
+)
+@every_with_sums
+def test_what_is_computed_in_two_ways_is_told_by_the_slower(make, one, other, both):
+    F, G = (replace(make(), paths=dict.fromkeys(make().paths, path)) for path in (one, other))
+    for H in (F + G, G + F, F.pool(G), G.pool(F)):
+        assert set(H.paths.values()) == {both}
+
+
+@every
+def test_only_the_paths_of_its_own_parameters_count(make):
+    F = make()
+    G = replace(F, paths=F.paths | {"elsewhere": "loop"}) if type(F) is not BlockDiagonal else F
+    assert "path.elsewhere" not in G.state_dict()
+    assert G.pool(F).paths == F.pool(G).paths == F.paths
+
+
+@every
+def test_arithmetic_leaves_its_operands_alone(make):
+    F, G = make(seed=0), make(seed=1)
+    v = vector(F)
+    before = F.to_dense().clone(), G.to_dense().clone(), flat(F, v).clone()
+    F.pool(G), 2 * F, F @ v, F.solve(v), F.quadratic(v), F.logdet(), F.to(dtype=torch.float32)
+    if make in HAVE_SUMS.values():
+        F + G
+    assert same((F.to_dense(), G.to_dense(), flat(F, v)), before)
+
+
+examples = given(
+    seed=st.integers(0, 999),
+    singular=st.booleans(),
+    damping=st.floats(0.1, 1e3),
+    factor=st.floats(1e-3, 1e3),
+)
+
+
+@every
+@examples
+@PROPERTY
+def test_a_solution_solves_and_a_determinant_scales(make, seed, singular, damping, factor):
+    F = make(seed=seed, singular=singular)
+    v = vector(F, seed)
+    x = F.solve(v, damping)
+    close(flat(F, F @ x) + damping * flat(F, x), flat(F, v), rtol=1e-9)
+    close(flat(F, F.solve(F @ (F.solve(v)))), flat(F, F.solve(v)), rtol=1e-6)
+    grown = (factor * F).logdet(factor * damping)
+    close(grown, F.logdet(damping) + count(F.shapes) * math.log(factor))
+
+
+@every
+@examples
+@PROPERTY
+def test_sums_traces_and_pools_belong_together(make, seed, singular, damping, factor):
+    F = make(seed=seed, singular=singular)
+    close(F.trace(), torch.stack([d.sum() for d in F.diagonal().values()]).sum())
+    close((factor * F).trace(), factor * F.trace())
+    close(F.pool(F).to_dense(), F.to_dense())
+    close(F.pool(F).logdet(damping), F.logdet(damping))
+    if make in HAVE_SUMS.values():
+        close((F + F).to_dense(), (2 * F).to_dense())
+        close((F + factor * F).trace(), (1 + factor) * F.trace())
+
+
+# State
 
 
 def check_restored(G, F):
@@ -184,9 +599,11 @@ def check_restored(G, F):
     assert G.to_dense().dtype == F.to_dense().dtype
     assert (G.shapes, G.paths, G.kind, G.n_samples) == (F.shapes, F.paths, F.kind, F.n_samples)
     assert list(G.shapes) == list(F.shapes)
+    v = {name: t.to(F.to_dense()) for name, t in vector(F).items()}
+    assert same(G.solve(v, 0.1), F.solve(v, 0.1))
 
 
-@STRUCTURES
+@every
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_state_dict_holds_everything(make, dtype):
     F = make(kind="empirical").to(dtype=dtype)
@@ -195,13 +612,20 @@ def test_a_state_dict_holds_everything(make, dtype):
     check_restored(Fisher.from_state_dict(state), F)
 
 
-@STRUCTURES
+@every
 def test_a_state_dict_goes_through_safetensors(make, tmp_path):
     F = make()
     save_file(F.state_dict(), tmp_path / "fisher.safetensors")
     state = load_file(tmp_path / "fisher.safetensors")
     assert list(state) != list(F.state_dict())  # the format does not keep the order
     check_restored(Fisher.from_state_dict(state), F)
+
+
+@every
+def test_a_state_dict_goes_through_a_file(make, tmp_path):
+    F = make()
+    torch.save(F.state_dict(), tmp_path / "fisher.pt")
+    check_restored(Fisher.from_state_dict(torch.load(tmp_path / "fisher.pt")), F)
 
 
 @pytest.mark.parametrize("structure", ["diagonal", "dense"])
@@ -211,35 +635,103 @@ def test_a_state_dict_of_a_network_goes_through_a_file(structure, tmp_path):
     check_restored(Fisher.from_state_dict(torch.load(tmp_path / "fisher.pt")), F)
 
 
-@STRUCTURES
+@every
 def test_a_state_dict_shares_no_memory(make):
     F = make()
     before = F.to_dense().clone()
     state = F.state_dict()
+    restored = Fisher.from_state_dict(state)
     for tensor in state.values():
         if tensor.is_floating_point():
             tensor.zero_()
     assert torch.equal(F.to_dense(), before)
+    assert torch.equal(restored.to_dense(), before)
 
+
+@pytest.mark.parametrize(
+    ("F", "own"),
+    [
+        (diagonal(), {f"diagonal.{name}": d for name, d in diagonal().diagonal().items()}),
+        (
+            dense(),
+            {f"shape.{name}": torch.tensor(shape) for name, shape in SHAPES.items()}
+            | {"matrix": dense().matrix},
+        ),
+    ],
+    ids=["diagonal", "dense"],
+)
+def test_the_format_of_a_state_does_not_change(F, own):
+    state = {
+        "structure": encode(type(F).__name__),
+        "kind": encode("exact"),
+        "n_samples": torch.tensor(20),
+        "parameters": encode("\n".join(SHAPES)),
+        **{f"path.{name}": encode(path) for name, path in paths(SHAPES).items()},
+        **own,
+    }
+    assert same(F.state_dict(), state)
+    check_restored(Fisher.from_state_dict(state), F)
+
+
+def without(F, key):
+    state = F.state_dict()
+    del state[key]
+    return state
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, r"has no \['kind', 'n_samples', 'parameters', 'structure'\]"),
+        (nn.Linear(2, 2).state_dict(), r"not the state of a Fisher: it has no \['kind'"),
+        (without(diagonal(), "kind"), r"has no \['kind'\]"),
+        (without(dense(), "shape.path.scale"), "has no 'shape.path.scale'"),
+        (without(kronecker(), "transposed"), "has no 'transposed'"),
+        (without(eigenkronecker(), "input_basis"), "has no 'input_basis'"),
+        (without(lowrank(), "eigenvalues"), "has no 'eigenvalues'"),
+        (without(MAKERS["a block a module"](), "block.0.matrix"), "has no 'matrix'"),
+        (
+            {
+                key: t
+                for key, t in MAKERS["a block a module"]().state_dict().items()
+                if not key.startswith("block.1.")
+            },
+            r"\['layer.weight', 'path.scale', 'layer.bias'\] must be in one block, got",
+        ),
+        (
+            diagonal().state_dict() | {"structure": torch.tensor([66], dtype=torch.uint8)},
+            "unknown structure 'B'",
+        ),
+    ],
+)
+def test_a_foreign_state_dict_is_refused(state, message):
+    with pytest.raises(ValueError, match=message):
+        Fisher.from_state_dict(state)
+
+
+# What is refused
 
 WRONG = {
-    "missing": (lambda v: v.pop("layer.bias"), "'layer.bias' is missing"),
-    "unexpected": (lambda v: v.update(head=torch.ones(1)), "'head' is not expected"),
+    "missing": (lambda v, name: v.pop(name), "{0!r} is missing"),
+    "unexpected": (lambda v, name: v.update(head=torch.ones(1)), "'head' is not expected"),
     "shape": (
-        lambda v: v.update({"layer.weight": torch.ones(3, 2)}),
-        r"'layer.weight' has shape \(3, 2\) instead of \(2, 3\)",
+        lambda v, name: v.update({name: torch.ones(9, 9)}),
+        r"{0!r} has shape \(9, 9\) instead of \({1}\)",
     ),
 }
 
 
-@STRUCTURES
+@every
 @pytest.mark.parametrize("method", ["__matmul__", "quadratic", "solve"])
 @pytest.mark.parametrize(("spoil", "message"), WRONG.values(), ids=WRONG)
 def test_a_vector_that_does_not_match_is_named(make, method, spoil, message):
-    v = vector()
-    spoil(v)
+    F = make()
+    v = vector(F)
+    name, shape = next(iter(F.shapes.items()))
+    spoil(v, name)
+    message = message.format(name, str(tuple(shape))[1:-1])
     with pytest.raises(ValueError, match=f"parameters do not match: {message}"):
-        getattr(make(), method)(v)
+        getattr(F, method)(v)
 
 
 def test_every_mismatch_is_listed():
@@ -251,49 +743,101 @@ def test_every_mismatch_is_listed():
     check_shapes(expected, dict(reversed(expected.items())))
 
 
-@STRUCTURES
-def test_only_like_can_be_added_to_like(make):
-    other = {diagonal: dense, dense: diagonal}[make]
+@every
+@pytest.mark.parametrize("damping", [-1e-9, math.nan])
+def test_a_negative_damping_is_refused(make, damping):
+    F = make()
+    for use in (lambda: F.solve(vector(F), damping), lambda: F.logdet(damping)):
+        with pytest.raises(ValueError, match=f"damping must not be negative, got {damping}"):
+            use()
+
+
+def add(F, G):
+    return F + G
+
+
+def pool(F, G):
+    return F.pool(G)
+
+
+both = pytest.mark.parametrize("combine", [add, pool])
+
+
+@both
+@every
+def test_only_like_can_be_combined_with_like(make, combine):
+    F, other = make(), dense() if type(make()) is not Dense else diagonal()
+    message = f"cannot add a {type(other).__name__} to a {type(F).__name__}"
+    with pytest.raises(TypeError, match=message):
+        combine(F, other)
     with pytest.raises(TypeError):
-        make() + other()
-    with pytest.raises(TypeError):
-        make() + 1
+        combine(F, 1)
     with pytest.raises(ValueError, match="kind 'sketch' to one of 'exact'"):
-        make() + make(kind="sketch")
+        combine(F, make(kind="sketch"))
 
 
-def test_only_the_same_parameters_can_be_added():
-    F = diagonal()
-    G = Diagonal(20, "exact", {}, {"other": torch.ones(2)})
+@both
+@pytest.mark.parametrize("make", [diagonal, dense, lowrank])
+def test_only_the_same_parameters_can_be_combined(make, combine):
     message = "'layer.weight' is missing; .* 'other' is not expected"
     with pytest.raises(ValueError, match=message):
-        F + G
-    F = dense()
-    backwards = dict(reversed(F.shapes.items()))
+        combine(make(), make(shapes={"other": (2,)}))
+
+
+@both
+@pytest.mark.parametrize("make", [dense, lowrank])
+def test_matrices_over_parameters_in_another_order_cannot_be_combined(make, combine):
+    F = make()
+    backwards = replace(F, parameter_shapes=dict(reversed(F.shapes.items())))
     with pytest.raises(ValueError, match="in another order"):
-        F + Dense(20, "exact", PATHS, F.matrix, backwards)
+        combine(F, backwards)
+
+
+@both
+@pytest.mark.parametrize("make", [kronecker, eigenkronecker])
+def test_a_transposed_weight_cannot_be_combined_with_one_that_is_not(make, combine):
+    F = make(layer="square")
+    with pytest.raises(ValueError, match="one is transposed and one is not"):
+        combine(F, replace(F, transposed=True))
+
+
+@both
+@pytest.mark.parametrize("field", ["output_basis", "input_basis"])
+def test_moments_in_different_eigenvectors_cannot_be_combined(field, combine):
+    F = eigenkronecker()
+    other = replace(F, **{field: -getattr(F, field)})
+    with pytest.raises(ValueError, match="second moments of 'w' in different eigenvectors"):
+        combine(F, other)
+
+
+@both
+def test_parameters_in_other_blocks_cannot_be_combined(combine):
+    F, G = MAKERS["a block a parameter"](), MAKERS["a block a module"]()
+    message = (
+        r"blocks of \[\['layer.weight', 'layer.bias'\], \['path.scale'\]\] "
+        r"to blocks of \[\['layer.weight'\], \['path.scale'\], \['layer.bias'\]\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        combine(F, G)
+
+
+@pytest.mark.parametrize("name", MAKERS.keys() - HAVE_SUMS.keys())
+def test_the_sum_of_kronecker_products_is_refused_and_points_to_the_pool(name):
+    F = MAKERS[name]()
+    with pytest.raises(TypeError, match=r"is not a Kronecker product; .* use F.pool\(G\)"):
+        F + MAKERS[name](seed=1)
 
 
 @pytest.mark.parametrize(
-    ("state", "message"),
+    ("given_blocks", "message"),
     [
-        ({}, r"has no \['kind', 'n_samples', 'parameters', 'structure'\]"),
-        (nn.Linear(2, 2).state_dict(), r"not the state of a Fisher: it has no \['kind'"),
-        (
-            {name: t for name, t in diagonal().state_dict().items() if name != "kind"},
-            r"has no \['kind'\]",
-        ),
-        (
-            {name: t for name, t in dense().state_dict().items() if name != "shape.path.scale"},
-            "has no 'shape.path.scale'",
-        ),
-        (
-            diagonal().state_dict() | {"structure": torch.tensor([66], dtype=torch.uint8)},
-            "unknown structure 'B'",
-        ),
+        ((only(dense, "layer.weight"),), r"got \['layer.weight'\]"),
+        ((dense, only(diagonal, "path.scale")), r"got .*'layer.bias', 'path.scale'\]"),
+        ((only(dense, "layer.weight"), partial(diagonal, shapes={"a": (), "b": ()})), "'a', 'b'"),
+        ((partial(dense, kind="sketch"),), "kind 'sketch' instead of 20 and 'exact'"),
+        ((partial(dense, n=7),), "is of 7 observations"),
     ],
-    ids=["empty", "model", "incomplete", "incomplete matrix", "unknown structure"],
 )
-def test_a_foreign_state_dict_is_refused(state, message):
+def test_blocks_that_do_not_belong_together_are_refused(given_blocks, message):
     with pytest.raises(ValueError, match=message):
-        Fisher.from_state_dict(state)
+        BlockDiagonal(20, "exact", paths(SHAPES), tuple(make() for make in given_blocks))

@@ -1,0 +1,279 @@
+"""What every Fisher information can do, whatever the form in which it is kept."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Vector: TypeAlias = dict[str, Tensor]
+"""One tensor for each parameter, by name."""
+
+PATHS = ("unused", "rule", "generic", "loop")
+"""How a parameter can be computed; where several apply, the last is the one that is told."""
+
+
+class ReportRow(NamedTuple):
+    """How the Fisher information of one parameter was computed, and how much of it there is."""
+
+    parameter: str
+    path: str
+    share: float
+
+
+@dataclass(frozen=True, eq=False)
+class Fisher(ABC):
+    """A Fisher information, the mean over observations.
+
+    Attributes
+    ----------
+    n_samples
+        Number of observations it is the mean of; ``n_samples * F`` is the information in all.
+    kind
+        ``"exact"``, ``"sketch"``, ``"sampled"`` or ``"empirical"``.
+    paths
+        How each parameter was computed: ``"rule"``, ``"generic"``, ``"loop"`` or ``"unused"``.
+    """
+
+    n_samples: int
+    kind: str
+    paths: dict[str, str]
+
+    _by_name: ClassVar[dict[str, type[Fisher]]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        Fisher._by_name[cls.__name__] = cls
+
+    @property
+    @abstractmethod
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shapes of the parameters, by name."""
+
+    @abstractmethod
+    def diagonal(self) -> Vector:
+        """Return the diagonal, in the shapes of the parameters."""
+
+    @abstractmethod
+    def to_dense(self) -> Float[Tensor, "P P"]:
+        """Return the whole matrix, parameters in the order of :attr:`shapes`."""
+
+    def __matmul__(self, v: Vector) -> Vector:
+        """Return the product with a vector."""
+        check_shapes(self.shapes, {name: t.shape for name, t in v.items()})
+        return self._product(v)
+
+    def quadratic(self, v: Vector) -> Float[Tensor, ""]:
+        r"""Return :math:`v^\top F v`, differentiable in ``v``."""
+        product = self @ v
+        return torch.stack([(v[name] * product[name]).sum() for name in product]).sum()
+
+    def solve(self, v: Vector, damping: float = 0.0) -> Vector:
+        r"""Return :math:`(F + \text{damping} \cdot I)^{-1} v`.
+
+        Without damping, directions of zero information are left out: the pseudo-inverse.
+
+        Raises
+        ------
+        ValueError
+            If the damping is negative, or if ``v`` does not have the names and shapes of the
+            parameters.
+        """
+        _check_damping(damping)
+        check_shapes(self.shapes, {name: t.shape for name, t in v.items()})
+        return self._solve(v, damping)
+
+    def trace(self) -> Float[Tensor, ""]:
+        """Return the sum of the diagonal."""
+        return torch.stack([d.sum() for d in self.diagonal().values()]).sum()
+
+    def logdet(self, damping: float = 0.0) -> Float[Tensor, ""]:
+        r"""Return :math:`\log\det(F + \text{damping} \cdot I)`; minus infinity if singular."""
+        _check_damping(damping)
+        return self._logdet(damping)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """Move or convert all tensors."""
+        return self._map(lambda tensor: tensor.to(device=device, dtype=dtype))
+
+    def report(self) -> list[ReportRow]:
+        """Return, for each parameter, the path taken and its share of the trace."""
+        trace = float(self.trace())
+        return [
+            ReportRow(name, self.paths[name], float(d.sum()) / trace if trace else 0.0)
+            for name, d in self.diagonal().items()
+        ]
+
+    def __add__(self, other: Self) -> Self:
+        """Add two Fisher informations of the same parameters, kind and structure."""
+        if not isinstance(other, Fisher):
+            return NotImplemented
+        self._check_like(other)
+        return self._over_both(self._plus(other), other)
+
+    def __mul__(self, factor: float) -> Self:
+        """Scale by a number."""
+        return self._times(factor)
+
+    __rmul__ = __mul__
+
+    def pool(self, other: Self) -> Self:
+        r"""Return the Fisher information of the data of both together.
+
+        .. math:: \frac{n_F F + n_G G}{n_F + n_G}
+
+        This is the mean over all :math:`n_F + n_G` observations, where ``F + G`` adds the
+        matrices themselves. It resumes a computation and merges those of several processes,
+        for one model with one set of values of its parameters.
+
+        Parameters
+        ----------
+        other
+            A Fisher information of the same parameters, kind and structure.
+
+        Raises
+        ------
+        TypeError
+            If the structures differ.
+        ValueError
+            If the kinds, the names, shapes or order of the parameters, or the bases differ.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from ewc_lib import Fisher, fisher_information
+        >>> model, x, y = torch.nn.Linear(3, 2), torch.randn(10, 3), torch.arange(10) % 2
+        >>> state = fisher_information(model, (x[:6], y[:6])).state_dict()  # torch.save this
+        >>> first, second = Fisher.from_state_dict(state), fisher_information(model, (x[6:], y[6:]))
+        >>> F, at_once = first.pool(second), fisher_information(model, (x, y))
+        >>> F.n_samples, torch.allclose(F.to_dense(), at_once.to_dense())
+        (10, True)
+        """
+        self._check_like(other)
+        weight = self.n_samples / (self.n_samples + other.n_samples)
+        return self._over_both(self._pooled(other, weight), other)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return everything as plain tensors, which ``torch.save`` and safetensors can store."""
+        return {
+            "structure": encode(type(self).__name__),
+            "kind": encode(self.kind),
+            "n_samples": torch.tensor(self.n_samples),
+            "parameters": encode("\n".join(self.shapes)),  # in order, which files do not keep
+            **{f"path.{name}": encode(self.paths[name]) for name in self.shapes},
+            **{key: tensor.clone().contiguous() for key, tensor in self._tensors().items()},
+        }
+
+    @staticmethod
+    def from_state_dict(state: dict[str, Tensor]) -> Fisher:
+        """Rebuild what :meth:`state_dict` returned.
+
+        Raises
+        ------
+        ValueError
+            If the state is not that of a Fisher information.
+        """
+        missing = {"structure", "kind", "n_samples", "parameters"} - state.keys()
+        if missing:
+            raise ValueError(f"this is not the state of a Fisher: it has no {sorted(missing)}")
+        structure = decode(state["structure"])
+        if structure not in Fisher._by_name:
+            raise ValueError(f"unknown structure {structure!r} in the state of a Fisher")
+        names = decode(state["parameters"]).split("\n")
+        try:
+            paths = {name: decode(state[f"path.{name}"]) for name in names}
+            return Fisher._by_name[structure]._from_tensors(
+                state, int(state["n_samples"]), decode(state["kind"]), paths
+            )
+        except KeyError as error:
+            raise ValueError(f"the state of a Fisher has no {error}") from None
+
+    @abstractmethod
+    def _product(self, v: Vector) -> Vector: ...
+
+    @abstractmethod
+    def _solve(self, v: Vector, damping: float) -> Vector: ...
+
+    @abstractmethod
+    def _logdet(self, damping: float) -> Float[Tensor, ""]: ...
+
+    @abstractmethod
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Apply a function to every tensor."""
+
+    @abstractmethod
+    def _times(self, factor: float) -> Self: ...
+
+    @abstractmethod
+    def _plus(self, other: Self) -> Self: ...
+
+    @abstractmethod
+    def _tensors(self) -> dict[str, Tensor]: ...
+
+    @classmethod
+    @abstractmethod
+    def _from_tensors(
+        cls, state: dict[str, Tensor], n_samples: int, kind: str, paths: dict[str, str]
+    ) -> Self: ...
+
+    def _pooled(self, other: Self, weight: float) -> Self:
+        return self._times(weight)._plus(other._times(1 - weight))
+
+    def _check_like(self, other: Self) -> None:
+        """Raise an error that names the difference, if these two cannot be combined."""
+        if type(other) is not type(self):
+            raise TypeError(f"cannot add a {type(other).__name__} to a {type(self).__name__}")
+        if other.kind != self.kind:
+            raise ValueError(f"cannot add a Fisher of kind {other.kind!r} to one of {self.kind!r}")
+        check_shapes(self.shapes, other.shapes)
+
+    def _over_both(self, combined: Self, other: Self) -> Self:
+        paths = {
+            name: max(self.paths[name], other.paths[name], key=PATHS.index) for name in self.shapes
+        }
+        return replace(combined, n_samples=self.n_samples + other.n_samples, paths=paths)
+
+
+def divide(x: Tensor, d: Tensor) -> Tensor:
+    """Divide by a diagonal, leaving out where it is zero."""
+    return x / d.where(d > 0, torch.inf)
+
+
+def check_shapes(expected: dict[str, torch.Size], given: dict[str, torch.Size]) -> None:
+    """Raise a ValueError that lists every name or shape that differs."""
+    problems = [f"{name!r} is missing" for name in expected if name not in given]
+    problems += [f"{name!r} is not expected" for name in given if name not in expected]
+    problems += [
+        f"{name!r} has shape {tuple(given[name])} instead of {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in given and given[name] != shape
+    ]
+    if problems:
+        raise ValueError("parameters do not match: " + "; ".join(problems))
+
+
+def _check_damping(damping: float) -> None:
+    if not damping >= 0:
+        raise ValueError(f"damping must not be negative, got {damping}")
+
+
+def encode(text: str) -> Tensor:
+    """Write text as a tensor."""
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def decode(codes: Tensor) -> str:
+    """Read what :func:`encode` wrote."""
+    return bytes(codes.tolist()).decode()
+
+
+def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the part of a state whose keys begin with a prefix, without it."""
+    return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}

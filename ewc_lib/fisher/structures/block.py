@@ -1,0 +1,140 @@
+"""Several Fisher informations side by side."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Self, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ewc_lib._parameters import unravel
+from ewc_lib.fisher.structures.base import Fisher, Vector, under
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class BlockDiagonal(Fisher):
+    r"""One block for each group of parameters; what lies between groups is taken as zero.
+
+    .. math:: F \approx \begin{pmatrix} F_1 & & \\ & \ddots & \\ & & F_B \end{pmatrix}
+
+    A block is any Fisher information of its own parameters: dense, diagonal, Kronecker. Every
+    operation is done block by block, so what a block refuses (the sum of two Kronecker
+    products) is refused here.
+
+    Attributes
+    ----------
+    blocks
+        Of the same observations and kind, each parameter in one of them. :attr:`paths` gives
+        the order of the parameters.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is in no block or in two, or if the blocks are of different kinds or
+        numbers of observations.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ewc_lib.fisher import Diagonal
+    >>> a, b = (Diagonal(10, "exact", {n: "rule"}, {n: torch.ones(2)}) for n in "ab")
+    >>> F = BlockDiagonal(10, "exact", a.paths | b.paths, (a, 3 * b))
+    >>> F.diagonal()
+    {'a': tensor([1., 1.]), 'b': tensor([3., 3.])}
+    """
+
+    blocks: tuple[Fisher, ...]
+
+    def __post_init__(self) -> None:
+        names = [name for block in self.blocks for name in block.shapes]
+        if sorted(names) != sorted(self.paths):
+            raise ValueError(
+                f"each of the parameters {list(self.paths)} must be in one block, got {names}"
+            )
+        for block in self.blocks:
+            if (block.kind, block.n_samples) != (self.kind, self.n_samples):
+                raise ValueError(
+                    f"the block of {list(block.shapes)} is of {block.n_samples} observations and "
+                    f"kind {block.kind!r} instead of {self.n_samples} and {self.kind!r}"
+                )
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        return self._merge(lambda block: block.shapes)
+
+    def diagonal(self) -> Vector:
+        return self._merge(lambda block: block.diagonal())
+
+    def to_dense(self) -> Float[Tensor, "P P"]:
+        size = sum(shape.numel() for shape in self.shapes.values())
+        places = unravel(torch.arange(size), self.shapes)
+        parts = [block.to_dense() for block in self.blocks]
+        dtype = reduce(torch.promote_types, (part.dtype for part in parts))
+        matrix = torch.zeros(size, size, dtype=dtype, device=parts[0].device)
+        for block, part in zip(self.blocks, parts, strict=True):
+            place = torch.cat([places[name].flatten() for name in block.shapes])
+            matrix[place[:, None], place] = part.to(dtype)
+        return matrix
+
+    def _merge(self, found: Callable[[Fisher], dict[str, T]]) -> dict[str, T]:
+        """Ask every block, and put what it finds for its parameters in the common order."""
+        merged = {name: value for block in self.blocks for name, value in found(block).items()}
+        return {name: merged[name] for name in self.paths}
+
+    def _product(self, v: Vector) -> Vector:
+        return self._merge(lambda block: block @ _part(v, block))
+
+    def _solve(self, v: Vector, damping: float) -> Vector:
+        return self._merge(lambda block: block.solve(_part(v, block), damping))
+
+    def _logdet(self, damping: float) -> Float[Tensor, ""]:
+        return torch.stack([block.logdet(damping) for block in self.blocks]).sum()
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return replace(self, blocks=tuple(block._map(change) for block in self.blocks))
+
+    def _times(self, factor: float) -> Self:
+        return replace(self, blocks=tuple(factor * block for block in self.blocks))
+
+    def _plus(self, other: Self) -> Self:
+        return self._joined(other, operator.add)
+
+    def _pooled(self, other: Self, weight: float) -> Self:
+        return self._joined(other, lambda block, its: block.pool(its))
+
+    def _joined(self, other: Self, join: Callable[[Fisher, Fisher], Fisher]) -> Self:
+        blocks = tuple(map(join, self.blocks, other.blocks))
+        return replace(self, n_samples=blocks[0].n_samples, blocks=blocks)
+
+    def _check_like(self, other: Self) -> None:
+        super()._check_like(other)
+        ours, theirs = ([list(b.shapes) for b in one.blocks] for one in (self, other))
+        if ours != theirs:
+            raise ValueError(f"cannot add blocks of {theirs} to blocks of {ours}")
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            f"block.{i}.{key}": tensor
+            for i, block in enumerate(self.blocks)
+            for key, tensor in block.state_dict().items()
+        }
+
+    @classmethod
+    def _from_tensors(
+        cls, state: dict[str, Tensor], n_samples: int, kind: str, paths: dict[str, str]
+    ) -> Self:
+        blocks: list[Fisher] = []
+        while own := under(f"block.{len(blocks)}.", state):
+            blocks.append(Fisher.from_state_dict(own))
+        return cls(n_samples, kind, paths, tuple(blocks))
+
+
+def _part(v: Vector, block: Fisher) -> Vector:
+    return {name: v[name] for name in block.shapes}

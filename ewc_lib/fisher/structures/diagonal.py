@@ -1,0 +1,65 @@
+"""Only the diagonal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ewc_lib._parameters import ravel
+from ewc_lib.fisher.structures.base import Fisher, Vector, divide
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal(Fisher):
+    """Only the diagonal; everything off it is taken as zero.
+
+    Attributes
+    ----------
+    values
+        One tensor for each parameter, of its shape.
+    """
+
+    values: Vector
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name: value.shape for name, value in self.values.items()}
+
+    def diagonal(self) -> Vector:
+        return dict(self.values)
+
+    def to_dense(self) -> Float[Tensor, "P P"]:
+        return ravel(self.values)[0].diag()
+
+    def _product(self, v: Vector) -> Vector:
+        return {name: value * v[name] for name, value in self.values.items()}
+
+    def _solve(self, v: Vector, damping: float) -> Vector:
+        return {name: divide(v[name], value + damping) for name, value in self.values.items()}
+
+    def _logdet(self, damping: float) -> Float[Tensor, ""]:
+        return torch.stack([(d + damping).log().sum() for d in self.values.values()]).sum()
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return replace(self, values={name: change(d) for name, d in self.values.items()})
+
+    def _times(self, factor: float) -> Self:
+        return self._map(lambda d: factor * d)
+
+    def _plus(self, other: Self) -> Self:
+        return replace(self, values={k: d + other.values[k] for k, d in self.values.items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f"diagonal.{name}": d for name, d in self.values.items()}
+
+    @classmethod
+    def _from_tensors(
+        cls, state: dict[str, Tensor], n_samples: int, kind: str, paths: dict[str, str]
+    ) -> Self:
+        values = {name: state[f"diagonal.{name}"].clone() for name in paths}
+        return cls(n_samples, kind, paths, values)

@@ -1,0 +1,271 @@
+r"""The parameters of one layer, through the sizes of its outputs and inputs only.
+
+The weight of a linear map or of a convolution, reshaped to :math:`[O, I]`, and its bias as one
+more column (the weight of a constant input 1) are one matrix :math:`V`. The gradient of one
+output column is :math:`G = g a^\top`, summed over positions.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ewc_lib.fisher.structures.base import Vector
+from ewc_lib.fisher.structures.spectral import Spectral, without_rounding
+
+
+class Layer(Spectral):
+    """A matrix over one weight and perhaps its bias, whose eigenvectors are products."""
+
+    transposed: bool
+
+    def __post_init__(self) -> None:
+        (weight, shape), *biases = self.parameter_shapes.items()
+        outputs = shape[1 if self.transposed else 0]
+        expected = (outputs, shape.numel() // outputs + len(biases))
+        if len(biases) > 1 or any(s != (outputs,) for _, s in biases):
+            raise ValueError(f"one bias of shape {(outputs,)} at most, got {dict(biases)}")
+        if self.size != expected:
+            raise ValueError(f"the factors of {weight!r} are of {self.size} instead of {expected}")
+
+    @property
+    @abstractmethod
+    def size(self) -> tuple[int, int]:
+        """Outputs O and inputs I, the constant 1 of the bias among them."""
+
+    @property
+    @abstractmethod
+    def bases(self) -> tuple[Float[Tensor, "O O"], Float[Tensor, "I I"]]:
+        """Eigenvectors of the output side and of the input side, in columns."""
+
+    def _pack(self, v: Vector) -> Float[Tensor, "O I"]:
+        weight, *biases = (v[name] for name in self.shapes)
+        matrix = weight.mT if self.transposed else weight.flatten(1)
+        return torch.cat([matrix, *(bias.unsqueeze(1) for bias in biases)], 1)
+
+    def _unpack(self, x: Float[Tensor, "O I"]) -> Vector:
+        (weight, shape), *biases = self.shapes.items()
+        matrix = x[:, : x.shape[1] - len(biases)]
+        matrix = matrix.mT if self.transposed else matrix
+        return {weight: matrix.reshape(shape)} | {name: x[:, -1] for name, _ in biases}
+
+    def _to_basis(self, x: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
+        outputs, inputs = self.bases
+        return outputs.mT @ x @ inputs
+
+    def _from_basis(self, coordinates: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
+        outputs, inputs = self.bases
+        return outputs @ coordinates @ inputs.mT
+
+    def _in_order(self, matrix: Float[Tensor, "P P"]) -> Float[Tensor, "P P"]:
+        """Bring rows and columns from the order of :meth:`_pack` to that of the shapes."""
+        place = self._unpack(torch.arange(len(matrix), device=matrix.device).reshape(self.size))
+        order = torch.cat([place[name].reshape(-1) for name in self.shapes])
+        return matrix[order[:, None], order]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return super()._tensors() | {"transposed": torch.tensor(self.transposed)}
+
+    @classmethod
+    def _read(cls, state: dict[str, Tensor]) -> dict[str, Any]:
+        return super()._read(state) | {"transposed": bool(state["transposed"])}
+
+    def _check_like(self, other: Self) -> None:
+        super()._check_like(other)
+        if self.transposed != other.transposed:
+            raise ValueError("cannot add weights of which one is transposed and one is not")
+
+
+@dataclass(frozen=True, eq=False)
+class Kronecker(Layer):
+    r"""Two small factors for one layer, as if outputs and inputs were independent (KFAC).
+
+    .. math:: F \approx B \otimes A, \qquad F v = B V A
+
+    with :math:`B` from the gradients :math:`g` at the outputs of the layer and :math:`A` from
+    its inputs :math:`a` (Martens and Grosse 2015; Grosse and Martens 2016 for convolutions;
+    Eschenhagen et al. 2023 for weights shared over positions).
+
+    :meth:`solve` and :meth:`logdet` are exact for :math:`B \otimes A + \delta I`, by the
+    eigenvectors of both factors; the damping is *not* split between them, as optimisers do.
+    :meth:`pool` averages the factors one by one, as one run over all data would. ``F + G`` is
+    refused: the sum of two Kronecker products is none.
+
+    Attributes
+    ----------
+    output_factor
+        :math:`B`, ``[O, O]``: mean over observations of the sum over output columns and
+        positions of :math:`g g^\top`.
+    input_factor
+        :math:`A`, ``[I, I]``: mean over observations, and over the positions of each, of
+        :math:`a a^\top`. With a bias in the block, the constant input 1 is the last.
+    parameter_shapes
+        Name and shape of the weight, then of the bias if it is in the block.
+    transposed
+        Whether the weight is stored ``[I, O]``, as ``torch.addmm`` takes it.
+
+    Raises
+    ------
+    ValueError
+        If the sizes of the factors are not those of the parameters.
+
+    Examples
+    --------
+    >>> import torch
+    >>> shapes = {"weight": torch.Size([2, 3]), "bias": torch.Size([2])}
+    >>> B, A = torch.eye(2), 2 * torch.eye(4)
+    >>> F = Kronecker(10, "exact", dict.fromkeys(shapes, "rule"), B, A, shapes)
+    >>> F.trace()  # tr A tr B
+    tensor(16.)
+    >>> F.solve({"weight": torch.ones(2, 3), "bias": torch.ones(2)}, damping=2.0)["bias"]
+    tensor([0.2500, 0.2500])
+    """
+
+    output_factor: Float[Tensor, "O O"]
+    input_factor: Float[Tensor, "I I"]
+    parameter_shapes: dict[str, torch.Size]
+    transposed: bool = False
+
+    _TENSORS = ("output_factor", "input_factor")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return len(self.output_factor), len(self.input_factor)
+
+    def diagonal(self) -> Vector:
+        return self._unpack(self.output_factor.diagonal().outer(self.input_factor.diagonal()))
+
+    def to_dense(self) -> Float[Tensor, "P P"]:
+        return self._in_order(kron(self.output_factor, self.input_factor))
+
+    @cached_property
+    def _eigen(self) -> tuple[Any, Any]:
+        return torch.linalg.eigh(self.output_factor), torch.linalg.eigh(self.input_factor)
+
+    @property
+    def bases(self) -> tuple[Float[Tensor, "O O"], Float[Tensor, "I I"]]:
+        outputs, inputs = self._eigen
+        return outputs.eigenvectors.contiguous(), inputs.eigenvectors.contiguous()
+
+    @property
+    def _spectrum(self) -> Float[Tensor, "O I"]:
+        outputs, inputs = (without_rounding(factor.eigenvalues) for factor in self._eigen)
+        return outputs.outer(inputs)
+
+    def _product(self, v: Vector) -> Vector:
+        return self._unpack(self.output_factor @ self._pack(v) @ self.input_factor)
+
+    def _times(self, factor: float) -> Self:
+        return replace(self, output_factor=factor * self.output_factor)
+
+    def _plus(self, other: Self) -> Self:
+        raise TypeError(
+            "the sum of two Kronecker products is not a Kronecker product; for the information "
+            "of the data of both together use F.pool(G)"
+        )
+
+    def _pooled(self, other: Self, weight: float) -> Self:
+        return replace(
+            self,
+            output_factor=weight * self.output_factor + (1 - weight) * other.output_factor,
+            input_factor=weight * self.input_factor + (1 - weight) * other.input_factor,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class EigenKronecker(Layer):
+    r"""The second moments of one layer's gradients in a Kronecker product's eigenvectors (EKFAC).
+
+    .. math:: F \approx (U_B \otimes U_A) \, \mathrm{diag}(S) \, (U_B \otimes U_A)^\top,
+              \qquad S = \frac1N \sum_n \sum_k (U_B^\top G_{nk} U_A)^2
+
+    Of all matrices with these eigenvectors it is the closest to the Fisher information
+    (George et al. 2018). ``F + G`` and :meth:`pool` need the same eigenvectors, bit by bit:
+    choose them once, then take the moments of all data in them.
+
+    Attributes
+    ----------
+    second_moments
+        :math:`S`, ``[O, I]``: mean over observations, sum over output columns.
+    output_basis
+        :math:`U_B`, ``[O, O]``, orthonormal columns, as in :attr:`Kronecker.bases`.
+    input_basis
+        :math:`U_A`, ``[I, I]``, orthonormal columns.
+    parameter_shapes
+        Name and shape of the weight, then of the bias if it is in the block.
+    transposed
+        Whether the weight is stored ``[I, O]``, as ``torch.addmm`` takes it.
+
+    Raises
+    ------
+    ValueError
+        If the sizes of the moments are not those of the parameters.
+
+    Examples
+    --------
+    >>> import torch
+    >>> shapes = {"weight": torch.Size([2, 3])}
+    >>> S = torch.arange(6.0).reshape(2, 3)
+    >>> bases = torch.eye(2), torch.eye(3)
+    >>> F = EigenKronecker(10, "exact", {"weight": "rule"}, S, *bases, shapes)
+    >>> F.diagonal()["weight"]
+    tensor([[0., 1., 2.],
+            [3., 4., 5.]])
+    """
+
+    second_moments: Float[Tensor, "O I"]
+    output_basis: Float[Tensor, "O O"]
+    input_basis: Float[Tensor, "I I"]
+    parameter_shapes: dict[str, torch.Size]
+    transposed: bool = False
+
+    _TENSORS = ("second_moments", "output_basis", "input_basis")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        outputs, inputs = self.second_moments.shape
+        return outputs, inputs
+
+    @property
+    def bases(self) -> tuple[Float[Tensor, "O O"], Float[Tensor, "I I"]]:
+        return self.output_basis, self.input_basis
+
+    @property
+    def _spectrum(self) -> Float[Tensor, "O I"]:
+        return without_rounding(self.second_moments)
+
+    def diagonal(self) -> Vector:
+        outputs, inputs = (basis.square() for basis in self.bases)
+        return self._unpack(outputs @ self.second_moments @ inputs.mT)
+
+    def to_dense(self) -> Float[Tensor, "P P"]:
+        basis = kron(*self.bases)
+        return self._in_order(basis * self.second_moments.flatten() @ basis.mT)
+
+    def _product(self, v: Vector) -> Vector:
+        return self._in_basis(v, lambda along: self.second_moments * along)
+
+    def _times(self, factor: float) -> Self:
+        return replace(self, second_moments=factor * self.second_moments)
+
+    def _plus(self, other: Self) -> Self:
+        return replace(self, second_moments=self.second_moments + other.second_moments)
+
+    def _check_like(self, other: Self) -> None:
+        super()._check_like(other)
+        if not all(map(torch.equal, self.bases, other.bases)):
+            raise ValueError(
+                f"cannot add second moments of {next(iter(self.shapes))!r} in different "
+                "eigenvectors: take those of all data in the same ones"
+            )
+
+
+def kron(B: Float[Tensor, "O O"], A: Float[Tensor, "I I"]) -> Float[Tensor, "P P"]:
+    """Return the Kronecker product; ``torch.kron`` refuses factors of mixed memory layouts."""
+    return torch.kron(B.contiguous(), A.contiguous())

@@ -1,0 +1,96 @@
+"""A few directions that hold most of the information."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ewc_lib.fisher.structures.base import Vector
+from ewc_lib.fisher.structures.spectral import Spectral, without_rounding
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Spectral):
+    r"""A few eigenvectors over all parameters; what is orthogonal to them is taken as zero.
+
+    .. math:: F \approx U \, \mathrm{diag}(\lambda) \, U^\top
+              = \sum_{j=1}^k \lambda_j u_j u_j^\top
+
+    ``F + G`` and :meth:`pool` are the exact sums of two such matrices, so the rank grows, up to
+    the sum of both. The inverse of the damped matrix is that of Woodbury (1950),
+    :math:`(F + \delta I)^{-1} = \frac1\delta (I - U\,\mathrm{diag}(\frac{\lambda_j}{\lambda_j +
+    \delta})\,U^\top)`.
+
+    Attributes
+    ----------
+    directions
+        :math:`U`, ``[P, k]``, orthonormal columns, parameters in the order of
+        ``parameter_shapes``.
+    eigenvalues
+        :math:`\lambda`, ``[k]``, in the units of the Fisher information.
+    parameter_shapes
+        Shapes of the parameters, by name.
+
+    Examples
+    --------
+    >>> import torch
+    >>> shapes = {"weight": torch.Size([1, 2]), "bias": torch.Size([1])}
+    >>> directions = torch.tensor([[0.6], [0.8], [0.0]])
+    >>> F = LowRank(10, "exact", dict.fromkeys(shapes, "rule"), directions, torch.ones(1), shapes)
+    >>> F.diagonal()["weight"]
+    tensor([[0.3600, 0.6400]])
+    >>> (F + F).eigenvalues
+    tensor([2.])
+    """
+
+    directions: Float[Tensor, "P k"]
+    eigenvalues: Float[Tensor, " k"]
+    parameter_shapes: dict[str, torch.Size]
+
+    _TENSORS = ("directions", "eigenvalues")
+
+    def diagonal(self) -> Vector:
+        return self._unpack(self.directions.square() @ self.eigenvalues)
+
+    def to_dense(self) -> Float[Tensor, "P P"]:
+        return self._from_basis(self.eigenvalues.diag()) @ self.directions.mT
+
+    @property
+    def _spectrum(self) -> Float[Tensor, " k"]:
+        return without_rounding(self.eigenvalues, len(self.directions))
+
+    def _to_basis(self, x: Float[Tensor, " P"]) -> Float[Tensor, " k"]:
+        return self.directions.mT @ x
+
+    def _from_basis(self, coordinates: Float[Tensor, " k"]) -> Float[Tensor, " P"]:
+        return self.directions @ coordinates
+
+    def _product(self, v: Vector) -> Vector:
+        return self._in_basis(v, lambda along: self.eigenvalues * along)
+
+    def _solve(self, v: Vector, damping: float) -> Vector:
+        if damping == 0:
+            return super()._solve(v, damping)
+        share = self._spectrum / (self._spectrum + damping)
+        spanned = self._in_basis(v, lambda along: share * along)
+        return {name: (v[name] - part) / damping for name, part in spanned.items()}
+
+    def _logdet(self, damping: float) -> Float[Tensor, ""]:
+        spanned = super()._logdet(damping)
+        size, rank = self.directions.shape
+        left: Tensor = torch.special.xlogy(size - rank, spanned.new_tensor(damping))
+        return spanned + left
+
+    def _times(self, factor: float) -> Self:
+        return replace(self, eigenvalues=factor * self.eigenvalues)
+
+    def _plus(self, other: Self) -> Self:
+        basis, triangle = torch.linalg.qr(torch.cat([self.directions, other.directions], 1))
+        inside = triangle * torch.cat([self.eigenvalues, other.eigenvalues]) @ triangle.mT
+        eigenvalues, rotation = torch.linalg.eigh(inside)
+        kept = without_rounding(eigenvalues, len(basis)) > 0
+        return replace(self, directions=basis @ rotation[:, kept], eigenvalues=eigenvalues[kept])
