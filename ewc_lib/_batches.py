@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from ewc_lib._parameters import count
 
@@ -53,6 +53,38 @@ def batches(data: Any, device: torch.device, n_samples: int | None = None) -> It
         raise ValueError("data is empty: it yielded no observation (was an iterator used up?)")
     if n_samples is not None and seen < n_samples:
         raise ValueError(f"n_samples={n_samples}, but data holds only {seen} observations")
+
+
+def join(pieces: Iterable[Batch], enough: Callable[[], int]) -> Iterator[Batch]:
+    """Join batches until they hold enough observations, where their shapes allow it.
+
+    ``enough`` is asked again after each batch that is handed out.
+    """
+    waiting: list[Batch] = []
+    for piece in pieces:
+        if waiting and _form(waiting[0]) != _form(piece):
+            yield _joined(waiting)
+            waiting = []
+        waiting.append(piece)
+        if sum(map(len, waiting)) >= enough():
+            yield _joined(waiting)
+            waiting = []
+    if waiting:
+        yield _joined(waiting)
+
+
+def _form(batch: Batch) -> Any:
+    """Everything but the number of observations."""
+    leaves, structure = tree_flatten((batch.inputs, batch.target))
+    return structure, [(leaf.dtype, leaf.shape[1:]) for leaf in leaves]
+
+
+def _joined(parts: list[Batch]) -> Batch:
+    if len(parts) == 1:
+        return parts[0]
+    pairs = [(part.inputs, part.target) for part in parts]
+    inputs, target = tree_map(lambda *leaves: torch.cat(leaves), *pairs)
+    return Batch(inputs, target, parts[0].first)
 
 
 def _raw_batches(data: Any) -> Iterable[Any]:
@@ -104,6 +136,7 @@ def _length(inputs: Any, target: Tensor, number: int) -> int:
 
 def _check_inputs(inputs: Any, first: int) -> None:
     for leaf in tree_leaves(inputs):
-        if leaf.is_floating_point() and leaf.isnan().any():
+        # A sum that is a number tells that there is no NaN, in a third of the time.
+        if leaf.is_floating_point() and leaf.sum().isnan() and leaf.isnan().any():
             bad = leaf.isnan().reshape(len(leaf), -1).any(1).nonzero()[0]
             raise ValueError(f"the input of observation {first + int(bad)} holds NaN")

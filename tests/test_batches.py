@@ -7,7 +7,7 @@ from hypothesis import given
 from torch.utils.data import DataLoader, TensorDataset
 
 from ewc_lib import _batches
-from ewc_lib._batches import batches
+from ewc_lib._batches import batches, join
 from tests.scenarios import PROPERTY, cut, same
 
 CPU = torch.device("cpu")
@@ -177,3 +177,52 @@ def test_data_and_targets_of_different_length_are_refused():
 def test_data_that_are_neither_batches_nor_one_tuple_are_refused(data):
     with pytest.raises(ValueError, match=f"must be a DataLoader.* got {type(data).__name__}"):
         list(batches(data, CPU))
+
+
+# Joining small batches
+
+
+def joined(data, *enough):
+    """Join with another target for each batch that is handed out, the last one for the rest."""
+    asked = iter([*enough, *enough[-1:] * 99])
+    target = [next(asked)]
+    for batch in join(batches(data, CPU), lambda: target[0]):
+        yield batch
+        target[0] = next(asked)
+
+
+@given(st.integers(1, 12), st.integers(0, 12))
+@PROPERTY
+def test_joined_batches_hold_the_same_observations_in_order(size, enough):
+    found = list(joined(cut(X, Y, size), enough))
+    assert same(torch.cat([batch.inputs for batch in found]), X)
+    assert same(torch.cat([batch.target for batch in found]), Y)
+    assert [batch.first for batch in found] == [int(batch.target[0]) for batch in found]
+    assert all(len(batch) >= min(enough, N) for batch in found[:-1])
+    assert all(len(batch) <= max(enough - 1, 0) + size for batch in found)
+
+
+def test_batches_are_joined_no_further_than_needed():
+    assert [len(batch) for batch in joined(cut(X, Y, 2), 0)] == [2] * 5
+    assert [len(batch) for batch in joined(cut(X, Y, 2), 0, 3)] == [2, 4, 4]
+    assert [len(batch) for batch in joined(cut(X, Y, 2), 100)] == [10]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (torch.zeros(2, 3), torch.arange(2)),
+        (torch.zeros(2, 2, dtype=torch.float64), torch.arange(2)),
+        ((torch.zeros(2, 2), torch.zeros(2, 2)), torch.arange(2)),
+        (torch.zeros(2, 2), torch.zeros(2, 1)),
+    ],
+    ids=["longer rows", "another dtype", "more inputs", "other targets"],
+)
+def test_batches_of_another_form_are_not_joined(other):
+    first = (X[:2], Y[:2])
+    assert [len(b) for b in joined([first, first, other, first], 100)] == [4, 2, 2]
+
+
+def test_joined_batches_of_named_inputs_keep_their_names():
+    (batch,) = joined([{"x": x, "labels": y} for x, y in cut(X, Y, 4)], 100)
+    assert same(batch.inputs, {"x": X})

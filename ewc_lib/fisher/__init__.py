@@ -3,15 +3,29 @@
 from ewc_lib.distributions import Bernoulli, Categorical, Gaussian, Poisson
 from ewc_lib.fisher.definitions import every_label, negative_expected_hessian, score_covariance
 from ewc_lib.fisher.estimate import fisher_information
-from ewc_lib.fisher.structures import Dense, Diagonal, Fisher
+from ewc_lib.fisher.product import MatrixFree
+from ewc_lib.fisher.structures import (
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    EigenKronecker,
+    Fisher,
+    Kronecker,
+    LowRank,
+)
 
 __all__ = [
     "Bernoulli",
+    "BlockDiagonal",
     "Categorical",
     "Dense",
     "Diagonal",
+    "EigenKronecker",
     "Fisher",
     "Gaussian",
+    "Kronecker",
+    "LowRank",
+    "MatrixFree",
     "Poisson",
     "every_label",
     "fisher_information",

@@ -1,16 +1,17 @@
 """Who used which parameter, with which input, and where the output's gradient arrives.
 
 Operations are watched, not modules: functional code, tied weights, modules called twice and
-raw parameters are all seen. A parameter that an operation without a rule uses is *known* to
-need the generic path.
+raw parameters are all seen. What is computed from parameters alone, as a transposed, sliced or
+normalised weight, is watched like a parameter. A parameter that an operation without a rule uses
+together with data is *known* to need the generic path.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,23 +19,61 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ewc_lib.fisher.rules import Rule, chunks, match, sum_of_squares
+from ewc_lib.fisher.layout import Layout
+from ewc_lib.fisher.operations import inside, match
+from ewc_lib.fisher.rules import Rule
 
 
 @dataclass(frozen=True, eq=False)
 class Use:
-    """One use of one parameter by an operation that has a rule."""
+    """One use of a parameter, or of a tensor computed from parameters, by an operation with a rule.
 
-    name: str
+    Attributes
+    ----------
+    source
+        The parameter or the tensor computed from parameters.
+    rule
+        How its gradient for each observation follows.
+    input
+        The other input of the operation.
+    edge
+        Where the gradient of the operation's output arrives.
+    shape
+        The shape of the operation's output.
+    operation
+        Its name.
+    """
+
+    source: Tensor
     rule: Rule
     input: Tensor
     edge: GradientEdge
+    shape: torch.Size
     operation: str
 
+    def signature(self, n: int) -> tuple[Any, ...]:
+        """Return what must stay the same for a decision about this use to be kept."""
+        return *self.kind, self.input.dim(), len(self.shape), self.shape[:1] == (n,)
+
     @property
-    def signature(self) -> tuple[Any, ...]:
-        """What must stay the same for a decision about this use to be kept."""
-        return self.name, self.rule, self.operation, self.input.dim()
+    def kind(self) -> tuple[str, type[Rule]]:
+        """The operation and the rule, which do not depend on the number of observations."""
+        return self.operation, type(self.rule)
+
+
+class Step(NamedTuple):
+    """What one operation does with a watched tensor.
+
+    Attributes
+    ----------
+    uses
+        Numbers of the uses by rule, or None if the operation has no rule.
+    results
+        What it computes, if from parameters alone.
+    """
+
+    uses: tuple[int, ...] | None
+    results: list[Tensor]
 
 
 class Recorder(TorchFunctionMode):
@@ -44,101 +83,125 @@ class Recorder(TorchFunctionMode):
     ----------
     parameters
         The parameters to watch, by name.
-    n
-        The number of observations in the batch.
+    constants
+        All tensors of the model, which do not depend on the data.
 
     Attributes
     ----------
     uses
         Every use by an operation with a rule, in order.
-    unknown
-        Names of the parameters that some operation used without a rule.
     eps
         Machine precision of the coarsest result of any operation, as autocast may make it.
+    nbytes
+        Size of all results together.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], n: int) -> None:
+    def __init__(self, parameters: dict[str, Tensor], constants: Iterable[Tensor]) -> None:
         super().__init__()
         self.uses: list[Use] = []
-        self.unknown: set[str] = set()
         self.eps = 0.0
-        self._n = n
-        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self.nbytes = 0
+        self._parameters = parameters
+        self._steps: dict[int, list[Step]] = {id(p): [] for p in parameters.values()}
+        self._constants = {id(t): (t, t._version) for t in constants}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if code := inside(func):
+            with self:
+                return code(*args, **kwargs)
         output = func(*args, **kwargs)
-        self.eps = max(self.eps, _eps(output))
-        touched = Counter(
-            self._names[id(leaf)]
-            for leaf in tree_leaves((args, kwargs))
-            if isinstance(leaf, Tensor) and id(leaf) in self._names
-        )
-        if touched and _requires_grad(output):
-            uses = list(self._uses(func, args, kwargs, output))
-            self.uses += uses
-            self.unknown |= set(touched - Counter(use.name for use in uses))
+        results = _tensors(output)
+        if results:
+            self.eps = max(self.eps, *map(_eps, results))
+            self.nbytes += sum(t.numel() * t.element_size() for t in results)
+            self._record(func, args, kwargs, results)
         return output
 
-    def _uses(self, func: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> Iterator[Use]:
-        for parameter, other, rule in match(func, args, kwargs):
-            name = self._names.get(id(parameter))
-            if name is not None and rule.fits(other, output, self._n):
-                yield Use(name, rule, other.detach(), get_gradient_edge(output), func.__name__)
+    def _record(self, func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> None:
+        operands = _tensors(*args, *kwargs.values())
+        constant = all(map(self._is_constant, operands))
+        if constant:
+            self._constants.update({id(t): (t, t._version) for t in results})
+        results = [t for t in results if t.requires_grad]
+        touched = Counter(id(t) for t in operands if id(t) in self._steps)
+        if not touched or not results:
+            return
+        new = [t for t in results if all(t is not operand for operand in operands)]
+        if constant and not new:  # `contiguous`, `to` and the like, where nothing is to do
+            return
+        numbers = self._add_uses(func, args, kwargs, results[0])
+        for key, count in touched.items():
+            own = tuple(i for i in numbers if id(self.uses[i].source) == key)
+            step = Step(own if len(own) == count else None, new if constant else [])
+            self._steps[key].append(step)
+        if constant:
+            for tensor in new:
+                self._steps.setdefault(id(tensor), [])
+
+    def _is_constant(self, tensor: Tensor) -> bool:
+        known, version = self._constants.get(id(tensor), (None, 0))
+        return known is tensor and tensor._version == version
+
+    def _add_uses(self, func: Any, args: Any, kwargs: Any, output: Tensor) -> range:
+        first = len(self.uses)
+        for source, rule, other in match(func, args, kwargs):
+            if id(source) in self._steps:
+                nothing = output.detach().new_empty(()).expand(output.shape)
+                a = nothing if other is None else other().detach()
+                edge = get_gradient_edge(output)
+                self.uses.append(Use(source, rule, a, edge, output.shape, func.__name__))
+        return range(first, len(self.uses))
+
+    @property
+    def steps(self) -> tuple[Any, ...]:
+        """What was done with each watched tensor."""
+        return tuple(tuple(step.uses for step in steps) for steps in self._steps.values())
+
+    def uses_of(self, name: str, layouts: Sequence[Layout | None]) -> list[int] | None:
+        """Return the uses that make up the gradient of a parameter, or None if one has no rule.
+
+        An operation on parameters alone, as a lookup of position embeddings, counts as a use
+        where the observations have rows of their own in its output; elsewhere the uses of its
+        output count.
+        """
+        return self._uses_of(self._parameters[name], layouts)
+
+    def _uses_of(self, tensor: Tensor, layouts: Sequence[Layout | None]) -> list[int] | None:
+        found: list[int] = []
+        for step in self._steps[id(tensor)]:
+            uses: list[int] | None = None
+            if step.uses is not None and all(layouts[i] is not None for i in step.uses):
+                uses = list(step.uses)
+            elif step.results:
+                uses = self._join(self._uses_of(result, layouts) for result in step.results)
+            if uses is None:
+                return None
+            found += uses
+        return found
+
+    @staticmethod
+    def _join(parts: Iterator[list[int] | None]) -> list[int] | None:
+        found: list[int] = []
+        for part in parts:
+            if part is None:
+                return None
+            found += part
+        return found
 
 
-def _eps(output: Any) -> float:
-    leaves = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-    return max((torch.finfo(t.dtype).eps for t in leaves if t.is_floating_point()), default=0.0)
+def _tensors(*values: Any) -> list[Tensor]:
+    """Return all tensors in nested values; most operations nest none."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list | dict):
+            found += (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+    return found
 
 
-def _requires_grad(output: Any) -> bool:
-    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output))
-
-
-def sum_dtype(tensor: Tensor) -> torch.dtype:
-    """Precision of sums and squares: they would underflow or overflow in half precision."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-@dataclass(frozen=True, eq=False)
-class Pulled:
-    """One use together with the gradient of one output column at its operation."""
-
-    use: Use
-    gradient: Tensor
-
-    def to(self, dtype: torch.dtype) -> Pulled:
-        """Convert to the precision of the sums, before anything is squared."""
-        a = self.use.input
-        a = a.to(dtype) if a.is_floating_point() else a
-        return Pulled(replace(self.use, input=a), self.gradient.to(dtype))
-
-    def gradients(self, part: slice = slice(None)) -> Tensor:
-        """Gradient of the parameter for each observation of a part of the batch."""
-        return self.use.rule.gradients(self.use.input[part], self.gradient[part])
-
-    def total(self, weights: Tensor) -> Tensor:
-        """Weighted sum of the gradients over observations."""
-        weights = weights.to(self.gradient).reshape(-1, *[1] * (self.gradient.dim() - 1))
-        return self.use.rule.total(self.use.input, self.gradient * weights)
-
-
-def gradients(uses: list[Pulled], part: slice = slice(None)) -> Tensor:
-    """Gradient of one parameter for each observation, summed over all its uses."""
-    first, *others = uses
-    total = first.gradients(part)
-    for other in others:
-        total = total + other.gradients(part)
-    return total
-
-
-def squares(uses: list[Pulled]) -> Tensor:
-    """Sum over observations of the squared gradient of one parameter."""
-    use, g = uses[0].use, uses[0].gradient
-    if len(uses) == 1:
-        return use.rule.squares(use.input, g)
-    pieces = (gradients(uses, part) for part in chunks(g, use.rule.shape))
-    return sum_of_squares(pieces, g.new_zeros(use.rule.shape))
+def _eps(tensor: Tensor) -> float:
+    return torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0

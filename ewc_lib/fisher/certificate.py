@@ -21,7 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ewc_lib.fisher.capture import Pulled, sum_dtype
+from ewc_lib.fisher.layout import Layout, layouts, weigh
+from ewc_lib.fisher.pulled import Pulled, sum_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,35 +63,73 @@ class Challenge:
         )
         if not output.requires_grad:  # it depends on none of the parameters
             return cls(direction, weights, {}, conclusive=False, eps=eps)
-        weighted = direction * weights.reshape(-1, *[1] * (output.dim() - 1))
         gradients = torch.autograd.grad(
-            output, list(parameters.values()), weighted, retain_graph=True, allow_unused=True
+            output,
+            list(parameters.values()),
+            weigh(direction, weights),
+            retain_graph=True,
+            allow_unused=True,
         )
         answer = {
             name: g.to_dense() if g.is_sparse else g
             for name, g in zip(parameters, gradients, strict=True)
             if g is not None
         }
-        conclusive = len(answer) == len(parameters) and all(g.any() for g in answer.values())
+        conclusive = len(answer) == len(parameters) and all(map(_norm, answer.values()))
         return cls(direction, weights, answer, conclusive, eps)
 
-    def failed_rules(self, pulled: dict[str, list[Pulled]]) -> set[str]:
-        """Return the parameters whose rules give another answer, or none."""
-        return {
-            name
-            for name, expected in self.answer.items()
-            if name not in pulled
-            or not _agree(self._sum(pulled[name], sum_dtype(expected)), expected, self.eps)
-        }
+    @property
+    def weighted(self) -> Float[Tensor, "N ..."]:
+        """The direction, with the weight of each observation."""
+        return weigh(self.direction, self.weights)
 
-    def _sum(self, pulled: list[Pulled], dtype: torch.dtype) -> Tensor:
-        return torch.stack([p.to(dtype).total(self.weights) for p in pulled]).sum(0)
+    def layout(self, input: Tensor, plain: Tensor | None, weighted: Tensor | None) -> Layout | None:
+        """Find where the observations lie, from what arrives without and with the weights.
+
+        In a right layout, each observation of the second is that of the first times its weight.
+        """
+        if plain is None or weighted is None:
+            return None
+        n = len(self.weights)
+        for layout in layouts(plain.shape, n):
+            if not layout.fits(input.shape, n):
+                continue
+            expected = weigh(layout.split(plain, n), self.weights)
+            if _agree(layout.split(weighted, n), expected, self.eps):
+                return layout
+        return None
+
+    def passes_rule(self, name: str, pulled: Pulled | None) -> bool:
+        """Whether the sum of the gradients by rule is autograd's, up to rounding of its terms."""
+        expected = self.answer.get(name)
+        if pulled is None or expected is None:
+            return expected is None
+        weighted = pulled.weighted(self.weights)
+        try:
+            found = self._total(weighted, expected)
+        except RuntimeError:  # the tensors have other shapes than the rule expects
+            return False
+        if _agree(found, expected, self.eps):
+            return True
+        if any(reading.source is not pulled.parameter for reading in pulled.readings):
+            return False  # the signs of what was computed from the parameter are not known
+        noise = 100 * self._unit(expected) * _norm(self._total(weighted.absolute(), expected))
+        return _agree(found, expected, self.eps, noise)
+
+    @staticmethod
+    def _total(pulled: Pulled, like: Tensor) -> Tensor:
+        total = torch.zeros(like.shape, dtype=sum_dtype(like), device=like.device)
+        pulled.add_total(total)
+        return total
+
+    def _unit(self, tensor: Tensor) -> float:
+        return max(self.eps, torch.finfo(tensor.dtype).eps)
 
     def check_generic(self, name: str, weighted: Tensor) -> None:
         """Raise a ValueError if observations taken one by one give another answer."""
         expected = self.answer.get(name, torch.zeros_like(weighted))
         largest = max((_norm(g) for g in self.answer.values()), default=0.0)
-        noise = 100 * max(self.eps, torch.finfo(expected.dtype).eps) * largest
+        noise = 100 * self._unit(expected) * largest
         if not _agree(weighted, expected, self.eps, noise):
             raise ValueError(
                 f"the model mixes observations: the gradient of parameter {name!r} is not a sum "

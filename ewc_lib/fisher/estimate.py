@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import nn
 
-from ewc_lib._batches import batches
-from ewc_lib._model import Selection, check_finite_parameters, select_parameters, untouched
-from ewc_lib._progress import progress as show_progress
+from ewc_lib._model import Selection, select_parameters
 from ewc_lib.distributions import OutputDistribution, output_distribution
-from ewc_lib.fisher.output import KINDS, Kind, columns
+from ewc_lib.fisher.factors import EigenKroneckerSum, KroneckerSum
+from ewc_lib.fisher.output import KINDS, Kind
 from ewc_lib.fisher.passes import Passes
 from ewc_lib.fisher.structures import Fisher
-from ewc_lib.fisher.sums import SUMS
+from ewc_lib.fisher.sums import BlockSum, DenseSum, DiagonalSum, LowRankSum, Sum
 
-Structure: TypeAlias = Literal["diagonal", "dense"]
+Structure: TypeAlias = Literal[
+    "diagonal",
+    "block",
+    "module",
+    "dense",
+    "kronecker",
+    "kronecker-reduce",
+    "eigenkronecker",
+    "lowrank",
+]
 STRUCTURES: tuple[str, ...] = get_args(Structure)
 
 
@@ -30,9 +39,11 @@ def fisher_information(
     params: Selection = None,
     n_samples: int | None = None,
     draws: int = 1,
+    rank: int = 32,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
     dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> Fisher:
     r"""Return the Fisher information of a network, the mean over observations.
 
@@ -73,7 +84,18 @@ def fisher_information(
         ``"empirical"`` uses the observed labels. That is *not* the Fisher information unless
         the model is the truth (Kunstner et al. 2019).
     structure
-        ``"diagonal"``, or ``"dense"`` for the whole matrix of a small model.
+        What is kept. ``"diagonal"``; ``"block"``, one matrix for each parameter; ``"module"``,
+        one for all parameters of a module; ``"dense"``, the whole matrix of a small model.
+
+        ``"kronecker"``, two small factors for each weight matrix or convolution and its bias
+        (KFAC; Martens and Grosse 2015), with sums over shared positions as in "KFAC-expand", or
+        ``"kronecker-reduce"`` as in "KFAC-reduce" (Eschenhagen et al. 2023);
+        ``"eigenkronecker"``, exact second moments in the eigenvectors of these factors (George
+        et al. 2018), which reads the data twice. Other vectors keep their whole block and other
+        parameters their diagonal.
+
+        ``"lowrank"``, the ``rank`` largest eigenvalues and their eigenvectors over all
+        parameters, from the Gram matrix of the gradients, which are all held in memory.
     params
         Names, glob patterns, or a predicate of ``(name, parameter)``. By default all parameters
         that require grad.
@@ -81,6 +103,8 @@ def fisher_information(
         Use exactly that many observations, then stop. By default all.
     draws
         Random columns for each observation, for ``"sketch"`` and ``"sampled"``.
+    rank
+        Eigenvectors that ``"lowrank"`` keeps at most.
     generator
         The source of randomness, on the model's device. By default a fresh one with seed 0, so
         that results repeat and the global random state is not used.
@@ -89,6 +113,9 @@ def fisher_information(
     dtype
         Precision of the sums. By default float32 for half-precision parameters, whose squares
         would underflow, else the dtype of the parameters.
+    device
+        Where the sums are kept. By default with the parameters; ``"cpu"`` spares the memory of
+        an accelerator.
 
     Returns
     -------
@@ -100,7 +127,9 @@ def fisher_information(
     ValueError
         If the data are empty, of unequal lengths or hold NaN; a target is outside the support;
         an output or a parameter is not finite; no parameter is trainable or a name is unknown;
-        a batch normalisation has no running statistics; or the model mixes observations.
+        a batch normalisation has no running statistics; an embedding renormalises its rows;
+        the model mixes observations; a matrix would be larger than 16 GiB; or the data cannot
+        be read twice where the structure needs that.
 
     Warns
     -----
@@ -123,31 +152,59 @@ def fisher_information(
     _check_choice("structure", structure, STRUCTURES)
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
-    distribution = output_distribution(likelihood)
     parameters = select_parameters(model, params)
-    check_finite_parameters(dict(model.named_parameters()))
-    _check_batch_statistics(model)
-    device = next(iter(parameters.values())).device
-    generator = generator or torch.Generator(device).manual_seed(0)
-    with untouched(model), torch.autocast(device.type, enabled=False):
-        total = SUMS[structure](parameters, dtype)
-        passes = Passes(model, parameters)
-        for batch in show_progress(batches(data, device, n_samples), "Fisher", progress):
-            output = passes.run(batch, distribution)
-            found = columns(kind, distribution, output, batch.target, draws, generator)
-            total.add(passes, found, len(batch))
+    passes = Passes(model, parameters, output_distribution(likelihood))
+    generator = generator or torch.Generator(passes.device).manual_seed(0)
+
+    def accumulate(total: Sum) -> Fisher:
+        for run in passes.over(data, n_samples, progress):
+            total.add(run, run.columns(kind, draws, generator))
+            del run  # and with it the graph, before the next one grows
         return total.mean(kind, passes.paths())
+
+    options = parameters, dtype, None if device is None else torch.device(device)
+    with passes.leaving_no_trace():
+        if structure == "eigenkronecker":
+            start = generator.get_state()
+            factors = KroneckerSum(*options)
+            accumulate(factors)
+            generator.set_state(start)
+            return accumulate(EigenKroneckerSum(*options, factors))
+        return accumulate(_sum(structure, *options, rank))
+
+
+def _sum(
+    structure: Structure,
+    parameters: dict[str, nn.Parameter],
+    dtype: torch.dtype | None,
+    device: torch.device | None,
+    rank: int,
+) -> Sum:
+    """Return the sum that a structure needs."""
+    options = parameters, dtype, device
+    match structure:
+        case "diagonal":
+            return DiagonalSum(*options)
+        case "block":
+            return BlockSum(*options, groups=[[name] for name in parameters])
+        case "module":
+            return BlockSum(*options, groups=by_module(parameters))
+        case "dense":
+            return DenseSum(*options)
+        case "lowrank":
+            return LowRankSum(*options, rank)
+        case _:
+            return KroneckerSum(*options, reduce=structure == "kronecker-reduce")
+
+
+def by_module(names: Iterable[str]) -> list[list[str]]:
+    """Group the parameters of each module."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.rpartition(".")[0], []).append(name)
+    return list(groups.values())
 
 
 def _check_choice(what: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{what} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def _check_batch_statistics(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-            raise ValueError(
-                f"{type(module).__name__} {name!r} has no running statistics, so it mixes "
-                "observations: they have no scores of their own. Use track_running_stats=True"
-            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any, TypeAlias
@@ -37,8 +38,10 @@ class GenericPath:
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
         self.model = model
         self.parameters = parameters
+        self.by_loop = False
+        """Whether observations are taken one at a time."""
         self.looped: set[str] = set()
-        """Parameters that went one observation at a time."""
+        """Parameters that were."""
 
     def gradients(
         self, names: list[str], inputs: Any, columns: Float[Tensor, "K N ..."]
@@ -52,20 +55,25 @@ class GenericPath:
             yield part, self._part(names, xs, columns[:, part])
 
     def _part(self, names: list[str], inputs: Any, columns: Tensor) -> Gradients:
-        if not self.looped:
+        if not self.by_loop:
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "There is a performance drop")
                     return self._vectorised(names, inputs, columns)
             except RuntimeError as error:
-                warnings.warn(
-                    f"vmap cannot follow {type(self.model).__name__}; its gradients are computed "
-                    f"one observation at a time, which is slow ({str(error).splitlines()[0]})",
-                    RuntimeWarning,
-                    stacklevel=6,
-                )
+                self.by_loop = True
+                self.warn(str(error).splitlines()[0])
         self.looped |= set(names)
         return self._one_by_one(names, inputs, columns)
+
+    def warn(self, reason: str) -> None:
+        """Tell that observations are taken one at a time, and why."""
+        warnings.warn(
+            f"vmap cannot follow {type(self.model).__name__}; its gradients are computed one "
+            f"observation at a time, which is slow ({reason})",
+            RuntimeWarning,
+            stacklevel=_depth(),
+        )
 
     def _vectorised(self, names: list[str], inputs: Any, columns: Tensor) -> Gradients:
         detached = {name: p.detach() for name, p in self.model.named_parameters()}
@@ -78,8 +86,9 @@ class GenericPath:
                 return forward(self.model, one, {**detached, **p}).squeeze(0)
 
             pullback = vjp(output, chosen)[1]
-            gradients: dict[str, Tensor] = vmap(pullback)(column)[0]
-            return gradients
+            # One vmap only: within another, some backward operations are silently wrong.
+            by_column = [pullback(column[k])[0] for k in range(len(column))]
+            return {name: torch.stack([g[name] for g in by_column]) for name in names}
 
         by_observation: Gradients = vmap(pull)(inputs, columns.transpose(0, 1))
         return {name: g.transpose(0, 1) for name, g in by_observation.items()}
@@ -99,3 +108,11 @@ class GenericPath:
                     if g is not None:
                         result[name][j, i] = g.to_dense() if g.is_sparse else g
         return result
+
+
+def _depth() -> int:
+    """Count the calls down to the user's own line, where a warning belongs."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("ewc_lib."):
+        frame, depth = frame.f_back, depth + 1
+    return depth

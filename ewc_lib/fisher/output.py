@@ -126,6 +126,24 @@ def root_times(distribution: OutputDistribution, output: Tensor, v: Tensor) -> C
     return next(root(distribution, output)) * v
 
 
+def information_times(
+    distribution: OutputDistribution, output: Tensor, target: Tensor, v: Tensor
+) -> Float[Tensor, "N ..."]:
+    """Multiply the Fisher information of the output distribution by a vector, in closed form."""
+    return _masked(_information_times(distribution, output, v), distribution.mask(target))
+
+
+@singledispatch
+def _information_times(distribution: OutputDistribution, output: Tensor, v: Tensor) -> Tensor:
+    return next(root(distribution, output)).square() * v
+
+
+@_information_times.register
+def _(distribution: Categorical, output: Tensor, v: Tensor) -> Tensor:
+    p = output.softmax(-1)
+    return p * (v - (p * v).sum(-1, keepdim=True))
+
+
 @root.register
 def _(distribution: Categorical, output: Tensor) -> Iterator[Column]:
     r"""``C - 1`` columns without cancellation, pivot on the most likely class ``r``.

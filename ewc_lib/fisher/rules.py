@@ -1,24 +1,24 @@
 r"""How the gradient of one parameter, observation by observation, follows from one operation.
 
 An operation that uses a parameter is known by its other input ``a`` and by the gradient ``g``
-that arrives at its output; both have one observation per row. A rule turns the two into the
-gradient of the parameter for each observation, into their sum, or into the sum of their
-squares, the last without holding all of them where it can be avoided.
+that arrives at its output. Both are cut into what the operation would have seen with each
+observation alone, so they have one observation per row. A rule turns the two into the gradient
+of the parameter for each observation, into their sum, or into the sum of their squares, the last
+without holding all of them where that can be avoided.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-CHUNK_BYTES = 2**21
+CHUNK_BYTES = 2**22
 """Per-observation gradients are squared in pieces of this size, which stay in the cache."""
 
 
@@ -28,182 +28,290 @@ class Rule(ABC):
 
     shape: torch.Size
 
-    @abstractmethod
-    def fits(self, a: Tensor, output: Tensor, n: int) -> bool:
-        """Guess whether the first axes hold the ``n`` observations; a certificate checks it."""
+    def prepare(self, a: Tensor, room: int) -> Tensor:
+        """Bring the input into the form of the other methods, with ``room`` bytes to copy it."""
+        return a
 
     @abstractmethod
     def gradients(self, a: Tensor, g: Tensor) -> Float[Tensor, "N ..."]:
         """Gradient for each observation, ``[N, *shape]``."""
 
-    @abstractmethod
-    def total(self, a: Tensor, g: Tensor) -> Tensor:
-        """Sum of the gradients over observations, ``[*shape]``."""
+    def add_total(self, out: Tensor, a: Tensor, g: Tensor) -> None:
+        """Add the gradients of all observations to ``out``, ``[*shape]``."""
+        out += self.gradients(a, g).sum(0)
 
-    def squares(self, a: Tensor, g: Tensor) -> Tensor:
-        """Sum of the squared gradients over observations, ``[*shape]``."""
-        pieces = (self.gradients(a[part], g[part]) for part in chunks(g, self.shape))
-        return sum_of_squares(pieces, g.new_zeros(self.shape))
+    def one_term(self, a: Tensor, g: Tensor) -> bool:
+        """Whether each entry of a gradient is one product of an entry of ``a`` and one of ``g``.
+
+        Then its square is a product of squares, and the squares of several output gradients can
+        be added up first.
+        """
+        return False
+
+    def add_squares(self, out: Tensor, a: Tensor, g: Tensor) -> None:
+        """Add the squares of the gradients of all observations to ``out``."""
+        for part in chunks(len(g), self.shape.numel() * out.element_size()):
+            add_rows(out, self.gradients(a[part], g[part]).square())
 
 
-def chunks(g: Tensor, shape: torch.Size) -> Iterator[slice]:
-    """Cut the observations so that a piece of ``[n, *shape]`` fits into the cache."""
-    step = max(1, CHUNK_BYTES // max(1, shape.numel() * g.element_size()))
-    return (slice(start, start + step) for start in range(0, len(g), step))
+def add_rows(out: Tensor, rows: Float[Tensor, "N ..."]) -> None:
+    """Add all rows to ``out`` in one sweep, as a product with ones."""
+    out.view(-1).addmv_(rows.reshape(len(rows), -1).mT, rows.new_ones(len(rows)))
 
 
-def sum_of_squares(pieces: Iterator[Tensor], total: Tensor) -> Tensor:
-    """Add the squares of all rows of all pieces to ``total``."""
-    for piece in pieces:
-        total += piece.square().sum(0)
-    return total
+def chunks(n: int, row_bytes: int) -> Iterator[slice]:
+    """Cut ``n`` rows into pieces that fit into the cache."""
+    step = max(1, CHUNK_BYTES // max(1, row_bytes))
+    return (slice(start, start + step) for start in range(0, n, step))
 
 
 @dataclass(frozen=True)
-class OuterProduct(Rule):
-    r"""A matrix in a linear map: ``y = a Wᵀ``, or ``y = a W`` if transposed.
+class Products(Rule):
+    r"""A sum of products over positions: :math:`G_n = \sum_t l_{nt} r_{nt}^\top`."""
 
-    :math:`G_n = \sum_t g_{nt} a_{nt}^\top` over the positions ``t`` of observation ``n``.
+    @abstractmethod
+    def sides(
+        self, a: Tensor, g: Tensor
+    ) -> tuple[Float[Tensor, "N groups T L"], Float[Tensor, "N groups T R"]]:
+        """Return the factors of the rows and of the columns, for each group of channels."""
+
+    def gradients(self, a: Tensor, g: Tensor) -> Tensor:
+        left, right = self.sides(a, g)
+        return (left.mT @ right).reshape(len(g), *self.shape)
+
+    def add_total(self, out: Tensor, a: Tensor, g: Tensor) -> None:
+        left, right = (side.transpose(0, 1).flatten(1, 2) for side in self.sides(a, g))
+        out.view(len(left), left.shape[2], -1).baddbmm_(left.mT, right)
+
+    def one_term(self, a: Tensor, g: Tensor) -> bool:
+        return self.sides(a[:1], g[:1])[0].shape[2] == 1
+
+    def add_squares(self, out: Tensor, a: Tensor, g: Tensor) -> None:
+        left, right = self.sides(a, g)
+        if left.shape[1] > 1:
+            super().add_squares(out, a, g)
+        else:
+            add_squared_products(out.view(left.shape[3], -1), left[:, 0], right[:, 0])
+
+
+def add_squared_products(
+    out: Float[Tensor, "L R"], left: Float[Tensor, "N T L"], right: Float[Tensor, "N T R"]
+) -> None:
+    r"""Add :math:`\sum_n (\sum_t l_{nt} r_{nt}^\top)^2` to ``out``, entry by entry."""
+    if left.shape[1] == 1:  # the square of a product is a product of squares
+        out.addmm_(left.squeeze(1).square().mT, right.squeeze(1).square())
+        return
+    row_bytes = right.shape[2] * out.element_size()
+    for rows in chunks(out.shape[0], row_bytes):
+        height = len(out[rows])
+        parts = list(chunks(len(left), height * row_bytes))
+        buffer = out.new_empty(len(left[parts[0]]), *out[rows].shape)
+        for part in parts:
+            piece = buffer[: len(left[part])]
+            torch.bmm(left[part, :, rows].mT, right[part], out=piece)
+            add_rows(out[rows], piece.square_())
+
+
+@dataclass(frozen=True)
+class OuterProduct(Products):
+    """A matrix in a linear map: ``y = a Wᵀ``, or ``y = a W`` if transposed.
+
+    Attributes
+    ----------
+    transposed
+        The matrix has one row for each input instead of each output.
+    from_left
+        The matrix stands left of its input, whose columns it maps.
     """
 
     transposed: bool = False
+    from_left: bool = False
 
-    def fits(self, a: Tensor, output: Tensor, n: int) -> bool:
-        return a.dim() == output.dim() >= 2 and len(a) == len(output) == n
+    def input_rows(self, a: Tensor) -> Float[Tensor, "N T I"]:
+        """Return the inputs of the map, one row for each position."""
+        a = a.mT if self.from_left else a
+        return a.reshape(len(a), -1, a.shape[-1])
 
-    def gradients(self, a: Tensor, g: Tensor) -> Tensor:
-        left, right = self._factors(a, g)
-        return left.mT @ right
+    def output_rows(self, g: Tensor) -> Float[Tensor, "N T O"]:
+        """Return the gradients of the outputs of the map, one row for each position."""
+        return self.input_rows(g)
 
-    def total(self, a: Tensor, g: Tensor) -> Tensor:
-        left, right = self._factors(a, g)
-        return left.flatten(0, 1).mT @ right.flatten(0, 1)
+    def sides(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        inputs, outputs = self.input_rows(a).unsqueeze(1), self.output_rows(g).unsqueeze(1)
+        return (inputs, outputs) if self.transposed else (outputs, inputs)
 
-    def squares(self, a: Tensor, g: Tensor) -> Tensor:
-        left, right = self._factors(a, g)
-        if left.shape[1] == 1:  # one position: the square of a product is a product of squares
-            return left.squeeze(1).square().mT @ right.squeeze(1).square()
-        return super().squares(a, g)
 
-    def _factors(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        a, g = (t.reshape(len(t), -1, t.shape[-1]) for t in (a, g))
-        return (a, g) if self.transposed else (g, a)
+@dataclass(frozen=True)
+class Convolution(Products):
+    """A kernel that slides over its input: a matrix on each window of it.
+
+    Attributes
+    ----------
+    stride, dilation
+        One number for each dimension of space.
+    padding
+        Zeros before and after, for each dimension of space.
+    groups
+        Number of separate parts of the channels.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def prepare(self, a: Tensor, room: int) -> Tensor:
+        """Cut the windows, and copy them if there is room: as a view they overlap."""
+        windows = self._windows(a)
+        fits = windows.numel() * windows.element_size() <= room
+        return windows.contiguous() if fits else windows
+
+    def input_rows(self, a: Tensor) -> Float[Tensor, "N T I"]:
+        """Return the windows of the input, for one group; one row for each position."""
+        return self._window_rows(a).squeeze(1)
+
+    def output_rows(self, g: Tensor) -> Float[Tensor, "N T O"]:
+        """Return the gradients of the output channels, for one group."""
+        return self._channel_rows(g).squeeze(1)
+
+    def sides(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return self._channel_rows(g), self._window_rows(a)
+
+    def _windows(self, image: Float[Tensor, "N P C ..."]) -> Float[Tensor, "N P C ..."]:
+        """Return a view ``[N, P, C, *kernel, *positions]`` on the padded image."""
+        image = F.pad(image, [size for pair in reversed(self.padding) for size in pair])
+        kernel, outer, inner = self.shape[2:], image.stride()[:3], image.stride()[3:]
+        positions = [
+            (size - d * (k - 1) - 1) // step + 1
+            for size, k, step, d in zip(
+                image.shape[3:], kernel, self.stride, self.dilation, strict=True
+            )
+        ]
+        within = [s * d for s, d in zip(inner, self.dilation, strict=True)]
+        between = [s * step for s, step in zip(inner, self.stride, strict=True)]
+        size = (*image.shape[:3], *kernel, *positions)
+        return image.as_strided(size, (*outer, *within, *between))
+
+    def _window_rows(self, windows: Tensor) -> Float[Tensor, "N groups T I"]:
+        n, last = len(windows), 2 + len(self.shape[2:])
+        by_channel = windows.movedim(1, last).flatten(last)
+        return by_channel.reshape(n, self.groups, -1, by_channel.shape[-1]).mT
+
+    def _channel_rows(self, image: Tensor) -> Float[Tensor, "N groups T O"]:
+        by_channel = image.movedim(1, 2).flatten(2)
+        return by_channel.reshape(len(image), self.groups, -1, by_channel.shape[2]).mT
+
+
+@dataclass(frozen=True)
+class TransposedConvolution(Convolution):
+    """The transpose of a convolution: input and gradient of the output change places."""
+
+    def prepare(self, a: Tensor, room: int) -> Tensor:
+        return a
+
+    def sides(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        windows = self._windows(g)
+        for axis, size in enumerate(a.shape[3:], windows.dim() - len(a.shape[3:])):
+            windows = windows.narrow(axis, 0, size)
+        return self._channel_rows(a), self._window_rows(windows)
 
 
 @dataclass(frozen=True)
 class Broadcast(Rule):
-    r"""A parameter that is added, as a bias is: ``y = x + b``, broadcast over positions."""
+    r"""A parameter that is added, as a bias is: ``y = x + b``, broadcast over positions.
 
-    def fits(self, a: Tensor, output: Tensor, n: int) -> bool:
-        inner = self.shape[1:] if self.shape[:1] == (1,) else self.shape
-        return output.dim() > len(inner) and len(output) == n
+    Attributes
+    ----------
+    trailing
+        Axes that follow those of the parameter, as the positions of an image follow a channel.
+    """
+
+    trailing: int = 0
 
     def gradients(self, a: Tensor, g: Tensor) -> Tensor:
-        padded = (1,) * (g.dim() - len(self.shape)) + tuple(self.shape)
-        dims = [d for d in range(1, g.dim()) if padded[d] == 1 and g.shape[d] > 1]
-        return (g.sum(dims) if dims else g).reshape(len(g), *self.shape)
+        padded = (1,) * (g.dim() - 1 - self._width) + self._aligned
+        axes = [axis for axis in range(1, g.dim()) if padded[axis - 1] == 1 < g.shape[axis]]
+        return (g.sum(axes) if axes else g).reshape(len(g), *self.shape)
 
-    def total(self, a: Tensor, g: Tensor) -> Tensor:
-        return self.gradients(a, g).sum(0)
+    def one_term(self, a: Tensor, g: Tensor) -> bool:
+        return g[0].numel() == self.shape.numel()
+
+    @property
+    def _aligned(self) -> tuple[int, ...]:
+        return (*self.shape, *[1] * self.trailing)
+
+    @property
+    def _width(self) -> int:
+        return len(self._aligned)
+
+
+@dataclass(frozen=True)
+class Scale(Broadcast):
+    """A parameter that multiplies: ``y = a b``, broadcast over positions."""
+
+    def gradients(self, a: Tensor, g: Tensor) -> Tensor:
+        return super().gradients(a, a * g)
+
+
+@dataclass(frozen=True)
+class Einsum(Rule):
+    """One of the two operands of a sum over products in Einstein's notation.
+
+    Attributes
+    ----------
+    equation
+        Of the other operand, the output and the parameter, for one observation after the other.
+    """
+
+    equation: str
+
+    def gradients(self, a: Tensor, g: Tensor) -> Tensor:
+        return torch.einsum(self.equation, a, g)
 
 
 @dataclass(frozen=True)
 class Rows(Rule):
-    """A table of which the rows ``a`` are looked up: an embedding."""
+    """A table of which the rows ``a`` are looked up: an embedding.
+
+    Attributes
+    ----------
+    padding_idx
+        A row that gets no gradient.
+    bag
+        What becomes of the rows of one bag: ``"sum"``, ``"mean"``, or None if they stay apart.
+    """
 
     padding_idx: int | None = None
-
-    def fits(self, a: Tensor, output: Tensor, n: int) -> bool:
-        return a.dim() >= 1 and len(a) == len(output) == n
+    bag: str | None = None
 
     def gradients(self, a: Tensor, g: Tensor) -> Tensor:
         n, (n_rows, width) = len(a), self.shape
         index = (a.reshape(n, -1) + n_rows * self._arange(a)).reshape(-1)
-        table = g.new_zeros(n * n_rows, width).index_add_(0, index, g.reshape(-1, width))
-        return self._without_padding(table.reshape(n, n_rows, width))
+        table = g.new_zeros(n * n_rows, width).index_add_(0, index, self._of_each(a, g))
+        return table.reshape(n, n_rows, width)
 
-    def total(self, a: Tensor, g: Tensor) -> Tensor:
-        width = self.shape[1]
-        table = g.new_zeros(self.shape).index_add_(0, a.reshape(-1), g.reshape(-1, width))
-        return self._without_padding(table)
+    def add_total(self, out: Tensor, a: Tensor, g: Tensor) -> None:
+        out.index_add_(0, a.reshape(-1), self._of_each(a, g))
 
-    def squares(self, a: Tensor, g: Tensor) -> Tensor:
+    def add_squares(self, out: Tensor, a: Tensor, g: Tensor) -> None:
         """Sum only the rows that each observation used, then square them."""
         n_rows, width = self.shape
         key = (a.reshape(len(a), -1) + n_rows * self._arange(a)).reshape(-1)
         used, position = key.unique(return_inverse=True)
-        sums = g.new_zeros(len(used), width).index_add_(0, position, g.reshape(-1, width))
-        table = g.new_zeros(self.shape).index_add_(0, used % n_rows, sums.square())
-        return self._without_padding(table)
+        sums = g.new_zeros(len(used), width).index_add_(0, position, self._of_each(a, g))
+        out.index_add_(0, used % n_rows, sums.square_())
 
     @staticmethod
     def _arange(a: Tensor) -> Tensor:
         return torch.arange(len(a), device=a.device).unsqueeze(1)
 
-    def _without_padding(self, table: Tensor) -> Tensor:
+    def _of_each(self, a: Tensor, g: Tensor) -> Float[Tensor, "rows width"]:
+        """Gradient of every row that was looked up."""
+        if self.bag is not None:
+            g = g.unsqueeze(-2).expand(*a.shape, g.shape[-1])
+        if self.bag == "mean":
+            counted = a != (-1 if self.padding_idx is None else self.padding_idx)
+            g = g / counted.sum(-1, keepdim=True).clamp(min=1).unsqueeze(-1)
         if self.padding_idx is not None:
-            table[..., self.padding_idx, :] = 0
-        return table
-
-
-Match: TypeAlias = Iterator[tuple[Tensor, Tensor, Rule]]
-"""Parameters that an operation may use: the tensor, the other input, the rule."""
-
-_MATCHERS: dict[Any, Callable[..., Match]] = {}
-
-
-def _matches(*functions: Any) -> Callable[[Callable[..., Match]], Callable[..., Match]]:
-    def register(matcher: Callable[..., Match]) -> Callable[..., Match]:
-        _MATCHERS.update(dict.fromkeys(functions, matcher))
-        return matcher
-
-    return register
-
-
-def match(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Match:
-    """Find the rules of an operation; yield nothing where there are none."""
-    matcher = _MATCHERS.get(function)
-    try:
-        yield from matcher(*args, **kwargs) if matcher is not None else ()
-    except TypeError:  # called with arguments that the rule does not know
-        return
-
-
-@_matches(F.linear)
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Match:
-    yield weight, input, OuterProduct(weight.shape)
-    if bias is not None:
-        yield bias, input, Broadcast(bias.shape)
-
-
-@_matches(torch.addmm)
-def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor) -> Match:
-    yield mat2, mat1, OuterProduct(mat2.shape, transposed=True)
-    yield input, mat1, Broadcast(input.shape)
-
-
-@_matches(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
-def _matmul(input: Tensor, other: Tensor) -> Match:
-    if other.dim() == 2 and input.dim() >= 2:
-        yield other, input, OuterProduct(other.shape, transposed=True)
-
-
-@_matches(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
-def _add(input: Any, other: Any) -> Match:
-    for parameter, rest in ((input, other), (other, input)):
-        if isinstance(parameter, Tensor) and isinstance(rest, Tensor):
-            yield parameter, rest, Broadcast(parameter.shape)
-
-
-@_matches(F.embedding)
-def _embedding(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Match:
-    if max_norm is None and not scale_grad_by_freq:
-        yield weight, input, Rows(weight.shape, padding_idx=padding_idx)
+            g = g * (a != self.padding_idx).unsqueeze(-1)
+        return g.reshape(-1, self.shape[1])

@@ -4,103 +4,261 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from ewc_lib.fisher.capture import gradients, squares, sum_dtype
-from ewc_lib.fisher.passes import Passes
-from ewc_lib.fisher.structures import Dense, Diagonal, Fisher, Vector
+from ewc_lib.fisher.passes import Run
+from ewc_lib.fisher.pulled import Pulled, sum_dtype
+from ewc_lib.fisher.structures import BlockDiagonal, Dense, Diagonal, Fisher, LowRank, Vector
 
 COLUMNS_AT_ONCE = 16
 """Output columns that the generic path takes with one forward pass."""
 
+MAX_BYTES = 2**34
+"""Larger matrices are refused: nobody means to ask for them."""
+
 
 class Sum(ABC):
-    """The sum over observations of one structure."""
+    """The sum over observations of one structure.
 
-    def __init__(self, parameters: dict[str, nn.Parameter], dtype: torch.dtype | None) -> None:
+    Parameters
+    ----------
+    parameters
+        The parameters, by name.
+    dtype
+        Precision of the sums; by default at least float32, else that of the parameters.
+    device
+        Where the sums are kept; by default with the parameters.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        dtype: torch.dtype | None,
+        device: torch.device | None,
+    ) -> None:
         self.n = 0
+        self.shapes = {name: p.shape for name, p in parameters.items()}
         self.dtypes = {name: dtype or sum_dtype(p) for name, p in parameters.items()}
+        self.devices = {name: device or p.device for name, p in parameters.items()}
 
-    def add(self, passes: Passes, found: Iterator[Tensor], n: int) -> None:
+    def add(self, run: Run, columns: Iterator[Tensor]) -> None:
         """Add all columns of one batch."""
-        self.n += n
+        self.n += len(run)
         with torch.no_grad():
-            while block := list(islice(found, COLUMNS_AT_ONCE)):
-                self.add_block(passes, block)
+            while block := list(islice(columns, COLUMNS_AT_ONCE)):
+                self.add_generic(run, block)
+                for k, column in enumerate(block):
+                    self.add_column(run.pull(column), k, len(column))
+                self.end_block()
 
     @abstractmethod
-    def add_block(self, passes: Passes, block: list[Tensor]) -> None:
-        """Add some columns of one batch."""
+    def add_generic(self, run: Run, block: list[Tensor]) -> None:
+        """Take the gradients of some columns in the parameters on the generic path."""
+
+    @abstractmethod
+    def add_column(self, found: dict[str, Pulled], k: int, n: int) -> None:
+        """Add column number ``k`` of the block, of ``n`` observations."""
+
+    def end_block(self) -> None:  # noqa: B027  (most have nothing to finish)
+        """Finish what the columns of a block have in common."""
 
     @abstractmethod
     def mean(self, kind: str, paths: dict[str, str]) -> Fisher:
         """Divide by the number of observations."""
 
+    def zeros(self, names: Iterable[str], *size: int) -> Tensor:
+        """Return a sum to start with, for the given parameters."""
+        names = list(names)
+        dtype = max((self.dtypes[name] for name in names), key=lambda d: d.itemsize)
+        if (needed := torch.Size(size).numel() * dtype.itemsize) > MAX_BYTES:
+            raise ValueError(
+                f"a matrix of {' × '.join(map(str, size))} for {', '.join(map(repr, names[:3]))}"
+                f"{' ...' if len(names) > 3 else ''} takes {needed / 2**30:.0f} GiB; choose "
+                "fewer parameters, a smaller structure, or MatrixFree"
+            )
+        return torch.zeros(size, dtype=dtype, device=self.devices[names[0]])
+
 
 class DiagonalSum(Sum):
     """Sums of squares, one tensor a parameter."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], dtype: torch.dtype | None) -> None:
-        super().__init__(parameters, dtype)
-        self.sums = {
-            name: torch.zeros_like(p, dtype=self.dtypes[name], requires_grad=False)
-            for name, p in parameters.items()
-        }
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        dtype: torch.dtype | None,
+        device: torch.device | None,
+    ) -> None:
+        super().__init__(parameters, dtype, device)
+        self.sums = {name: self.zeros([name], *shape) for name, shape in self.shapes.items()}
+        self._terms: dict[str, tuple[Pulled, Tensor]] = {}
 
-    def add_block(self, passes: Passes, block: list[Tensor]) -> None:
-        for column in block:
-            for name, uses in passes.pull(column).items():
-                self.sums[name] += squares([use.to(self.dtypes[name]) for use in uses])
-        if passes.by_generic:
-            for _, found in passes.generic_gradients(torch.stack(block)):
-                for name, g in found.items():
-                    self.sums[name] += g.to(self.dtypes[name]).square().sum((0, 1))
+    def add_generic(self, run: Run, block: list[Tensor]) -> None:
+        for _, found in run.generic_gradients(block):
+            for name in found.keys() & self.sums.keys():
+                squares = found[name].to(self.dtypes[name]).square().sum((0, 1))
+                self.sums[name] += squares.to(self.devices[name])
 
-    def mean(self, kind: str, paths: dict[str, str]) -> Fisher:
+    def add_column(self, found: dict[str, Pulled], k: int, n: int) -> None:
+        for name, pulled in found.items():
+            if not pulled.one_term:
+                self._add(name, pulled.add_squares, pulled.arrived[0])
+            elif name in self._terms:
+                self._terms[name][1].addcmul_(pulled.arrived[0], pulled.arrived[0])
+            else:
+                self._terms[name] = pulled, pulled.arrived[0].square()
+
+    def end_block(self) -> None:
+        for name, (pulled, squared) in self._terms.items():
+            self._add(name, partial(pulled.add_squares_of_terms, squared=squared), squared)
+        self._terms = {}
+
+    def _add(self, name: str, add: Callable[[Tensor], None], like: Tensor) -> None:
+        """Add to the sum in place if it is like the gradients, else to a part that then joins."""
+        total = self.sums[name]
+        if (total.device, total.dtype) == (like.device, like.dtype):
+            add(total)
+        else:
+            part = like.new_zeros(total.shape)
+            add(part)
+            total += part.to(total)
+
+    def mean(self, kind: str, paths: dict[str, str]) -> Diagonal:
         values = {name: total / self.n for name, total in self.sums.items()}
-        return Diagonal(self.n, kind, paths, values)
+        return Diagonal(self.n, kind, {name: paths[name] for name in values}, values)
 
 
-class DenseSum(Sum):
-    """One sum of outer products over all parameters."""
+class RowSum(Sum):
+    """What needs the gradient of every observation in all parameters, one row each."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], dtype: torch.dtype | None) -> None:
-        super().__init__(parameters, dtype)
-        self.shapes = {name: p.shape for name, p in parameters.items()}
-        self.dtype = max(self.dtypes.values(), key=lambda d: d.itemsize)
-        device = next(iter(parameters.values())).device
-        size = sum(shape.numel() for shape in self.shapes.values())
-        self.sum = torch.zeros(size, size, dtype=self.dtype, device=device)
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        dtype: torch.dtype | None,
+        device: torch.device | None,
+    ) -> None:
+        super().__init__(parameters, dtype, device)
+        self._generic: Vector = {}
 
-    def add_block(self, passes: Passes, block: list[Tensor]) -> None:
-        generic: dict[str, list[Tensor]] = defaultdict(list)
-        if passes.by_generic:
-            for _, found in passes.generic_gradients(torch.stack(block)):
-                for name, g in found.items():
-                    generic[name].append(g.to(self.dtype))
-        for k, column in enumerate(block):
-            rows = {
-                name: gradients([use.to(self.dtype) for use in uses])
-                for name, uses in passes.pull(column).items()
-            }
-            rows |= {name: torch.cat([g[k] for g in parts]) for name, parts in generic.items()}
-            matrix = self._matrix(rows, len(column))
-            self.sum += matrix.mT @ matrix
+    def add_generic(self, run: Run, block: list[Tensor]) -> None:
+        parts: dict[str, list[Tensor]] = defaultdict(list)
+        for _, found in run.generic_gradients(block):
+            for name in found.keys() & self.shapes.keys():
+                parts[name].append(found[name].to(self.dtypes[name]))
+        self._generic = {name: torch.cat(gs, 1) for name, gs in parts.items()}
 
-    def _matrix(self, rows: Vector, n: int) -> Tensor:
-        """Gradients of one column, ``[n, P]``; zero for unused parameters."""
+    def add_column(self, found: dict[str, Pulled], k: int, n: int) -> None:
+        rows = {name: pulled.gradients() for name, pulled in found.items()}
+        rows |= {name: gradients[k] for name, gradients in self._generic.items()}
+        self.add_rows(rows, n)
+
+    @abstractmethod
+    def add_rows(self, rows: Vector, n: int) -> None:
+        """Take the gradients of one column, ``[n, *shape]`` for every parameter it reaches."""
+
+    def matrix(self, rows: Vector, names: list[str], n: int, like: Tensor) -> Float[Tensor, "n P"]:
+        """Write the gradients of some parameters in one matrix; zero where there are none."""
         pieces = [
-            rows[name].reshape(n, -1) if name in rows else self.sum.new_zeros(n, shape.numel())
-            for name, shape in self.shapes.items()
+            rows[name].reshape(n, -1).to(like)
+            if name in rows
+            else like.new_zeros(n, self.shapes[name].numel())
+            for name in names
         ]
         return torch.cat(pieces, 1)
 
-    def mean(self, kind: str, paths: dict[str, str]) -> Fisher:
-        return Dense(self.n, kind, paths, self.sum / self.n, self.shapes)
+
+class BlockSum(RowSum):
+    """Sums of outer products over groups of parameters, one matrix a group."""
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        dtype: torch.dtype | None,
+        device: torch.device | None,
+        groups: list[list[str]],
+    ) -> None:
+        super().__init__(parameters, dtype, device)
+        sizes = [sum(self.shapes[name].numel() for name in group) for group in groups]
+        self.groups = [
+            (group, self.zeros(group, size, size))
+            for group, size in zip(groups, sizes, strict=True)
+        ]
+
+    def add_rows(self, rows: Vector, n: int) -> None:
+        for names, total in self.groups:
+            if not rows.keys().isdisjoint(names):
+                matrix = self.matrix(rows, names, n, total)
+                total.addmm_(matrix.mT, matrix)
+
+    def blocks(self, kind: str, paths: dict[str, str]) -> list[Dense]:
+        """Return one matrix a group."""
+        return [
+            Dense(
+                self.n,
+                kind,
+                {name: paths[name] for name in names},
+                total / self.n,
+                {name: self.shapes[name] for name in names},
+            )
+            for names, total in self.groups
+        ]
+
+    def mean(self, kind: str, paths: dict[str, str]) -> BlockDiagonal:
+        return BlockDiagonal(self.n, kind, paths, tuple(self.blocks(kind, paths)))
 
 
-SUMS: dict[str, type[Sum]] = {"diagonal": DiagonalSum, "dense": DenseSum}
+class DenseSum(BlockSum):
+    """One sum of outer products over all parameters."""
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        dtype: torch.dtype | None,
+        device: torch.device | None,
+    ) -> None:
+        super().__init__(parameters, dtype, device, [list(parameters)])
+
+    def mean(self, kind: str, paths: dict[str, str]) -> Dense:  # type: ignore[override]
+        return self.blocks(kind, paths)[0]
+
+
+class LowRankSum(RowSum):
+    """All gradients, and in the end the largest eigenvalues of their Gram matrix."""
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        dtype: torch.dtype | None,
+        device: torch.device | None,
+        rank: int,
+    ) -> None:
+        super().__init__(parameters, dtype, device)
+        self.rank = rank
+        self.names = list(parameters)
+        self.nothing = self.zeros(self.names, 0)
+        self.rows: list[Float[Tensor, "n P"]] = []
+
+    def add_rows(self, rows: Vector, n: int) -> None:
+        self.rows.append(self.matrix(rows, self.names, n, self.nothing))
+        count, size = sum(map(len, self.rows)), self.rows[0].shape[1]
+        if count * size * self.nothing.itemsize > MAX_BYTES:
+            raise ValueError(
+                f"{count} gradients of {size} numbers take more than {MAX_BYTES / 2**30:.0f} "
+                "GiB; use n_samples, kind='sketch', or MatrixFree"
+            )
+
+    def mean(self, kind: str, paths: dict[str, str]) -> LowRank:
+        rows = torch.cat(self.rows) / self.n**0.5
+        gram = rows @ rows.mT if len(rows) < rows.shape[1] else rows.mT @ rows
+        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = values.flip(0)[: self.rank], vectors.flip(1)[:, : self.rank]
+        real = values > len(gram) * torch.finfo(values.dtype).eps * values[0]
+        values, vectors = values[real], vectors[:, real]
+        if len(rows) < rows.shape[1]:
+            vectors = rows.mT @ vectors / values.sqrt()
+        return LowRank(self.n, kind, paths, vectors, values, self.shapes)
