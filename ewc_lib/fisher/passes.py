@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -187,8 +188,7 @@ class Passes:
     @contextmanager
     def leaving_no_trace(self) -> Iterator[None]:
         """Run in eval mode, without autocast or compiled code, and leave all as it was."""
-        eager = torch.compiler.set_stance("force_eager")  # compiled code hides its operations
-        with untouched(self.model), torch.autocast(self.device.type, enabled=False), eager:
+        with untouched(self.model), torch.autocast(self.device.type, enabled=False), _eager():
             yield
 
     def over(self, data: Any, n_samples: int | None, progress: bool | None) -> Iterator[Run]:
@@ -305,7 +305,17 @@ class Passes:
         return {name: path(name) for name in self.parameters}
 
 
+def _eager() -> AbstractContextManager[Any]:
+    """Run what was compiled operation by operation, so that all of them are seen."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and the import takes seconds
+        return nullcontext()
+    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager
+
+
 def _check_output(output: Tensor, distribution: OutputDistribution, batch: Batch) -> None:
+    if output.sum().isfinite():  # then all are
+        return
     invalid = distribution.invalid(output)
     if invalid.any():
         bad = invalid.reshape(len(output), -1).any(1).nonzero()[0]

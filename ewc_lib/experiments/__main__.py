@@ -1,0 +1,78 @@
+"""The measured tables of the book, from the command line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ewc_lib.experiments.fisher_cost import RESULT, fisher_cost, profile, table
+from ewc_lib.experiments.models import BENCHMARKS
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
+
+
+@app.callback()
+def main() -> None:
+    """Measure the tables of the book again.
+
+    Each experiment writes one JSON file, with the commit, the versions, the machine and the
+    command behind its numbers. The chapters read these files.
+    """
+
+
+@app.command("fisher-cost", epilog=f"Sections: {', '.join(BENCHMARKS)}, linearity.")
+def fisher_cost_command(
+    sections: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SECTION", help="What to measure; by default everything."),
+    ] = None,
+    repetitions: Annotated[int, typer.Option(min=1, help="Runs of each contestant.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 2,
+    output: Annotated[
+        Path, typer.Option(help="The file to write.", show_default=f"{RESULT.name} of the book")
+    ] = RESULT,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the file holds.")] = False,
+    profiled: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            "--profile",
+            metavar="MODEL KIND",
+            help="Measure nothing; print where the time of one run goes. KIND is exact, sketch, "
+            "sampled, empirical, or plain for the forward and backward pass.",
+        ),
+    ] = None,
+) -> None:
+    """Time and memory of the diagonal Fisher information, here and in other libraries.
+
+    The unit of time is one plain forward and backward pass over the same data. Everything takes
+    about an hour on two cores. Each section is saved when it is done: if the run is stopped, the
+    same command goes on where it was, unless the code or the settings have changed since.
+
+    The other libraries come with `pip install 'ewc_lib[peers]'`; what is missing is reported
+    and left out.
+
+    Set OMP_WAIT_POLICY=PASSIVE in the environment. Otherwise threads that wait for each other
+    burn the cores that others need, and the times mean little.
+    """
+    try:
+        if profiled is not None:
+            model, kind = profiled
+            if model not in BENCHMARKS:
+                raise ValueError(f"unknown model {model!r}; there are {', '.join(BENCHMARKS)}")
+            typer.echo(profile(BENCHMARKS[model], kind, threads))
+            return
+        if os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
+            typer.echo("Warning: OMP_WAIT_POLICY=PASSIVE is not set; times may be wrong.", err=True)
+        result = fisher_cost(
+            output, sections or (), repetitions=repetitions, threads=threads, fresh=fresh
+        )
+    except ValueError as problem:
+        raise typer.BadParameter(str(problem)) from problem
+    typer.echo(table(result))
+
+
+if __name__ == "__main__":
+    app()

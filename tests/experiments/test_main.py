@@ -1,0 +1,91 @@
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ewc_lib.experiments import __main__ as module
+from ewc_lib.experiments.fisher_cost import RESULT
+
+EMPTY = {"sections": {}}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Record how the measurement was called instead of running it."""
+    found = []
+
+    def record(*arguments, **options):
+        found.append((arguments, options))
+        return EMPTY
+
+    monkeypatch.setattr(module, "fisher_cost", record)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    return found
+
+
+def run(*arguments):
+    return CliRunner().invoke(module.app, arguments)
+
+
+def test_help_lists_the_experiments():
+    result = run("--help")
+    assert result.exit_code == 0
+    assert "fisher-cost" in result.output
+
+
+def test_help_names_the_sections_and_the_wait_policy():
+    words = " ".join(run("fisher-cost", "--help").output.split())
+    assert "mlp, cnn, cnn-norms, transformer, gpt2, linearity" in words
+    assert "OMP_WAIT_POLICY=PASSIVE" in words
+
+
+def test_by_default_everything_is_measured_for_the_book(calls):
+    assert run("fisher-cost").exit_code == 0
+    options = {"repetitions": 5, "threads": 2, "fresh": False}
+    assert calls == [((RESULT, ()), options)]
+
+
+def test_options_reach_the_measurement(calls):
+    options = ("--repetitions", "3", "--threads", "1", "--fresh", "--output", "x.json")
+    assert run("fisher-cost", "cnn", "mlp", *options).exit_code == 0
+    expected = {"repetitions": 3, "threads": 1, "fresh": True}
+    assert calls == [((Path("x.json"), ["cnn", "mlp"]), expected)]
+
+
+def test_threads_that_wait_actively_are_warned_of(calls, monkeypatch):
+    assert "OMP_WAIT_POLICY" not in run("fisher-cost").stderr
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert "OMP_WAIT_POLICY=PASSIVE is not set" in run("fisher-cost").stderr
+
+
+def test_a_result_that_must_not_be_mixed_is_an_error_of_the_command_line(tmp_path):
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({"settings": {}, "provenance": {}, "sections": {}}))
+    result = run("fisher-cost", "--output", str(path))
+    assert result.exit_code == 2
+    assert "must not be mixed" in " ".join(result.stderr.replace("│", "").split())
+
+
+def test_an_unknown_model_is_named(calls):
+    result = run("fisher-cost", "--profile", "vgg", "exact")
+    assert result.exit_code == 2
+    assert "unknown model 'vgg'" in result.stderr
+
+
+def test_a_profile_is_printed_and_nothing_is_measured(calls, monkeypatch):
+    monkeypatch.setattr(module, "profile", lambda model, kind, threads: f"{model.title} {kind}")
+    result = run("fisher-cost", "--profile", "cnn", "sketch")
+    assert result.output == "CNN sketch\n"
+    assert calls == []
+
+
+def test_the_package_runs_as_a_command(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "ewc_lib.experiments.__main__")
+    monkeypatch.setattr(sys, "argv", ["experiments", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("ewc_lib.experiments", run_name="__main__")
+    assert stopped.value.code == 0
+    assert "fisher-cost" in capsys.readouterr().out
