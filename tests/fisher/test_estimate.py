@@ -64,25 +64,28 @@ def generic(*patterns):
 
 PATHS = {
     "mlp_categorical": {},
+    "cnn_with_norms": {},
     "embedding": {},
     "embedding_with_padding": {},
-    "embedding_bag": generic("table.weight"),
+    "embedding_bag": {},
     "tied_weights": {},
     "module_called_twice": {},
     "raw_parameters": {},
     "addmm": {},
-    "flattened_positions": generic("weight", "bias"),
+    "flattened_positions": {},
     "frozen_parameters": {},
     "positions_in_a_plane": {},
     "sequence_of_labels": {},
-    "attention": generic("key.bias", "norm.weight", "norm.bias"),
-    "sequence_first": generic("layer.weight", "layer.bias", "scale"),
-    "position_embedding": generic("table.weight"),
-    "linear_and_einsum": generic("weight"),
+    "attention": {},
+    "multihead_attention": {},
+    "sequence_first": {},
+    "position_embedding": {},
+    "functional_convolution": {},
+    "circular_convolution": {},
+    "grouped_convolution": {},
+    "linear_and_einsum": {},
+    "weight_norm": {},
     "custom_function": generic("unseen", "both"),
-    "weight_norm": generic(
-        "0.parametrizations.weight.original0", "0.parametrizations.weight.original1"
-    ),
     "lstm": {f"cell.{p}_l0": "loop" for p in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")},
 }
 
@@ -776,7 +779,8 @@ class UnseenNoise(Unused):
     """Random numbers in the way of an operation without a rule."""
 
     def forward(self, x):
-        return torch.einsum("ni,oi->no", F.dropout(x, training=True), self.layer.weight)
+        x = F.dropout(x, training=True)
+        return torch.einsum("ni,oi,i->no", x, self.layer.weight, torch.ones_like(x[0]))
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
+from ewc_lib import fisher_information
 from ewc_lib.fisher import generic
 from ewc_lib.fisher.generic import GenericPath
-from tests.scenarios import SCENARIOS, N, estimate, same, slow_path_allowed
+from tests.scenarios import SCENARIOS, N, Scenario, estimate, same, slow_path_allowed
 
 VECTORISED = ("cnn_with_norms", "attention", "tied_weights", "weight_norm", "sequence_of_labels")
 
@@ -56,11 +58,11 @@ def test_the_loop_agrees_with_vmap(name):
     case, parameters, columns = prepare(name)
     names = list(parameters)
     vectorised, looped = GenericPath(case.model, parameters), GenericPath(case.model, parameters)
-    looped.looped = {"forced"}
+    looped.by_loop = True
     a, _ = gradients(vectorised, names, case.x, columns)
     b, _ = gradients(looped, names, case.x, columns)
     assert vectorised.looped == set()
-    assert looped.looped == {"forced", *names}
+    assert looped.looped == set(names)
     for n in names:
         assert torch.allclose(a[n], b[n], rtol=1e-10, atol=1e-12)
 
@@ -127,6 +129,57 @@ def test_a_model_that_vmap_follows_slowly_gives_no_warning():
         warnings.simplefilter("error")
         list(path.gradients(list(parameters), case.x, columns))
     assert path.looped == set()
+
+
+class Leaky(nn.Module):
+    """Its activation has a gradient that is wrong where one vmap runs within another."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Bilinear(3, 3, 4)
+        self.activation = nn.PReLU()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.activation(self.hidden(x, x)))
+
+
+@pytest.mark.parametrize("k", [1, 2, N])
+def test_any_number_of_columns_is_as_right_as_one(k):
+    torch.manual_seed(0)
+    model = Leaky().double().eval()
+    x = torch.randn(N, 3, dtype=torch.float64)
+    case = Scenario(model, x, "categorical", torch.zeros(N, dtype=torch.long))
+    columns = torch.randn(k, N, 3, dtype=torch.float64)
+    parameters = dict(model.named_parameters())
+    expected = expected_gradients(case, parameters, columns)
+    found, _ = gradients(GenericPath(model, parameters), list(parameters), x, columns)
+    for n in parameters:
+        assert torch.allclose(found[n], expected[n], rtol=1e-10, atol=1e-12)
+
+
+def test_the_warning_points_at_the_line_outside_the_package():
+    case, _, _ = prepare("lstm")
+    with pytest.warns(RuntimeWarning, match="vmap cannot follow LSTM") as caught:
+        fisher_information(case.model, (case.x, case.y), kind="empirical")
+    assert [w.filename for w in caught if w.category is RuntimeWarning] == [__file__]
+
+
+def test_observations_one_at_a_time_have_the_last_word(monkeypatch):
+    """Where vmap gives wrong gradients, the certificate sees it and the loop is right."""
+    case = SCENARIOS["custom_function"]()
+    expected = estimate(case).diagonal()
+    right = GenericPath._vectorised
+
+    def wrong(self, names, inputs, columns):
+        return {name: 2 * g for name, g in right(self, names, inputs, columns).items()}
+
+    monkeypatch.setattr(GenericPath, "_vectorised", wrong)
+    with pytest.warns(RuntimeWarning, match="other gradients than autograd"):
+        found = fisher_information(case.model, (case.x, case.y))
+    assert found.paths == {"unseen": "loop", "both": "loop"}
+    for name, values in found.diagonal().items():
+        torch.testing.assert_close(values, expected[name])
 
 
 def test_a_mistake_in_the_model_is_not_hidden():
