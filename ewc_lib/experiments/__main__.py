@@ -10,6 +10,7 @@ import typer
 
 from ewc_lib.experiments.fisher_cost import RESULT, fisher_cost, profile, table
 from ewc_lib.experiments.models import BENCHMARKS
+from ewc_lib.experiments.peers import CONTESTANTS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -34,6 +35,14 @@ def fisher_cost_command(
     output: Annotated[
         Path, typer.Option(help="The file to write.", show_default=f"{RESULT.name} of the book")
     ] = RESULT,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LIBRARY",
+            help="Measure only this one; may be given several times. By default all of "
+            f"{', '.join(CONTESTANTS)}.",
+        ),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the file holds.")] = False,
     profiled: Annotated[
         tuple[str, str] | None,
@@ -48,7 +57,7 @@ def fisher_cost_command(
     """Time and memory of the diagonal Fisher information, here and in other libraries.
 
     The unit of time is one plain forward and backward pass over the same data. Everything takes
-    about an hour on two cores. Each section is saved when it is done: if the run is stopped, the
+    one to two hours on two cores. Each section is saved when it is done: if the run is stopped, the
     same command goes on where it was, unless the code or the settings have changed since.
 
     The other libraries come with `pip install 'ewc_lib[peers]'`; what is missing is reported
@@ -66,8 +75,15 @@ def fisher_cost_command(
             return
         if os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
             typer.echo("Warning: OMP_WAIT_POLICY=PASSIVE is not set; times may be wrong.", err=True)
+        if unknown := set(only or ()) - set(CONTESTANTS):
+            raise ValueError(f"unknown {unknown}; there are {', '.join(CONTESTANTS)}")
         result = fisher_cost(
-            output, sections or (), repetitions=repetitions, threads=threads, fresh=fresh
+            output,
+            sections or (),
+            contestants={name: CONTESTANTS[name] for name in only or CONTESTANTS},
+            repetitions=repetitions,
+            threads=threads,
+            fresh=fresh,
         )
     except ValueError as problem:
         raise typer.BadParameter(str(problem)) from problem

@@ -76,7 +76,10 @@ PATIENCE = 40
 """A contestant that costs more plain passes than this is measured on fewer observations ..."""
 
 SHORTENED = 5
-"""... so few that it takes about as long as this number of plain passes."""
+"""... so few that it takes about as long as this number of plain passes, ..."""
+
+FEWEST = 16
+"""... but not fewer than these."""
 
 
 def fisher_cost(
@@ -153,7 +156,7 @@ def fisher_cost(
             now = provenance(seeds=[SEED], packages=PACKAGES, wall_seconds=0.0)
             if changed := differences(record, now):
                 raise RuntimeError(f"{name} was being measured while {'; '.join(changed)}")
-            result["sections"][name] = found
+            result["sections"][name] = {**found, "command": record["command"]}
             total = sum(section["wall_seconds"] for section in result["sections"].values())
             result["provenance"] = {**record, "wall_seconds": round(total, 3)}
             _save(path, result)
@@ -240,7 +243,7 @@ def _examine(contestant: Contestant, kind: str, benchmark: Benchmark, unit: floa
         reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
         return {"reason": reason if len(reason) <= 120 else f"{reason[:117]}..."}
     passes = cost / min(TRIAL, benchmark.n) / unit
-    fewer = math.ceil(benchmark.n * SHORTENED / passes)
+    fewer = max(FEWEST, math.ceil(benchmark.n * SHORTENED / passes))
     n = fewer if passes > PATIENCE else benchmark.n
     return {"n": n, "error": wrong_by, "plain_seconds": [], "seconds": []}
 
@@ -455,22 +458,24 @@ def table(result: dict[str, Any], value: str = "passes") -> str:
     """Return the result as text, one block for each model.
 
     A time is the median of the repetitions with the smallest and the largest, in plain passes.
-    ``~`` marks times that were scaled from fewer observations, ``!`` wrong answers.
+    ``~`` marks times that were scaled from fewer observations, ``!`` wrong answers, and ``–``
+    what is not possible, with the reason below.
 
     Parameters
     ----------
     result
         As :func:`fisher_cost` and :func:`load` return it.
     value
-        ``"passes"`` for the time, ``"mebibytes"`` for peak memory above that of the plain pass.
+        ``"passes"`` for the time, ``"mebibytes"`` for peak memory above that of the plain pass,
+        ``"error"`` for the error of the answer; see :class:`Row`.
 
     Raises
     ------
     ValueError
         If the value is another one.
     """
-    if value not in ("passes", "mebibytes"):
-        raise ValueError(f"value must be 'passes' or 'mebibytes', got {value!r}")
+    if value not in ("passes", "mebibytes", "error"):
+        raise ValueError(f"value must be 'passes', 'mebibytes' or 'error', got {value!r}")
     blocks = []
     for model, section in _models(result).items():
         mine = [row for row in rows(result) if row.model == model]
@@ -496,7 +501,7 @@ def _block(section: Entry, mine: list[Row], value: str) -> Iterator[str]:
 
 
 def _line(first: str, others: Iterable[str]) -> str:
-    return (f"{first:<20}" + "".join(f"{other:>20}" for other in others)).rstrip()
+    return (f"{first:<20}" + "".join(f"{other:>22}" for other in others)).rstrip()
 
 
 def _cell(row: Row, value: str) -> str:
@@ -504,8 +509,14 @@ def _cell(row: Row, value: str) -> str:
         return "–"
     if value == "mebibytes":
         return f"{row.mebibytes:.0f}"
+    if value == "error":
+        return "unknown" if row.error is None else f"{row.error:.1g}"
     marks = "~" * row.scaled + "!" * row.wrong
-    return f"{marks}{row.passes:.3g} ({row.low:.3g}–{row.high:.3g})"
+    return f"{marks}{_digits(row.passes)} ({_digits(row.low)}–{_digits(row.high)})"
+
+
+def _digits(number: float) -> str:
+    return f"{number:.3g}" if number < 999.5 else f"{number:,.0f}"
 
 
 MARKERS = {"plain": "x", "empirical": "o", "sketch": "D", "sampled": "^", "exact": "s"}

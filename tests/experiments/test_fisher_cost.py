@@ -61,7 +61,12 @@ def restore_style():
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
-    """Return what measures tiny models, without a process for the memory of each run."""
+    """Return what measures tiny models, without a process for the memory of each run.
+
+    The code is said to be the same all the time, even if it is edited while the tests run.
+    """
+    provenance, same = module.provenance, {"commit": "a", "dirty": False, "source": "b"}
+    monkeypatch.setattr(module, "provenance", lambda **options: provenance(**options) | same)
     monkeypatch.setattr(module, "_peak", lambda contestant, benchmark, n, threads: MIB)
 
     def run(sections=(), *, benchmarks=None, **options):
@@ -145,13 +150,12 @@ def test_a_second_run_adds_only_what_is_missing(measured, monkeypatch):
 
 def test_a_stopped_run_keeps_what_was_done(measured, monkeypatch):
     def stop(*_):
-        raise KeyboardInterrupt
+        raise InterruptedError
 
-    monkeypatch.setattr(module, "_linearity", stop)
-    with pytest.raises(KeyboardInterrupt):
-        measured()
-    monkeypatch.undo()
-    monkeypatch.setattr(module, "_peak", lambda *_: MIB)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_linearity", stop)
+        with pytest.raises(InterruptedError):
+            measured()
     monkeypatch.setattr(module, "_compare", stop)
     assert list(measured()["sections"]) == ["mlp", "other", "linearity"]
 
@@ -192,15 +196,19 @@ def test_threads_are_put_back(measured):
     assert torch.get_num_threads() == before
 
 
-def test_what_is_too_slow_is_measured_on_fewer_observations_and_scaled(measured, monkeypatch):
+@pytest.mark.parametrize(("slowness", "n"), [(50.0, 20), (1000.0, 16)])
+def test_what_is_too_slow_is_measured_on_fewer_observations_and_scaled(
+    slowness, n, measured, monkeypatch
+):
     """Time is what it should be: so many plain passes for each observation."""
-    passes = {plain_pass: 1.0, doubled: 100.0}
+    passes = {plain_pass: 1.0, doubled: slowness}
     clock = lambda f, _, batches: passes.get(f, 2.0) * sum(len(y) for _, y in batches)  # noqa: E731
     monkeypatch.setattr(module, "_seconds", clock)
-    found = {(row.library, row.kind): row for row in rows(measured(["mlp"]))}
+    result = measured(["mlp"], benchmarks={"mlp": TINY._replace(n=200)})
+    found = {(row.library, row.kind): row for row in rows(result)}
     slow, fast = found["careless", "exact"], found["ewc_lib", "exact"]
-    assert (slow.n, slow.scaled, slow.passes) == (1, True, 100)
-    assert (fast.n, fast.scaled, fast.passes) == (20, False, 2)
+    assert (slow.n, slow.scaled, slow.passes) == (n, True, slowness)
+    assert (fast.n, fast.scaled, fast.passes) == (200, False, 2)
 
 
 def test_a_run_leaves_the_model_alone():
@@ -301,6 +309,22 @@ def test_the_table_shows_memory_where_that_is_wanted(result):
     cells = {line.split()[0]: line.split()[1:] for line in table(result, "mebibytes").splitlines()}
     assert cells["ewc_lib"] == ["20", "20"]
     assert cells["careless"] == ["-1"]
+
+
+def test_the_table_shows_errors_where_they_are_wanted(result):
+    result["sections"]["mlp"]["contestants"]["slow"]["exact"]["error"] = None
+    cells = {line.split()[0]: line.split()[1:] for line in table(result, "error").splitlines()}
+    assert cells["ewc_lib"] == ["1e-16", "1e-16"]
+    assert cells["careless"] == ["0.5"]
+    assert cells["slow"] == ["unknown"]
+
+
+def test_long_times_stay_readable(result):
+    result["sections"]["mlp"]["contestants"]["slow"]["exact"]["seconds"] = [1e3, 2e3, 3e3]
+    assert "~5,000 (3,750–5,000)" in table(result)
+
+
+def test_the_table_knows_its_values(result):
     with pytest.raises(ValueError, match="got 'bytes'"):
         table(result, "bytes")
 

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from ewc_lib.experiments import __main__ as module
 from ewc_lib.experiments.fisher_cost import RESULT
+from ewc_lib.experiments.peers import CONTESTANTS
 
 EMPTY = {"sections": {}}
 
@@ -44,15 +45,24 @@ def test_help_names_the_sections_and_the_wait_policy():
 
 def test_by_default_everything_is_measured_for_the_book(calls):
     assert run("fisher-cost").exit_code == 0
-    options = {"repetitions": 5, "threads": 2, "fresh": False}
+    options = {"contestants": CONTESTANTS, "repetitions": 5, "threads": 2, "fresh": False}
     assert calls == [((RESULT, ()), options)]
 
 
 def test_options_reach_the_measurement(calls):
     options = ("--repetitions", "3", "--threads", "1", "--fresh", "--output", "x.json")
-    assert run("fisher-cost", "cnn", "mlp", *options).exit_code == 0
-    expected = {"repetitions": 3, "threads": 1, "fresh": True}
+    only = ("--only", "ewc_lib", "--only", "loop")
+    assert run("fisher-cost", "cnn", "mlp", *options, *only).exit_code == 0
+    some = {name: CONTESTANTS[name] for name in ("ewc_lib", "loop")}
+    expected = {"contestants": some, "repetitions": 3, "threads": 1, "fresh": True}
     assert calls == [((Path("x.json"), ["cnn", "mlp"]), expected)]
+
+
+def test_an_unknown_library_is_refused_by_name(calls):
+    result = run("fisher-cost", "--only", "elsewhere")
+    assert result.exit_code != 0
+    assert "elsewhere" in result.stderr
+    assert calls == []
 
 
 def test_threads_that_wait_actively_are_warned_of(calls, monkeypatch):
