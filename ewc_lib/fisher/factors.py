@@ -6,10 +6,11 @@ The gradient of a weight matrix is :math:`G_n = \sum_t g_{nt} a_{nt}^\top` over 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -22,8 +23,8 @@ from ewc_lib.fisher.rules import (
     Rule,
     add_squared_products,
 )
-from ewc_lib.fisher.structures import BlockDiagonal, EigenKronecker, Fisher, Kronecker
-from ewc_lib.fisher.sums import BlockSum, DiagonalSum, Sum
+from ewc_lib.fisher.structures import BlockDiagonal, EigenKronecker, Fisher, Kronecker, Vector
+from ewc_lib.fisher.sums import DenseSum, DiagonalSum, Sum, pieces
 
 MAX_VECTOR = 4096
 """Vectors up to this size keep their whole block."""
@@ -42,10 +43,12 @@ class Layer:
         """The weight, and the bias if there is one."""
         return [self.weight, *([self.bias] if self.bias else [])]
 
-    def input_rows(self, readings: list[Reading]) -> Float[Tensor, "N T I"]:
+    def input_rows(
+        self, readings: Iterable[Reading], part: slice = slice(None)
+    ) -> Float[Tensor, "N T I"]:
         """Return the inputs at all positions, with a constant 1 for the bias."""
-        rows = torch.cat([_matrix_rule(r).input_rows(r.input) for r in readings], 1)
-        return torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2) if self.bias else rows
+        rows = torch.cat([_matrix_rule(r).input_rows(r.input[part]) for r in readings], 1)
+        return F.pad(rows, (0, 1), value=1.0) if self.bias else rows
 
     @staticmethod
     def output_rows(pulled: Pulled) -> Float[Tensor, "N T O"]:
@@ -65,22 +68,27 @@ def _is_matrix(rule: Rule) -> bool:
 
 def layers(run: Run) -> Iterator[Layer]:
     """Find the parameters of a batch that are matrices wherever they are used."""
-    edges = {
-        name: [reading.use.edge for reading in readings.values()]
+    direct = {
+        name: list(readings.values())
         for name, readings in run.readings.items()
+        if all(reading.source is run.generic.parameters[name] for reading in readings.values())
     }
-    shifts = [
-        name
-        for name, readings in run.readings.items()
-        if all(type(r.rule) is Broadcast and r.source.dim() == 1 for r in readings.values())
-    ]
-    for name, readings in run.readings.items():
-        rules = [reading.rule for reading in readings.values()]
-        own = all(reading.source is run.generic.parameters[name] for reading in readings.values())
-        sides = {isinstance(rule, OuterProduct) and rule.transposed for rule in rules}
-        if own and len(sides) == 1 and all(map(_is_matrix, rules)):
-            biases = [bias for bias in shifts if edges[bias] == edges[name]]
-            yield Layer(name, biases[0] if biases else None, sides.pop())
+    shifts = {
+        name: [reading.use.edge for reading in readings]
+        for name, readings in direct.items()
+        if all(type(reading.rule) is Broadcast for reading in readings)
+    }
+    for name, readings in direct.items():
+        sides = {getattr(reading.rule, "transposed", False) for reading in readings}
+        if len(sides) == 1 and all(_is_matrix(reading.rule) for reading in readings):
+            transposed, edges = sides.pop(), [reading.use.edge for reading in readings]
+            outputs = readings[0].rule.shape[1 if transposed else 0]
+            biases = [
+                bias
+                for bias, its in shifts.items()
+                if its == edges and run.generic.parameters[bias].shape == (outputs,)
+            ]
+            yield Layer(name, biases[0] if biases else None, transposed)
 
 
 class KroneckerSum(Sum):
@@ -104,50 +112,69 @@ class KroneckerSum(Sum):
     ) -> None:
         super().__init__(parameters, dtype, device)
         self.reduce = reduce
-        self._options = dtype, device
-        self._parameters = parameters
         self.layers: list[Layer] = []
+        self.inputs: Vector = {}
+        self.outputs: Vector = {}
+        self._others: dict[str, Sum] = {}
+        self._parameters = parameters
+        self._options = dtype, device
 
     def add(self, run: Run, columns: Iterator[Tensor]) -> None:
-        if self.n == 0:
-            self._start(list(layers(run)))
+        self._place(run)
+        for layer, readings in self.readings(run):
+            row_bytes = sum(r.input[0].numel() * r.input.itemsize for r in readings)
+            for part in pieces(len(run), row_bytes):
+                rows = layer.input_rows(readings, part)
+                if self.reduce:
+                    self._add(self.inputs[layer.weight], rows.mean(1))
+                else:
+                    self._add(self.inputs[layer.weight], rows.flatten(0, 1), 1 / rows.shape[1])
+        super().add(run, columns)
+
+    def _place(self, run: Run) -> None:
+        """Give room to every parameter that is used for the first time."""
+        known = {*self._others}.union(*(layer.names for layer in self.layers))
+        for layer in layers(run):
+            if known.isdisjoint(layer.names):
+                shape = self.shapes[layer.weight]
+                o = shape[1 if layer.transposed else 0]
+                i = shape.numel() // o + (layer.bias is not None)
+                self.inputs[layer.weight] = self.zeros(layer.names, i, i)
+                self.outputs[layer.weight] = self.zeros(layer.names, o, o)
+                self.layers.append(layer)
+                known.update(layer.names)
+        for name in {*run.readings, *run.by_generic} - known:
+            self._others[name] = self._alone(name)
+
+    def _alone(self, name: str) -> Sum:
+        """Return the sum of a parameter that is no matrix."""
+        parameter = self._parameters[name]
+        whole = parameter.dim() < 2 and parameter.numel() <= MAX_VECTOR
+        return (DenseSum if whole else DiagonalSum)({name: parameter}, *self._options)
+
+    def readings(self, run: Run) -> Iterator[tuple[Layer, list[Reading]]]:
+        """Yield the layers that a batch uses, and how; they are the same in all batches."""
+        found = {layer.weight: layer for layer in layers(run)}
+        used = {*run.readings, *run.by_generic}
         for layer in self.layers:
-            if layer.weight in run.by_generic:
+            if used.isdisjoint(layer.names):
+                continue
+            if found.get(layer.weight) != layer:
                 raise ValueError(
                     f"parameter {layer.weight!r} is used as a matrix in one batch and in another "
                     "way in the next: it has no Kronecker factors; choose structure='diagonal'"
                 )
-            if layer.weight in run.readings:
-                rows = layer.input_rows(list(run.readings[layer.weight].values()))
-                rows = rows.mean(1) if self.reduce else rows.flatten(0, 1) / rows.shape[1] ** 0.5
-                self._add(self.inputs[layer.weight], rows)
-        super().add(run, columns)
-
-    def _start(self, found: list[Layer]) -> None:
-        """Make room for the factors, once a batch has shown which parameters have some."""
-        self.layers = found
-        self.inputs, self.outputs = {}, {}
-        for layer in found:
-            shape = self.shapes[layer.weight]
-            o = shape[1 if layer.transposed else 0]
-            i = shape.numel() // o + (layer.bias is not None)
-            self.inputs[layer.weight] = self.zeros(layer.names, i, i)
-            self.outputs[layer.weight] = self.zeros(layer.names, o, o)
-        of_layers = {name for layer in found for name in layer.names}
-        rest = {name: p for name, p in self._parameters.items() if name not in of_layers}
-        vectors = {name: p for name, p in rest.items() if p.dim() < 2 and p.numel() <= MAX_VECTOR}
-        others = {name: p for name, p in rest.items() if name not in vectors}
-        self.vectors = BlockSum(vectors, *self._options, groups=[[name] for name in vectors])
-        self.others = DiagonalSum(others, *self._options)
+            yield layer, list(run.readings[layer.weight].values())
 
     @staticmethod
-    def _add(total: Tensor, rows: Float[Tensor, "R _"]) -> None:
+    def _add(total: Tensor, rows: Float[Tensor, "R _"], weight: float = 1.0) -> None:
         rows = rows.to(total)
-        total.addmm_(rows.mT, rows)
+        total.addmm_(rows.mT, rows, alpha=weight)
 
-    def add_generic(self, run: Run, block: list[Tensor]) -> None:
-        self.vectors.add_generic(run, block)
-        self.others.add_generic(run, block)
+    def add_generic(self, parts: Iterable[tuple[slice, Vector]]) -> None:
+        for part, found in parts:
+            for name in found.keys() & self._others.keys():
+                self._others[name].add_generic([(part, found)])
 
     def add_column(self, found: dict[str, Pulled], k: int, n: int) -> None:
         for layer in self.layers:
@@ -155,11 +182,12 @@ class KroneckerSum(Sum):
                 rows = layer.output_rows(found[layer.weight])
                 rows = rows.sum(1) if self.reduce else rows.flatten(0, 1)
                 self._add(self.outputs[layer.weight], rows)
-        for part in (self.vectors, self.others):
-            part.add_column({n: p for n, p in found.items() if n in part.shapes}, k, n)
+        for name, other in self._others.items():
+            other.add_column({name: found[name]} if name in found else {}, k, n)
 
     def end_block(self) -> None:
-        self.others.end_block()
+        for other in self._others.values():
+            other.end_block()
 
     def mean(self, kind: str, paths: dict[str, str]) -> BlockDiagonal:
         blocks = [
@@ -174,13 +202,16 @@ class KroneckerSum(Sum):
             )
             for layer in self.layers
         ]
-        return BlockDiagonal(self.n, kind, paths, (*blocks, *self.rest(kind, paths)))
+        return BlockDiagonal(self.n, kind, paths, (*blocks, *self.others(kind, paths)))
 
-    def rest(self, kind: str, paths: dict[str, str]) -> list[Fisher]:
-        """Return the blocks of all parameters that are no matrices."""
-        self.vectors.n = self.others.n = self.n
-        diagonal = [self.others.mean(kind, paths)] if self.others.shapes else []
-        return [*self.vectors.blocks(kind, paths), *diagonal]
+    def others(self, kind: str, paths: dict[str, str]) -> Iterator[Fisher]:
+        """Yield the block of each parameter that is no matrix; unused ones have no information."""
+        of_layers = {name for layer in self.layers for name in layer.names}
+        for name in self._parameters:
+            if name not in of_layers:
+                other = self._others.get(name) or self._alone(name)
+                other.n = self.n
+                yield other.mean(kind, {name: paths[name]})
 
 
 class EigenKroneckerSum(Sum):
@@ -206,15 +237,12 @@ class EigenKroneckerSum(Sum):
 
     def add(self, run: Run, columns: Iterator[Tensor]) -> None:
         self._inputs = {}
-        for layer in self.first.layers:
-            if readings := run.readings.get(layer.weight):
-                basis = self._bases[layer.weight][1]
-                self._inputs[layer.weight] = (
-                    layer.input_rows(list(readings.values())).to(basis) @ basis
-                )
+        for layer, readings in self.first.readings(run):
+            basis = self._bases[layer.weight][1]
+            self._inputs[layer.weight] = layer.input_rows(readings).to(basis) @ basis
         super().add(run, columns)
 
-    def add_generic(self, run: Run, block: list[Tensor]) -> None:
+    def add_generic(self, parts: Iterable[tuple[slice, Vector]]) -> None:
         """Nothing to do: what has no factors was summed in the first pass."""
 
     def add_column(self, found: dict[str, Pulled], k: int, n: int) -> None:
@@ -241,7 +269,7 @@ class EigenKroneckerSum(Sum):
             )
             for layer in self.first.layers
         ]
-        return BlockDiagonal(self.n, kind, paths, (*blocks, *self.first.rest(kind, paths)))
+        return BlockDiagonal(self.n, kind, paths, (*blocks, *self.first.others(kind, paths)))
 
 
 def _basis(factor: Float[Tensor, "O O"]) -> Float[Tensor, "O O"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ewc_lib._model import Selection, select_parameters
 from ewc_lib.distributions import OutputDistribution, output_distribution
 from ewc_lib.fisher.layout import weigh
-from ewc_lib.fisher.output import Kind, information_times
+from ewc_lib.fisher.output import KINDS, Kind, information_times
 from ewc_lib.fisher.passes import Passes, Run
+from ewc_lib.fisher.pulled import sum_dtype
 from ewc_lib.fisher.structures import Vector, check_shapes
 
 
@@ -72,17 +73,27 @@ class MatrixFree:
         seed: int = 0,
         progress: bool | None = None,
     ) -> None:
-        if isinstance(data, Iterable) and iter(data) is data:
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+        if draws < 1:
+            raise ValueError(f"draws must be at least 1, got {draws}")
+        if isinstance(data, Iterator):
             raise ValueError("data is an iterator, which can be read only once; give a list")
         self.model = model
         self.data = data
         self.distribution = output_distribution(likelihood)
         self.kind = kind
-        self.parameters = select_parameters(model, params)
+        self.params = params
         self.n_samples = n_samples
         self.draws = draws
         self.seed = seed
         self.progress = progress
+        select_parameters(model, params)  # refuses unknown names now, not later
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The chosen parameters of the model as it is, by name."""
+        return select_parameters(self.model, self.params)
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -92,34 +103,49 @@ class MatrixFree:
     def __matmul__(self, v: Vector) -> Vector:
         """Return the product with a vector."""
         check_shapes(self.shapes, {name: t.shape for name, t in v.items()})
-        passes = Passes(self.model, self.parameters, self.distribution)
+        parameters = self.parameters
+        passes = Passes(self.model, parameters, self.distribution)
         generator = torch.Generator(passes.device).manual_seed(self.seed)
-        total = {
-            name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()
-        }
         n = 0
         with passes.leaving_no_trace(), sdpa_kernel(SDPBackend.MATH):
+            total = {
+                name: torch.zeros(p.shape, dtype=sum_dtype(p), device=p.device)
+                for name, p in parameters.items()
+            }
             for run in passes.over(self.data, self.n_samples, self.progress):
-                for name, g in self._product(run, v, generator).items():
+                for name, g in self._product(run, parameters, v, generator).items():
                     total[name] += g
                 n += len(run)
-        return {name: t / n for name, t in total.items()}
+            return {name: t / n for name, t in total.items()}
 
     def quadratic(self, v: Vector) -> Float[Tensor, ""]:
-        r"""Return :math:`v^\top F v`."""
+        r"""Return :math:`v^\top F v`, a number without a graph: its gradient is :math:`2 F v`."""
         product = self @ v
-        return torch.stack([(v[name] * product[name]).sum() for name in product]).sum()
+        return torch.stack([(v[name].detach() * product[name]).sum() for name in product]).sum()
 
-    def _product(self, run: Run, v: Vector, generator: torch.Generator) -> Vector:
-        output, parameters = run.forward.output, list(self.parameters.values())
+    def _product(
+        self,
+        run: Run,
+        parameters: dict[str, nn.Parameter],
+        v: Vector,
+        generator: torch.Generator,
+    ) -> Vector:
+        """Return the sum over a batch, for the parameters that its output depends on."""
+        output = run.forward.output
+        if not output.requires_grad:
+            return {}
         u = torch.zeros_like(output, requires_grad=True)
-        back = torch.autograd.grad(output, parameters, u, create_graph=True, allow_unused=True)
-        used = {n: g for n, g in zip(self.parameters, back, strict=True) if g is not None}
+        back = torch.autograd.grad(
+            output, list(parameters.values()), u, create_graph=True, allow_unused=True
+        )
+        used = {n: g for n, g in zip(parameters, back, strict=True) if g is not None}
+        if not used:
+            return {}
         (along,) = torch.autograd.grad(
             list(used.values()), u, [v[name].to(g) for name, g in used.items()], retain_graph=True
         )
         column = self._information_times(run, along.to(run.output), generator).to(output)
-        chosen = [self.parameters[name] for name in used]
+        chosen = [parameters[name] for name in used]
         return dict(zip(used, torch.autograd.grad(output, chosen, column), strict=True))
 
     def _information_times(self, run: Run, u: Tensor, generator: torch.Generator) -> Tensor:

@@ -19,6 +19,9 @@ from ewc_lib.fisher.structures import BlockDiagonal, Dense, Diagonal, Fisher, Lo
 COLUMNS_AT_ONCE = 16
 """Output columns that the generic path takes with one forward pass."""
 
+ROWS_BYTES = 2**25
+"""Rows of observations are written out in pieces of this size."""
+
 MAX_BYTES = 2**34
 """Larger matrices are refused: nobody means to ask for them."""
 
@@ -52,14 +55,14 @@ class Sum(ABC):
         self.n += len(run)
         with torch.no_grad():
             while block := list(islice(columns, COLUMNS_AT_ONCE)):
-                self.add_generic(run, block)
+                self.add_generic(run.generic_gradients(block))
                 for k, column in enumerate(block):
                     self.add_column(run.pull(column), k, len(column))
                 self.end_block()
 
     @abstractmethod
-    def add_generic(self, run: Run, block: list[Tensor]) -> None:
-        """Take the gradients of some columns in the parameters on the generic path."""
+    def add_generic(self, parts: Iterable[tuple[slice, Vector]]) -> None:
+        """Take the gradients ``[K, n, *shape]`` of a block on the generic path, part by part."""
 
     @abstractmethod
     def add_column(self, found: dict[str, Pulled], k: int, n: int) -> None:
@@ -95,11 +98,14 @@ class DiagonalSum(Sum):
         device: torch.device | None,
     ) -> None:
         super().__init__(parameters, dtype, device)
-        self.sums = {name: self.zeros([name], *shape) for name, shape in self.shapes.items()}
+        self.sums = {
+            name: torch.zeros(shape, dtype=self.dtypes[name], device=self.devices[name])
+            for name, shape in self.shapes.items()
+        }
         self._terms: dict[str, tuple[Pulled, Tensor]] = {}
 
-    def add_generic(self, run: Run, block: list[Tensor]) -> None:
-        for _, found in run.generic_gradients(block):
+    def add_generic(self, parts: Iterable[tuple[slice, Vector]]) -> None:
+        for _, found in parts:
             for name in found.keys() & self.sums.keys():
                 squares = found[name].to(self.dtypes[name]).square().sum((0, 1))
                 self.sums[name] += squares.to(self.devices[name])
@@ -143,33 +149,45 @@ class RowSum(Sum):
         device: torch.device | None,
     ) -> None:
         super().__init__(parameters, dtype, device)
-        self._generic: Vector = {}
+        self._generic: dict[str, list[Tensor]] = defaultdict(list)
+        self._row_bytes = sum(
+            shape.numel() * self.dtypes[name].itemsize for name, shape in self.shapes.items()
+        )
 
-    def add_generic(self, run: Run, block: list[Tensor]) -> None:
-        parts: dict[str, list[Tensor]] = defaultdict(list)
-        for _, found in run.generic_gradients(block):
+    def add_generic(self, parts: Iterable[tuple[slice, Vector]]) -> None:
+        for _, found in parts:
             for name in found.keys() & self.shapes.keys():
-                parts[name].append(found[name].to(self.dtypes[name]))
-        self._generic = {name: torch.cat(gs, 1) for name, gs in parts.items()}
+                self._generic[name].append(found[name])
 
     def add_column(self, found: dict[str, Pulled], k: int, n: int) -> None:
-        rows = {name: pulled.gradients() for name, pulled in found.items()}
-        rows |= {name: gradients[k] for name, gradients in self._generic.items()}
-        self.add_rows(rows, n)
+        generic = {name: torch.cat([g[k] for g in gs]) for name, gs in self._generic.items()}
+        for part in pieces(n, self._row_bytes):
+            rows = {name: pulled.gradients(part) for name, pulled in found.items()}
+            rows |= {name: gradients[part] for name, gradients in generic.items()}
+            self.add_rows(rows, part.stop - part.start)
+
+    def end_block(self) -> None:
+        self._generic.clear()
 
     @abstractmethod
     def add_rows(self, rows: Vector, n: int) -> None:
-        """Take the gradients of one column, ``[n, *shape]`` for every parameter it reaches."""
+        """Take some gradients of one column, ``[n, *shape]`` for every parameter it reaches."""
 
     def matrix(self, rows: Vector, names: list[str], n: int, like: Tensor) -> Float[Tensor, "n P"]:
         """Write the gradients of some parameters in one matrix; zero where there are none."""
-        pieces = [
+        found = [
             rows[name].reshape(n, -1).to(like)
             if name in rows
             else like.new_zeros(n, self.shapes[name].numel())
             for name in names
         ]
-        return torch.cat(pieces, 1)
+        return torch.cat(found, 1)
+
+
+def pieces(n: int, row_bytes: int) -> Iterator[slice]:
+    """Cut ``n`` rows into pieces of bounded size."""
+    step = max(1, ROWS_BYTES // max(1, row_bytes))
+    return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
 class BlockSum(RowSum):
@@ -238,27 +256,35 @@ class LowRankSum(RowSum):
         rank: int,
     ) -> None:
         super().__init__(parameters, dtype, device)
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
         self.rank = rank
         self.names = list(parameters)
-        self.nothing = self.zeros(self.names, 0)
-        self.rows: list[Float[Tensor, "n P"]] = []
+        self.size = sum(shape.numel() for shape in self.shapes.values())
+        self.rows: list[Float[Tensor, "n P"]] = [self.zeros(self.names, 0, self.size)]
+        self.count = 0
 
     def add_rows(self, rows: Vector, n: int) -> None:
-        self.rows.append(self.matrix(rows, self.names, n, self.nothing))
-        count, size = sum(map(len, self.rows)), self.rows[0].shape[1]
-        if count * size * self.nothing.itemsize > MAX_BYTES:
+        nothing = self.rows[0]
+        self.count += n
+        if self.count * self.size * nothing.itemsize > MAX_BYTES:
             raise ValueError(
-                f"{count} gradients of {size} numbers take more than {MAX_BYTES / 2**30:.0f} "
-                "GiB; use n_samples, kind='sketch', or MatrixFree"
+                f"{self.count} gradients of {self.size} numbers take more than "
+                f"{MAX_BYTES / 2**30:.0f} GiB; use n_samples, kind='sketch', or MatrixFree"
             )
+        self.rows.append(self.matrix(rows, self.names, n, nothing))
 
     def mean(self, kind: str, paths: dict[str, str]) -> LowRank:
-        rows = torch.cat(self.rows) / self.n**0.5
-        gram = rows @ rows.mT if len(rows) < rows.shape[1] else rows.mT @ rows
-        values, vectors = torch.linalg.eigh(gram)
+        rows = torch.cat(self.rows)
+        live = rows.any(0)  # the others must have exactly no information
+        rows = rows[:, live]
+        few = len(rows) < rows.shape[1]
+        values, vectors = torch.linalg.eigh(rows @ rows.mT if few else rows.mT @ rows)
         values, vectors = values.flip(0)[: self.rank], vectors.flip(1)[:, : self.rank]
-        real = values > len(gram) * torch.finfo(values.dtype).eps * values[0]
-        values, vectors = values[real], vectors[:, real]
-        if len(rows) < rows.shape[1]:
-            vectors = rows.mT @ vectors / values.sqrt()
-        return LowRank(self.n, kind, paths, vectors, values, self.shapes)
+        kept = values > torch.finfo(values.dtype).eps * values[:1]
+        values, vectors = values[kept], vectors[:, kept]
+        if few:  # what is left of large eigenvectors in small ones must go: they are orthogonal
+            vectors = torch.linalg.qr(rows.mT @ vectors).Q
+        directions = vectors.new_zeros(self.size, len(values))
+        directions[live] = vectors
+        return LowRank(self.n, kind, paths, directions, values / self.n, self.shapes)

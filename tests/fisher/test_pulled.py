@@ -1,0 +1,375 @@
+"""Gradients of a parameter from what arrived at its uses, also through tensors computed from it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ewc_lib.fisher import pulled as module
+from ewc_lib.fisher import rules
+from ewc_lib.fisher.capture import Use
+from ewc_lib.fisher.layout import Layout
+from ewc_lib.fisher.pulled import Pulled, Reading, is_rearranged, pull_back, sum_dtype
+from ewc_lib.fisher.rules import Broadcast, Convolution, OuterProduct, Rows, Scale
+
+N = 5
+
+
+def normal(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def parameter(*shape):
+    return normal(*shape, seed=7).requires_grad_()
+
+
+def close(a, b):
+    return torch.allclose(a, b, rtol=1e-11, atol=1e-12)
+
+
+ORDER = torch.tensor([2, 0, 3])
+REPEATS = torch.tensor([2, 0, 2])
+
+REARRANGED = {
+    "itself": lambda w: w,
+    "transpose": lambda w: w.T,
+    "slice": lambda w: w[1:, :2],
+    "one row": lambda w: w[2],
+    "lookup": lambda w: w[ORDER],
+    "lookup by embedding": lambda w: F.embedding(ORDER, w),
+    "view": lambda w: w.view(2, -1),
+    "copy": lambda w: w.clone().contiguous(),
+    "flip": lambda w: w.flip(0),
+    "joined with zeros": lambda w: torch.cat([w, w.new_zeros(1, 3)]),
+    "masked": lambda w: w * (torch.arange(3) > 0),
+    "shifted": lambda w: w + 1,
+}
+CHANGED = {
+    "scaled": lambda w: 2 * w,
+    "negative": lambda w: -w,
+    "halved": lambda w: w / 2,
+    "scaled in part": lambda w: w * torch.tensor([1.0, 1.0, 3.0]),
+    "repeated": lambda w: w.repeat(1, 2),
+    "repeated lookup": lambda w: w[REPEATS],
+    "expanded": lambda w: w.expand(2, 4, 3),
+    "mean": lambda w: w.mean(0),
+    "differences": lambda w: w.diff(dim=0),
+    "mixed": lambda w: w @ normal(3, 3),
+    "normalised": lambda w: w / w.norm(dim=1, keepdim=True),
+    "curved": lambda w: w.tanh(),
+    "joined with itself": lambda w: torch.cat([w, w.T @ w]),
+}
+
+
+@pytest.mark.parametrize("derive", REARRANGED.values(), ids=REARRANGED)
+def test_entries_that_only_move_are_rearranged(derive):
+    weight = parameter(4, 3)
+    assert is_rearranged(derive(weight), weight)
+
+
+@pytest.mark.parametrize("derive", CHANGED.values(), ids=CHANGED)
+def test_entries_that_are_scaled_summed_or_repeated_are_not(derive):
+    weight = parameter(4, 3)
+    assert not is_rearranged(derive(weight), weight)
+
+
+@pytest.mark.parametrize("derive", REARRANGED.values(), ids=REARRANGED)
+def test_squares_of_rearranged_entries_are_pulled_back_like_gradients(derive):
+    weight = parameter(4, 3)
+    source = derive(weight)
+    values = normal(*source.shape)
+    squares = pull_back(source, weight, values.square())
+    assert close(squares, pull_back(source, weight, values).square())
+
+
+def test_asking_leaves_the_graph_and_the_random_state():
+    weight = parameter(4, 3)
+    source, state = weight.T, torch.get_rng_state()
+    assert is_rearranged(source, weight)
+    assert is_rearranged(source, weight)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert weight.grad is None
+
+
+# Pulling back
+
+DERIVED = REARRANGED | CHANGED
+
+
+@pytest.mark.parametrize("derive", DERIVED.values(), ids=DERIVED)
+def test_a_gradient_is_pulled_back_as_autograd_does_alone_and_in_a_batch(derive):
+    weight = parameter(4, 3)
+    source = derive(weight)
+    values = normal(N, *source.shape)
+    if source is weight:
+        expected = values
+    else:
+        expected = torch.stack(
+            [torch.autograd.grad(source, weight, v, retain_graph=True)[0] for v in values]
+        )
+    assert close(pull_back(source, weight, values[0]), expected[0])
+    assert close(pull_back(source, weight, values), expected)
+
+
+def test_what_is_pulled_back_keeps_the_precision_of_the_sums():
+    weight = parameter(4, 3).detach().to(torch.float16).requires_grad_()
+    back = pull_back(weight.T, weight, torch.ones(3, 4))
+    assert back.dtype == torch.float32
+    assert back.shape == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_sums_are_at_least_in_single_precision(given, expected):
+    assert sum_dtype(torch.ones((), dtype=given)) == expected
+
+
+# Readings
+
+
+def reading(source, rule, a, layout=None, shape=(), dtype=torch.float64, room=0):
+    use = Use(source, rule, a, None, torch.Size(shape), "")
+    return Reading.of(use, layout or Layout(), N, dtype, room)
+
+
+def test_a_reading_cuts_its_input_and_what_arrives_alike():
+    weight, layout = parameter(2, 3), Layout(1)
+    found = reading(weight, OuterProduct(weight.shape), normal(4, N, 3), layout)
+    assert torch.equal(found.input, layout.split(normal(4, N, 3), N))
+    assert found.cut(normal(4, N, 2)).shape == (N, 4, 1, 2)
+    assert found.source is weight
+
+
+def test_conversion_keeps_the_indices_of_a_table():
+    found = reading(
+        parameter(3, 2), Rows(torch.Size([3, 2])), torch.zeros(N, 4).long(), dtype=torch.float32
+    )
+    assert found.input.dtype == torch.int64
+    assert found.cut(torch.ones(N, 4, 2, dtype=torch.float16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_inputs_are_converted_before_anything_is_multiplied(half):
+    weight = parameter(2, 3)
+    a = (1e-5 * normal(N, 3)).to(half)
+    found = reading(weight, OuterProduct(weight.shape), a, dtype=torch.float32)
+    assert found.input.dtype == torch.float32
+    assert torch.equal(found.input.squeeze(1), a.float())
+
+
+def test_only_what_was_copied_is_counted():
+    kernel = parameter(2, 3, 2)
+    rule = Convolution(kernel.shape, (1,), ((0, 0),), (1,), 1)
+    images = normal(N, 3, 4)
+    windows = N * 3 * 2 * 3 * 8
+    assert reading(kernel, rule, images, room=windows).copied == windows
+    assert reading(kernel, rule, images, room=windows - 1).copied < windows
+    weight = parameter(2, 3)
+    linear = OuterProduct(weight.shape)
+    assert reading(weight, linear, normal(N, 3)).copied == 0
+    assert reading(weight, linear, normal(N, 3), dtype=torch.float32).copied == N * 3 * 4
+
+
+# Gradients through several uses
+
+
+class Function:
+    """A function of a parameter and of inputs, with the uses that a watcher would find."""
+
+    def __init__(self, parameter, function, uses):
+        self.parameter, self.function = parameter, function
+        self.readings = [reading(*use) for use in uses]
+
+    def pulled(self, arrived, rearranged):
+        gs = [r.cut(g) for r, g in zip(self.readings, arrived, strict=True)]
+        return Pulled(self.parameter, self.readings, gs, rearranged)
+
+    def by_observation(self, arrived):
+        """Gradient of each observation by autograd."""
+        found = []
+        for n in range(N):
+            value = sum(
+                (out[n] * g[n]).sum() for out, g in zip(self.function(), arrived, strict=True)
+            )
+            found.append(torch.autograd.grad(value, self.parameter, retain_graph=True)[0])
+        return torch.stack(found)
+
+
+def one_use():
+    w, x = parameter(2, 3), normal(N, 4, 3)
+    return Function(w, lambda: [F.linear(x, w)], [(w, OuterProduct(w.shape), x)]), True
+
+
+def one_term():
+    w, x = parameter(2, 3), normal(N, 3)
+    return Function(w, lambda: [F.linear(x, w)], [(w, OuterProduct(w.shape), x)]), True
+
+
+def several_uses():
+    w, x, tokens = parameter(4, 3), normal(N, 2, 3), torch.arange(2 * N).reshape(N, 2) % 4
+    uses = [
+        (w, OuterProduct(w.shape), x),
+        (w, Rows(w.shape), tokens),
+        (w, Scale(w.shape), normal(N, 4, 3, seed=3)),
+    ]
+    return (
+        Function(
+            w, lambda: [F.linear(x, w), F.embedding(tokens, w), w * normal(N, 4, 3, seed=3)], uses
+        ),
+        True,
+    )
+
+
+def of_a_transpose():
+    w, x = parameter(3, 2), normal(N, 4, 3)
+    t = w.T
+    return Function(w, lambda: [F.linear(x, t)], [(t, OuterProduct(t.shape), x)]), True
+
+
+def of_a_transpose_twice():
+    w, x, z = parameter(3, 2), normal(N, 4, 3), normal(N, 3, seed=4)
+    t = w.T
+    uses = [(t, OuterProduct(t.shape), x), (t, OuterProduct(t.shape), z)]
+    return Function(w, lambda: [F.linear(x, t), F.linear(z, t)], uses), True
+
+
+def two_uses_of_one_term():
+    w, x, z = parameter(2, 3), normal(N, 3), normal(N, 3, seed=4)
+    uses = [(w, OuterProduct(w.shape), x), (w, OuterProduct(w.shape), z)]
+    return Function(w, lambda: [F.linear(x, w), F.linear(z, w)], uses), True
+
+
+def of_a_slice_in_one_term():
+    w, x = parameter(5, 3), normal(N, 3)
+    part = w[1:3]
+    return Function(w, lambda: [F.linear(x, part)], [(part, OuterProduct(part.shape), x)]), True
+
+
+def of_a_product():
+    w, x = parameter(2, 3), normal(N, 4, 3)
+    scaled = w * normal(2, 1)
+    return Function(
+        w, lambda: [F.linear(x, scaled)], [(scaled, OuterProduct(scaled.shape), x)]
+    ), False
+
+
+def of_a_product_in_one_term():
+    w, x = parameter(2, 3), normal(N, 3)
+    scaled = w.tanh()
+    return Function(
+        w, lambda: [F.linear(x, scaled)], [(scaled, OuterProduct(scaled.shape), x)]
+    ), False
+
+
+def of_different_tensors():
+    """The parameter itself, a transpose and a normalised one."""
+    w, x, z = parameter(3, 3), normal(N, 4, 3), normal(N, 3, seed=4)
+    t, u = w.T, w / w.norm()
+    uses = [
+        (w, OuterProduct(w.shape), x),
+        (t, OuterProduct(t.shape), z),
+        (u, Broadcast(u.shape), normal(N, 3, 3)),
+    ]
+    function = Function(w, lambda: [F.linear(x, w), F.linear(z, t), normal(N, 3, 3) + u], uses)
+    return function, False
+
+
+FUNCTIONS = (
+    one_use,
+    one_term,
+    several_uses,
+    of_a_transpose,
+    of_a_transpose_twice,
+    two_uses_of_one_term,
+    of_a_slice_in_one_term,
+    of_a_product,
+    of_a_product_in_one_term,
+    of_different_tensors,
+)
+
+
+@pytest.fixture(params=FUNCTIONS, ids=lambda make: make.__name__)
+def pulled_and_expected(request):
+    function, rearranged = request.param()
+    arrived = [normal(*out.shape, seed=5 + i) for i, out in enumerate(function.function())]
+    return function.pulled(arrived, rearranged), function.by_observation(arrived)
+
+
+def test_gradients_of_all_uses_add_up(pulled_and_expected):
+    pulled, expected = pulled_and_expected
+    assert close(pulled.gradients(), expected)
+    assert close(pulled.gradients(slice(1, 3)), expected[1:3])
+
+
+def added(add, like, *args):
+    out = normal(*like.shape, seed=9)
+    add(out, *args)
+    return out - normal(*like.shape, seed=9)
+
+
+def test_totals_are_weighted_sums(pulled_and_expected):
+    pulled, expected = pulled_and_expected
+    weights = normal(N, seed=11)
+    assert close(added(pulled.add_total, expected[0]), expected.sum(0))
+    weighted = pulled.weighted(weights)
+    assert close(added(weighted.add_total, expected[0]), torch.tensordot(weights, expected, dims=1))
+
+
+@pytest.mark.parametrize("size", [1, 200, 2**22])
+def test_gradients_are_added_before_they_are_squared(pulled_and_expected, size, monkeypatch):
+    pulled, expected = pulled_and_expected
+    monkeypatch.setattr(rules, "CHUNK_BYTES", size)
+    assert close(added(pulled.add_squares, expected[0]), expected.square().sum(0))
+
+
+def test_squares_of_terms_may_be_added_over_columns_first(pulled_and_expected):
+    pulled, expected = pulled_and_expected
+    if pulled.one_term:
+        squared = pulled.arrived[0].square()
+        found = added(pulled.add_squares_of_terms, expected[0], 3 * squared)
+        assert close(found, 3 * expected.square().sum(0))
+
+
+@pytest.mark.parametrize("make", FUNCTIONS, ids=lambda make: make.__name__)
+def test_only_one_use_of_one_term_of_moved_entries_is_one_term(make):
+    function, rearranged = make()
+    arrived = [normal(*out.shape) for out in function.function()]
+    expected = make in (one_term, of_a_slice_in_one_term)
+    assert function.pulled(arrived, rearranged).one_term == expected
+
+
+def test_without_signs_a_total_shows_the_size_of_its_terms():
+    for make in (one_use, one_term, several_uses):
+        function, rearranged = make()
+        arrived = [normal(*out.shape, seed=5 + i) for i, out in enumerate(function.function())]
+        pulled = function.pulled(arrived, rearranged)
+        sizes = added(pulled.absolute().add_total, function.parameter)
+        assert (sizes >= added(pulled.add_total, function.parameter).abs() - 1e-12).all()
+        flipped = function.pulled(
+            [g * normal(*g.shape, seed=6).sign() for g in arrived], rearranged
+        )
+        assert close(added(flipped.absolute().add_total, function.parameter), sizes)
+
+
+def test_squares_of_moved_entries_are_pulled_back_once(monkeypatch):
+    """Not the gradients of all observations, one after the other."""
+    shapes = []
+
+    def watched(source: Tensor, parameter: Tensor, values: Tensor) -> Tensor:
+        shapes.append(values.shape)
+        return pull_back(source, parameter, values)
+
+    monkeypatch.setattr(module, "pull_back", watched)
+    for make in (of_a_transpose, of_a_transpose_twice):
+        function, rearranged = make()
+        pulled = function.pulled([normal(*out.shape) for out in function.function()], rearranged)
+        pulled.add_squares(torch.zeros(3, 2, dtype=torch.float64))
+    assert shapes == [(2, 3), (2, 3)]
