@@ -1,142 +1,483 @@
-"""Sums over observations: blocks, whole matrices, low rank, precision and place."""
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from ewc_lib import fisher_information
-from ewc_lib.fisher import BlockDiagonal, Diagonal, LowRank, sums
-from tests.scenarios import SCENARIOS, N, estimate, oracle, relative_error
-
-NAMES = (
-    "mlp_categorical",
-    "attention",
-    "lstm",
-    "tied_weights",
-    "frozen_parameters",
-    "custom_function",
+from ewc_lib._batches import Batch
+from ewc_lib.continual import mlp
+from ewc_lib.distributions import Categorical, Gaussian
+from ewc_lib.fisher import sums
+from ewc_lib.fisher.factors import KroneckerSum
+from ewc_lib.fisher.passes import Passes
+from ewc_lib.fisher.structures import Dense, Diagonal
+from tests.scenarios import (
+    BATCH_SIZES,
+    SCENARIOS,
+    N,
+    estimate,
+    oracle,
+    relative_error,
+    same,
+    trace_of,
 )
-KINDS = ("exact", "empirical")
+
+KINDS = ["exact", "sketch", "sampled", "empirical"]
+FULL = 10**6
+"""A rank that leaves nothing out."""
+
+STRUCTURES = [
+    "diagonal",
+    "block",
+    "module",
+    "dense",
+    "lowrank",
+    "kronecker",
+    "kronecker-reduce",
+    "eigenkronecker",
+]
+each_structure = pytest.mark.parametrize("structure", STRUCTURES)
 
 
-def inside(blocks, matrix, shapes):
-    """Set what lies between groups of parameters to zero."""
-    places, start = {}, 0
-    for name, shape in shapes.items():
-        places[name] = list(range(start, start + shape.numel()))
-        start += shape.numel()
-    mask = torch.zeros_like(matrix, dtype=torch.bool)
-    for names in blocks:
-        index = torch.tensor([i for name in names for i in places[name]])
-        mask[index[:, None], index] = True
-    return matrix * mask
+def close(found, expected, tolerance=1e-10):
+    assert relative_error(found, expected) < tolerance
 
 
-@pytest.mark.parametrize("size", [1, 7, N])
+# One sum, filled by hand
+
+
+class ThreePaths(nn.Module):
+    """Parameters by rule, by the generic path, and without any use."""
+
+    def __init__(self):
+        super().__init__()
+        self.by_rule = nn.Linear(3, 4)
+        self.vector = nn.Parameter(torch.ones(4))
+        self.matrix = nn.Parameter(torch.full((2, 4), 0.5))
+        self.idle = nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        h = torch.hypot(self.by_rule(x), self.vector)
+        return torch.hypot(h.unsqueeze(1), self.matrix).sum(1)
+
+
+def one_block_each(parameters, dtype, device):
+    return sums.BlockSum(parameters, dtype, device, [[name] for name in parameters])
+
+
+SUMS = {
+    "diagonal": sums.DiagonalSum,
+    "block": one_block_each,
+    "dense": sums.DenseSum,
+    "lowrank": partial(sums.LowRankSum, rank=FULL),
+    "kronecker": KroneckerSum,
+}
+each_sum = pytest.mark.parametrize("structure", SUMS)
+
+
+def add(structure, model, columns, dtype=None):
+    """Sum the given output columns over two batches."""
+    parameters = dict(model.named_parameters())
+    total = SUMS[structure](parameters, dtype, None)
+    passes = Passes(model, parameters, Categorical())
+    for n, first in ((5, 0), (3, 5)):
+        x = torch.randn(n, 3, generator=torch.Generator().manual_seed(first), dtype=torch.float64)
+        run = passes.run(Batch(x, torch.zeros(n, dtype=torch.long), first))
+        total.add(run, iter([column[:n] for column in columns]))
+    return total.mean("exact", passes.paths())
+
+
+def columns(k):
+    generator = torch.Generator().manual_seed(0)
+    return list(torch.randn(k, 5, 4, generator=generator, dtype=torch.float64))
+
+
+@pytest.fixture(params=[ThreePaths, lambda: mlp((3, 4), seed=0)], ids=["three paths", "by rule"])
+def model(request):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return request.param().double().eval()
+
+
+def test_the_three_paths_are_those_of_the_engine():
+    found = add("dense", ThreePaths().double().eval(), columns(1))
+    assert set(found.paths.values()) == {"rule", "generic", "unused"}
+
+
+def test_the_diagonal_sum_is_the_diagonal_of_the_matrices(model):
+    diagonal, *others = (add(s, model, columns(3)) for s in SUMS if s != "kronecker")
+    assert isinstance(diagonal, Diagonal)
+    assert isinstance(others[1], Dense)
+    for other in others:
+        torch.testing.assert_close(other.to_dense().diagonal(), diagonal.to_dense().diagonal())
+        assert other.n_samples == diagonal.n_samples == 8
+
+
+@each_sum
+def test_the_sum_does_not_depend_on_how_many_columns_go_at_once(model, structure, monkeypatch):
+    at_once = add(structure, model, columns(5)).to_dense()
+    monkeypatch.setattr(sums, "COLUMNS_AT_ONCE", 2)
+    torch.testing.assert_close(add(structure, model, columns(5)).to_dense(), at_once)
+
+
+@each_sum
+def test_the_sum_does_not_depend_on_how_many_rows_go_at_once(model, structure, monkeypatch):
+    at_once = add(structure, model, columns(3)).to_dense()
+    monkeypatch.setattr(sums, "ROWS_BYTES", 1)
+    torch.testing.assert_close(add(structure, model, columns(3)).to_dense(), at_once)
+
+
+def test_rows_are_written_out_in_pieces_of_bounded_size(model, monkeypatch):
+    size = sum(p.numel() for p in model.parameters()) * 8
+    monkeypatch.setattr(sums, "ROWS_BYTES", 2 * size)
+    lengths = []
+
+    class Watched(sums.DenseSum):
+        def add_rows(self, rows, n):
+            lengths.append(n)
+            assert {len(g) for g in rows.values()} == {n}
+            super().add_rows(rows, n)
+
+    monkeypatch.setitem(SUMS, "watched", Watched)
+    add("watched", model, columns(1))
+    assert lengths == [2, 2, 1, 2, 1]
+
+
+@each_sum
+def test_no_column_is_no_information(model, structure):
+    found = add(structure, model, [])
+    assert found.to_dense().shape == (sum(p.numel() for p in model.parameters()),) * 2
+    assert not found.to_dense().any()
+
+
+@each_structure
+def test_a_single_class_leaves_nothing_to_learn(structure):
+    data = [(torch.randn(4, 3), torch.zeros(4, dtype=torch.long))]
+    found = fisher_information(nn.Linear(3, 1), data, structure=structure)
+    assert not found.to_dense().any()
+    assert found.n_samples == 4
+
+
+@each_sum
+def test_the_precision_of_the_sums_can_be_chosen(model, structure):
+    found = add(structure, model.float().double(), columns(2), torch.float32)
+    assert found.to_dense().dtype == torch.float32
+
+
+# Blocks
+
+BLOCKS = ["block", "module"]
+each_block = pytest.mark.parametrize("structure", BLOCKS)
+
+BY_EVERY_PATH = [
+    "mlp_categorical",
+    "mlp_poisson",
+    "cnn_with_norms",
+    "embedding_bag",
+    "tied_weights",
+    "attention",
+    "raw_parameters",
+    "flattened_positions",
+    "linear_and_einsum",
+    "weight_norm",
+    "custom_function",
+    "frozen_parameters",
+    "lstm",
+]
+
+
+def only_blocks(matrix, shapes, structure):
+    """Set everything outside the blocks of a structure to zero."""
+    groups = [name if structure == "block" else name.rpartition(".")[0] for name in shapes]
+    number = torch.cat(
+        [
+            torch.full((shape.numel(),), groups.index(group))
+            for group, shape in zip(groups, shapes.values(), strict=True)
+        ]
+    )
+    return matrix.where(number[:, None] == number, 0.0)
+
+
+@each_block
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+@pytest.mark.parametrize("name", BY_EVERY_PATH)
+def test_blocks_are_those_of_the_definition_at_every_batch_size(name, kind, structure):
+    case = SCENARIOS[name]()
+    for size in BATCH_SIZES:
+        found = estimate(case, size, kind=kind, structure=structure)
+        close(found.to_dense(), only_blocks(oracle(name, kind), found.shapes, structure))
+        assert found.n_samples == N
+
+
+@each_block
+@pytest.mark.parametrize("kind", ["sketch", "sampled"])
+@pytest.mark.parametrize("name", ["mlp_poisson", "linear_and_einsum", "custom_function"])
+def test_blocks_of_random_kinds_are_those_of_the_dense_matrix_of_the_same_draws(
+    name, kind, structure
+):
+    case = SCENARIOS[name]()
+    dense = estimate(case, kind=kind, draws=2, structure="dense")
+    expected = only_blocks(dense.to_dense(), dense.shapes, structure)
+    for size in BATCH_SIZES:
+        found = estimate(case, size, kind=kind, draws=2, structure=structure)
+        close(found.to_dense(), expected)
+
+
+def test_there_is_one_block_for_each_parameter_or_for_each_module():
+    case = SCENARIOS["mlp_categorical"]()
+    by_parameter, by_module = (estimate(case, structure=structure) for structure in BLOCKS)
+    names = [["0.weight"], ["0.bias"], ["2.weight"], ["2.bias"]]
+    assert [list(block.shapes) for block in by_parameter.blocks] == names
+    assert [list(block.shapes) for block in by_module.blocks] == [
+        ["0.weight", "0.bias"],
+        ["2.weight", "2.bias"],
+    ]
+    assert all(isinstance(b, Dense) for b in (*by_parameter.blocks, *by_module.blocks))
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("structure", ["block", "module"])
-@pytest.mark.parametrize("name", NAMES)
-def test_blocks_are_those_of_the_whole_matrix(name, structure, kind, size):
-    if name == "lstm" and size != N:
-        pytest.skip("the loop takes long, and one observation at a time in any case")
-    found = estimate(SCENARIOS[name](), size, kind=kind, structure=structure)
-    assert isinstance(found, BlockDiagonal)
-    groups = [list(block.shapes) for block in found.blocks]
-    if structure == "block":
-        assert groups == [[parameter] for parameter in found.shapes]
-    else:
-        assert len(groups) == len({parameter.rpartition(".")[0] for parameter in found.shapes})
-    expected = inside(groups, oracle(name, kind), found.shapes)
-    assert relative_error(found.to_dense(), expected) < 1e-10
-
-
-@pytest.mark.parametrize("kind", ["sketch", "sampled", "exact"])
-@pytest.mark.parametrize("structure", ["block", "module", "dense", "lowrank"])
-def test_the_diagonal_is_the_same_in_every_structure(structure, kind):
-    case = SCENARIOS["attention"]()
-    expected = estimate(case, kind=kind, draws=2)
-    assert isinstance(expected, Diagonal)
-    found = estimate(case, kind=kind, draws=2, structure=structure, rank=999).diagonal()
-    for name, values in expected.diagonal().items():
-        torch.testing.assert_close(found[name], values, rtol=1e-9, atol=1e-15)
+@pytest.mark.parametrize("name", ["mlp_bernoulli", "custom_function"])
+def test_all_structures_that_are_exact_share_one_diagonal(name, kind):
+    """Random kinds too: they make the same draws."""
+    case = SCENARIOS[name]()
+    expected = estimate(case, kind=kind).diagonal()
+    for structure in ("block", "module", "dense", "lowrank"):
+        found = estimate(case, kind=kind, structure=structure, rank=FULL).diagonal()
+        assert list(found) == list(expected)
+        for parameter, values in expected.items():
+            close(found[parameter], values)
 
 
 # Low rank
 
+FEW = "mlp_categorical"
+"""Fewer gradients than parameters."""
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["mlp_categorical", "one_number_each", "lstm"])
-def test_full_rank_is_the_whole_matrix(name, kind):
-    found = estimate(SCENARIOS[name](), kind=kind, structure="lowrank", rank=999)
-    assert relative_error(found.to_dense(), oracle(name, kind)) < 1e-10
+MANY = "functional_convolution"
+"""More gradients than parameters."""
 
-
-@pytest.mark.parametrize("name", ["mlp_categorical", "one_number_each"])
-def test_low_rank_keeps_the_largest_eigenvalues(name):
-    found = estimate(SCENARIOS[name](), 3, structure="lowrank", rank=3)
-    assert isinstance(found, LowRank)
-    expected = torch.linalg.eigvalsh(oracle(name, "exact")).flip(0)
-    torch.testing.assert_close(found.eigenvalues, expected[:3], rtol=1e-10, atol=0.0)
-    torch.testing.assert_close(found.trace(), expected[:3].sum(), rtol=1e-10, atol=0.0)
-    u = found.directions
-    torch.testing.assert_close(u.mT @ u, torch.eye(3, dtype=u.dtype), rtol=0.0, atol=1e-10)
+each_side = pytest.mark.parametrize("name", [FEW, MANY])
 
 
-def test_gradients_that_do_not_fit_into_memory_are_refused(monkeypatch):
-    monkeypatch.setattr(sums, "MAX_BYTES", 5_000)
-    with pytest.raises(ValueError, match=r"gradients of .* numbers take more than"):
-        estimate(SCENARIOS["mlp_categorical"](), 1, structure="lowrank")
+def test_one_scenario_has_fewer_gradients_than_parameters_and_one_has_more():
+    gradients = 2 * N  # three classes have two columns
+    assert len(oracle(FEW, "exact")) > gradients >= len(oracle(MANY, "exact"))
 
 
-def test_a_rank_below_one_is_refused():
-    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
-        estimate(SCENARIOS["mlp_categorical"](), structure="lowrank", rank=0)
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+@pytest.mark.parametrize("name", [*BY_EVERY_PATH, MANY])
+def test_the_full_rank_is_the_whole_matrix(name, kind):
+    found = estimate(SCENARIOS[name](), kind=kind, structure="lowrank", rank=FULL)
+    close(found.to_dense(), oracle(name, kind))
 
 
-# Size, precision and place
-
-
-@pytest.mark.parametrize("structure", ["dense", "module"])
-def test_a_matrix_that_nobody_means_is_refused_by_its_size_and_parameters(structure):
-    model = torch.nn.Linear(1000, 300)
-    data = torch.zeros(2, 1000), torch.zeros(2, dtype=torch.long)
-    with pytest.raises(ValueError, match="300300 × 300300 for 'weight', 'bias' takes 336 GiB"):
-        fisher_information(model, data, structure=structure)
-
-
-@pytest.mark.parametrize("structure", ["diagonal", "block", "dense", "lowrank", "kronecker"])
-def test_sums_in_double_precision_are_close_to_those_in_single(structure):
-    case = SCENARIOS["mlp_categorical"]()
-    case = case._replace(model=case.model.float(), x=case.x.float())
-    single = estimate(case, structure=structure)
-    double = estimate(case, structure=structure, dtype=torch.float64)
-    assert {d.dtype for d in single.diagonal().values()} == {torch.float32}
-    assert {d.dtype for d in double.diagonal().values()} == {torch.float64}
-    assert relative_error(double.to_dense().float(), single.to_dense()) < 1e-5
-
-
-@pytest.mark.parametrize("name", ["mlp_categorical", "attention", "custom_function"])
-@pytest.mark.parametrize("structure", ["diagonal", "block", "dense", "lowrank", "kronecker"])
-def test_the_place_of_the_sums_changes_no_number(structure, name):
+@each_side
+@pytest.mark.parametrize("kind", ["sketch", "sampled"])
+def test_the_full_rank_of_random_kinds_is_the_whole_matrix_of_the_same_draws(name, kind):
     case = SCENARIOS[name]()
-    expected = estimate(case, structure=structure)
-    found = estimate(case, structure=structure, device="cpu")
-    assert relative_error(found.to_dense(), expected.to_dense()) < 1e-12
+    found, dense = (
+        estimate(case, kind=kind, draws=2, structure=structure, rank=FULL)
+        for structure in ("lowrank", "dense")
+    )
+    close(found.to_dense(), dense.to_dense())
 
 
-def test_sums_that_lie_elsewhere_are_added_to_in_parts(monkeypatch):
-    """As on a CPU for a model on an accelerator: the gradients meet the sum only once summed."""
-    case = SCENARIOS["mlp_categorical"]()
-    expected, added = estimate(case).diagonal(), []
+@each_side
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_the_largest_eigenvalues_and_their_eigenvectors_are_kept(name, rank):
+    case, expected = SCENARIOS[name](), oracle(name, "exact")
+    values, vectors = (part.flip(-1)[..., :rank] for part in torch.linalg.eigh(expected))
+    for size in BATCH_SIZES:
+        found = estimate(case, size, structure="lowrank", rank=rank)
+        close(found.eigenvalues, values)
+        close((found.directions * vectors).sum(0).abs(), torch.ones(rank, dtype=torch.float64))
 
-    class Elsewhere(sums.DiagonalSum):
-        def _add(self, name, add, like):
-            part = like.new_zeros(self.shapes[name])
-            add(part)
-            added.append(name)
-            self.sums[name] += part
 
-    monkeypatch.setattr("ewc_lib.fisher.estimate.DiagonalSum", Elsewhere)
-    found = estimate(case).diagonal()
-    assert set(added) == set(found)
-    for name, values in expected.items():
-        torch.testing.assert_close(found[name], values)
+@each_side
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_the_trace_lacks_the_eigenvalues_that_are_left_out(name, rank):
+    expected = oracle(name, "exact")
+    found = estimate(SCENARIOS[name](), structure="lowrank", rank=rank)
+    left_out = torch.linalg.eigvalsh(expected)[:-rank].sum()
+    assert left_out > 1e-3 * expected.trace()
+    close((expected.trace() - found.trace()).reshape(1), left_out.reshape(1))
+
+
+def uneven(n):
+    """One linear map with inputs of very different sizes, and so eigenvalues."""
+    model = nn.Linear(12, 3, bias=False, dtype=torch.float64)
+    nn.init.zeros_(model.weight)
+    x = torch.randn(n, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return model, x * torch.logspace(0, -6, 12, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("n", [10, 100], ids=["fewer gradients", "more gradients"])
+def test_directions_are_orthonormal_however_uneven_the_eigenvalues(n):
+    model, x = uneven(n)
+    y = torch.zeros(n, dtype=torch.long)
+    found = fisher_information(model, [(x, y)], structure="lowrank", rank=FULL)
+    assert found.eigenvalues[-1] < 1e-9 * found.eigenvalues[0]
+    identity = torch.eye(len(found.eigenvalues), dtype=torch.float64)
+    assert (found.directions.mT @ found.directions - identity).abs().max() < 1e-12
+    assert found.eigenvalues.diff().max() <= 0
+
+
+@pytest.mark.parametrize("n", [3, 40], ids=["fewer gradients", "more gradients"])
+def test_what_has_no_gradient_has_exactly_no_information(n):
+    """Rounding does not spread to a dead input or an unused parameter."""
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    model.idle = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    x = torch.randn(n, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:, 2] = 0
+    y = torch.zeros(n, dtype=torch.long)
+    found = fisher_information(model, [(x, y)], structure="lowrank", rank=FULL).diagonal()
+    assert not found["idle"].any()
+    assert not found["0.weight"][:, 2].any()
+    assert (found["0.weight"][:, :2] > 0).all()
+
+
+def test_no_more_directions_are_kept_than_gradients_have():
+    found = estimate(SCENARIOS["mlp_gaussian"](), structure="lowrank", rank=FULL)
+    assert len(found.eigenvalues) <= 3 * N
+    assert (found.eigenvalues > 0).all()
+    assert estimate(SCENARIOS[FEW](), structure="lowrank", rank=5).directions.shape == (43, 5)
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_a_rank_below_one_is_refused(rank):
+    with pytest.raises(ValueError, match=f"rank must be at least 1, got {rank}"):
+        estimate(SCENARIOS[FEW](), structure="lowrank", rank=rank)
+
+
+def test_more_gradients_than_memory_are_refused_before_the_last_batch(monkeypatch):
+    case, seen = SCENARIOS[FEW](), []
+
+    def batches():
+        for n in range(N):
+            seen.append(n)
+            yield case.x[n : n + 1], case.y[n : n + 1]
+
+    def run():
+        return fisher_information(case.model, batches(), structure="lowrank")
+
+    monkeypatch.setattr(sums, "MAX_BYTES", 2 * N * 43 * 8)  # two columns, in double precision
+    assert run().n_samples == N
+    monkeypatch.setattr(sums, "MAX_BYTES", 2 * 3 * 43 * 8)
+    seen.clear()
+    with pytest.raises(ValueError, match=r"7 gradients of 43 numbers.*n_samples, kind='sketch'"):
+        run()
+    assert len(seen) == 4
+
+
+# Precision and place
+
+
+@each_structure
+def test_single_precision_models_may_have_double_precision_sums(structure):
+    case = SCENARIOS["cnn_with_norms"]()
+    case = case._replace(model=case.model.float(), x=case.x.float())
+    single = estimate(case, structure=structure).to_dense()
+    double = estimate(case, structure=structure, dtype=torch.float64).to_dense()
+    assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
+    close(single.double(), double, 1e-4)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "block", "dense", "kronecker"])
+def test_double_precision_sums_keep_what_single_precision_would_lose(structure):
+    """In single precision, 2 ** 24 and one is 2 ** 24."""
+    model = nn.Linear(1, 1, bias=False)
+    data = [(torch.tensor([[x]]), torch.zeros(1, 1)) for x in (2.0**12, *[1.0] * 15)]
+    single, double = (
+        fisher_information(model, data, Gaussian(), structure=structure, dtype=dtype).trace() * 16
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert single == 2**24
+    assert double == pytest.approx(2**24 + 15, rel=1e-12)
+
+
+@each_structure
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")], ids=["text", "device"])
+def test_the_device_of_the_sums_may_be_named(structure, device):
+    case = SCENARIOS["cnn_with_norms"]()
+    found = estimate(case, structure=structure, device=device)
+    assert same(found.to_dense(), estimate(case, structure=structure).to_dense())
+
+
+@pytest.mark.parametrize("structure", [s for s in STRUCTURES if s != "lowrank"])
+@pytest.mark.parametrize("name", ["cnn_with_norms", "custom_function"])
+def test_sums_are_kept_where_they_are_asked_for(name, structure):
+    """The device without memory takes no operand of another, so nothing is left behind.
+
+    A low rank has to look at its values, which this device does not have.
+    """
+    case = SCENARIOS[name]()
+    found = estimate(case, structure=structure, device="meta").diagonal()
+    assert {values.device.type for values in found.values()} == {"meta"}
+    assert {n: v.shape for n, v in found.items()} == {
+        n: p.shape for n, p in case.model.named_parameters()
+    }
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("structure", "names"),
+    [
+        ("dense", "'weight', 'bias'"),
+        ("block", "'weight'"),
+        ("module", "'weight', 'bias'"),
+        ("kronecker", "'weight', 'bias'"),
+        ("eigenkronecker", "'weight', 'bias'"),
+    ],
+)
+def test_matrices_that_nobody_means_to_ask_for_are_refused_by_name(structure, names):
+    model = nn.Linear(100_000, 1)
+    data = [(torch.ones(2, 100_000), torch.zeros(2, 1))]
+    message = f"10000[01] × 10000[01] for {names} takes 37 GiB; .*MatrixFree"
+    with pytest.raises(ValueError, match=message):
+        fisher_information(model, data, Gaussian(), structure=structure)
+
+
+def test_the_refusal_names_some_of_many_parameters():
+    case = SCENARIOS["attention"]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sums, "MAX_BYTES", 0)
+        with pytest.raises(
+            ValueError, match=r"for 'query.weight', 'query.bias', 'key.weight' \.{3}"
+        ):
+            estimate(case, structure="dense")
+
+
+def test_a_matrix_that_just_fits_is_not_refused(monkeypatch):
+    case = SCENARIOS[FEW]()
+    monkeypatch.setattr(sums, "MAX_BYTES", 43 * 43 * 8)
+    assert estimate(case, structure="dense").to_dense().shape == (43, 43)
+    monkeypatch.setattr(sums, "MAX_BYTES", 43 * 43 * 8 - 1)
+    with pytest.raises(ValueError, match="43 × 43"):
+        estimate(case, structure="dense")
+
+
+def test_a_diagonal_is_never_refused(monkeypatch):
+    """It is as large as the model."""
+    monkeypatch.setattr(sums, "MAX_BYTES", 0)
+    case = SCENARIOS[FEW]()
+    assert estimate(case).to_dense().shape == (43, 43)
+
+
+@pytest.mark.parametrize("bad", [False, True], ids=["success", "exception in the second batch"])
+@pytest.mark.parametrize("structure", [s for s in STRUCTURES if s not in ("diagonal", "dense")])
+def test_leaves_no_trace(structure, bad):
+    case = SCENARIOS["cnn_with_norms"]()
+    case.model.train()
+    y = case.y.clone()
+    y[-1] = 9 if bad else 0
+    batches = [(case.x[:4], y[:4]), (case.x[4:], y[4:])]
+    before = trace_of(case.model)
+    if bad:
+        with pytest.raises(ValueError, match="observation 7"):
+            fisher_information(case.model, batches, structure=structure)
+    else:
+        fisher_information(case.model, batches, structure=structure)
+    assert same(trace_of(case.model), before)
