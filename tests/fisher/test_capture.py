@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ewc_lib.fisher.capture import Recorder
+from ewc_lib.fisher.capture import Recorder, Use
 from ewc_lib.fisher.layout import Layout
 from ewc_lib.fisher.rules import Broadcast, Einsum, OuterProduct, Rows, Scale
 from tests.scenarios import SCENARIOS
@@ -170,9 +170,9 @@ def test_two_names_of_different_parameters_are_not_confused():
 
 
 def test_only_the_parameters_asked_for_are_watched():
-    p = parameters(V=(4, 4), W=(4, 4))
+    p = parameters(V=(4, 4), W=(4, 4), b=(4,))
     with Recorder({"W": p["W"]}, p.values()) as recorder:
-        F.linear(F.linear(X, p["V"]), p["W"])
+        F.linear(F.linear(X, p["V"]), p["W"], p["b"])
     assert [use.source is p["W"] for use in recorder.uses] == [True]
 
 
@@ -361,6 +361,12 @@ def test_a_signature_ignores_the_number_of_observations_and_nothing_else():
     assert signature(3, 2) == signature(3, 7) == signature(5, 2)
     different = [signature(3), signature(3, 2), *(signature(3, kind=kind) for kind in (1, 2, 3))]
     assert len(set(different)) == len(different)
+
+
+def test_a_signature_shows_how_many_axes_the_input_has():
+    rule, shape = Scale(torch.Size([4])), torch.Size([3, 4])
+    found = [Use(X, rule, a, None, shape, "mul").signature(3) for a in (X, X.unsqueeze(1))]
+    assert found[0] != found[1]
 
 
 def test_a_signature_shows_whether_observations_are_flattened():

@@ -684,30 +684,29 @@ def test_data_that_hold_fewer_observations_the_second_time_are_refused():
 
 
 class Either(nn.Module):
-    """A model that does one thing with positive inputs and another with negative ones."""
+    """A model that does one thing with inputs of four numbers and another with longer ones."""
 
-    def __init__(self, positive, negative):
+    def __init__(self, short, long):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(4, 4))
         self.bias = nn.Parameter(torch.randn(4))
-        self.ways = positive, negative
+        self.ways = short, long
 
     def forward(self, x):
-        return self.ways[int(bool(x[0, 0] < 0))](self, x)
+        return self.ways[x.shape[1] > 4](self, x[:, :4])
 
 
 def linear(p, x):
     return F.linear(x, p.weight, p.bias)
 
 
-def either(positive, negative):
+def either(short, long):
     """Return a model and two batches, one for each way."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Either(positive, negative).double()
-        x, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(0, 4, (6,))
-    x[:, 0] = x[:, 0].abs() * torch.tensor([1, 1, 1, -1, -1, -1])
-    return model, [(x[:3], y[:3]), (x[3:], y[3:])]
+        model = Either(short, long).double()
+        x, y = torch.randn(6, 5, dtype=torch.float64), torch.randint(0, 4, (6,))
+    return model, [(x[:3, :4], y[:3]), (x[3:], y[3:])]
 
 
 OTHER_WAYS = {
@@ -737,14 +736,14 @@ def test_a_matrix_that_is_none_in_the_second_pass_is_refused_by_name(way):
 
 
 class Experts(nn.Module):
-    """Two linear maps, one for positive and one for negative inputs."""
+    """Two linear maps, one for short and one for long inputs."""
 
     def __init__(self):
         super().__init__()
         self.experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
 
     def forward(self, x):
-        return self.experts[int(bool(x[0, 0] < 0))](x)
+        return self.experts[x.shape[1] > 4](x[:, :4])
 
 
 @pytest.mark.parametrize("structure", KRONECKER)

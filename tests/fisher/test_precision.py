@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from ewc_lib import Fisher, Gaussian, fisher_information
-from tests.scenarios import relative_error
 
 HALF = (torch.bfloat16, torch.float16)
 STRUCTURES = ("diagonal", "block", "module", "dense", "kronecker", "kronecker-reduce")
@@ -79,6 +78,11 @@ def flat(F):
     return torch.cat([d.flatten().double() for d in F.diagonal().values()])
 
 
+def relative_error(found, expected):
+    """Return the norm of the difference over the norm of what is expected."""
+    return float((found - expected).norm() / expected.norm())
+
+
 @pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("dtype", HALF)
 class TestHalfPrecision:
@@ -103,6 +107,7 @@ class TestHalfPrecision:
         found = self.found(copy.deepcopy(model).to(dtype), x.to(dtype), y, dtype)
         assert relative_error(flat(found), flat(expected)) < 0.01
         assert found.paths == expected.paths
+        assert (set(found.paths.values()) == {"rule"}) == (make is not without_a_rule)
 
     def test_a_model_that_uses_autocast(self, make, dtype):
         model, x, y, expected = self.expected(make, dtype)

@@ -1,0 +1,1 @@
+"""Where the library meets the tools that train large models."""

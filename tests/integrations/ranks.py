@@ -1,0 +1,242 @@
+"""What every rank does for the tests of `distributed`, which start it with torchrun.
+
+Each check returns plain tensors, or the error that it met; rank ``r`` saves all its results
+as ``r.pt`` in the folder that it is given.
+"""
+
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ewc_lib import fisher_information as in_one_process
+from ewc_lib.integrations.distributed import all_reduce, fisher_information
+
+N = 23
+STRUCTURES = ("diagonal", "block", "module", "dense", "kronecker", "kronecker-reduce")
+CASES = [(kind, structure) for kind in ("exact", "empirical") for structure in STRUCTURES]
+
+
+class Images(nn.Module):
+    """Convolution, norm and linear map, and a parameter that goes through the generic path."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 2)
+        self.norm = nn.BatchNorm2d(2)
+        self.power = nn.Parameter(torch.tensor([1.5, 2.0]))
+        self.head = nn.Linear(2, 3)
+
+    def forward(self, x):
+        hidden = self.norm(self.conv(x)).sigmoid().mean((2, 3))
+        return self.head(hidden**self.power)
+
+
+class Words(nn.Module):
+    """Tied, frozen and recurrent parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(6, 4)
+        self.recur = nn.GRU(4, 4, batch_first=True)
+        self.mix = nn.Linear(4, 4)
+        self.mix.bias.requires_grad_(False)
+        self.head = nn.Linear(4, 6)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(self.mix(self.recur(self.embed(x))[0][:, -1]).tanh())
+
+
+def images():
+    torch.manual_seed(0)
+    return Images().double(), torch.randn(N, 1, 4, 4).double(), torch.arange(N) % 3
+
+
+def words():
+    torch.manual_seed(0)
+    return Words().double(), torch.randint(0, 6, (N, 5)), torch.arange(N) % 6
+
+
+def part(rank, ranks):
+    """Shards of 5 and 18 observations, or of 5, 0, 4 and 14."""
+    bounds = {2: [0, 5, N], 4: [0, 5, 5, 9, N]}[ranks]
+    return slice(bounds[rank], bounds[rank + 1])
+
+
+def as_batches(x, y, size=2):
+    """Cut data into a list of batches, of which there are none for no data."""
+    return list(zip(x.split(size), y.split(size), strict=True)) if len(x) else []
+
+
+def read_never():
+    """Fail as soon as anybody reads the data."""
+    raise AssertionError("the data were read")
+    yield
+
+
+class Checks:
+    """Every check is a method; all are run in the order of their names."""
+
+    def __init__(self):
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.model, x, y = images()
+        self.own = part(self.rank, self.ranks)
+        self.x, self.y = x[self.own], y[self.own]
+
+    def cases(self):
+        return {
+            f"{kind} {structure}": fisher_information(
+                self.model, (self.x, self.y), kind=kind, structure=structure
+            ).state_dict()
+            for kind, structure in CASES
+        }
+
+    def random(self):
+        return {
+            kind: fisher_information(self.model, as_batches(self.x, self.y), kind=kind).state_dict()
+            for kind in ("sketch", "sampled")
+        }
+
+    def given_generator(self):
+        generator = torch.Generator().manual_seed(100 + self.rank)
+        F = fisher_information(self.model, (self.x, self.y), kind="sketch", generator=generator)
+        return F.state_dict()
+
+    def half_precision(self):
+        model = images()[0].bfloat16()
+        return fisher_information(model, (self.x.bfloat16(), self.y)).state_dict()
+
+    def first_rank_is_empty(self):
+        """On the other ranks, the data are a list of batches; on this one, a used-up iterator."""
+        data = iter([]) if self.rank == 0 else as_batches(self.x, self.y)
+        return fisher_information(self.model, data, structure="kronecker").state_dict()
+
+    def all_ranks_are_empty(self):
+        return fisher_information(self.model, (self.x[:0], self.y[:0]))
+
+    def one_rank_fails(self):
+        y = self.y.clamp(min=100) if self.rank == self.ranks - 1 else self.y
+        return fisher_information(self.model, (self.x, y))
+
+    def one_rank_fails_while_it_reads(self):
+        def batches():
+            if self.rank == 0:
+                raise OSError("the disk is gone\nand with it the data")
+            yield from as_batches(self.x, self.y)
+
+        return fisher_information(self.model, batches())
+
+    def structures_that_do_not_add_up(self):
+        found = {}
+        for structure in ("eigenkronecker", "lowrank"):
+            try:
+                fisher_information(self.model, read_never(), structure=structure)
+            except Exception as error:
+                found[structure] = f"{type(error).__name__}: {error}"
+        return found
+
+    def ranks_of_other_parameters(self):
+        params = "conv.*" if self.rank == self.ranks - 1 else "head.*"
+        return fisher_information(self.model, (self.x, self.y), params=params)
+
+    def ranks_of_other_dtypes(self):
+        dtype = torch.float32 if self.rank == self.ranks - 1 else torch.float64
+        return fisher_information(self.model, (self.x, self.y), dtype=dtype)
+
+    def computed_before(self):
+        """Each rank takes one observation more than the one before it."""
+        _, x, y = images()
+        F = in_one_process(self.model, (x[: 5 + self.rank], y[: 5 + self.rank]))
+        return all_reduce(F).state_dict()
+
+    def wrapped(self):
+        """With buffers, a wrapper waits for the others in each forward pass."""
+        model = DistributedDataParallel(self.model)
+        F = fisher_information(model, as_batches(self.x, self.y, 1))
+        return F.state_dict()
+
+    def some_of_the_ranks(self):
+        group = dist.new_group([0, self.ranks - 1])
+        return fisher_information(self.model, (self.x, self.y), group=group).state_dict()
+
+    def sharded(self):
+        def shard(model):
+            fully_shard(model.mix)
+            fully_shard(model)
+
+        return self._sharded(shard)
+
+    def sharded_and_replicated(self):
+        if self.ranks < 4:
+            return None
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        return self._sharded(lambda model: fully_shard(model, mesh=mesh))
+
+    def _sharded(self, shard):
+        model, x, y = words()
+        shard(model)
+        own = x[self.own], y[self.own]
+        warnings.filterwarnings("ignore", "vmap cannot follow FSDPWords", RuntimeWarning)
+        nn.functional.cross_entropy(model(x), y).backward()
+        before = {name: (p, p.grad) for name, p in model.named_parameters()}
+        F = fisher_information(model, own)
+        after = {name: (p, p.grad) for name, p in model.named_parameters()}
+        whole = fisher_information(model, own, structure="kronecker")
+        nn.functional.cross_entropy(model(x), y).backward()
+        return {
+            "untouched": all(
+                a is b for name in before for a, b in zip(before[name], after[name], strict=True)
+            ),
+            "placed like the parameters": all(
+                isinstance(f, DTensor)
+                and f.placements == before[name][0].placements
+                and f.to_local().shape == before[name][0].to_local().shape
+                for name, f in F.diagonal().items()
+            ),
+            "diagonal": {name: f.full_tensor() for name, f in F.diagonal().items()},
+            "quadratic": F.quadratic(F.diagonal()).full_tensor(),
+            "kronecker": whole.to_dense(),
+            "gradients": {
+                name: p.grad.full_tensor()
+                for name, p in model.named_parameters()
+                if p.grad is not None
+            },
+        }
+
+    def sharded_and_one_rank_fails(self):
+        model, x, y = words()
+        fully_shard(model)
+        wrong = 100 if self.rank == 0 else 0
+        return fisher_information(model, (x[self.own], y[self.own] + wrong))
+
+
+def attempt(check):
+    try:
+        return check()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def main(folder):
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
+    warnings.simplefilter("error")
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
+    checks = Checks()
+    names = [name for name in vars(Checks) if not name.startswith("_")]
+    results = {name: attempt(getattr(checks, name)) for name in names}
+    torch.save(results, Path(folder) / f"{checks.rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

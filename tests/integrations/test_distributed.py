@@ -1,0 +1,320 @@
+"""Processes that torchrun starts, against one process that has all data."""
+
+import os
+import subprocess
+import sys
+from functools import cache, reduce
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+from ewc_lib import Fisher
+from ewc_lib import fisher_information as in_one_process
+from ewc_lib.fisher import Diagonal
+from ewc_lib.integrations.distributed import all_reduce, fisher_information
+from tests.integrations.ranks import CASES, STRUCTURES, N, as_batches, images, part, words
+from tests.scenarios import relative_error
+
+EXACT = 1e-12
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Start some processes, once for all tests, and return what each has found."""
+
+    @cache
+    def start(count):
+        folder = tmp_path_factory.mktemp("ranks")
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        worker = [f"--nproc-per-node={count}", "-m", "tests.integrations.ranks", str(folder)]
+        done = subprocess.run(
+            [*torchrun, *worker],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr
+        return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+
+    return start
+
+
+@pytest.fixture(params=[2, 4])
+def ranks(request, start):
+    return start(request.param)
+
+
+@pytest.fixture
+def alone():
+    """One process that is a group by itself."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def everywhere(ranks, check):
+    """Return what a check found on every rank, after a look that it found no error."""
+    found = [results[check] for results in ranks]
+    assert not any(isinstance(result, str) for result in found), found
+    return found
+
+
+def same_everywhere(ranks, check, pick=lambda found: found):
+    """Return the Fisher information that every rank has, bit by bit."""
+    first, *others = (pick(found) for found in everywhere(ranks, check))
+    for other in others:
+        assert other.keys() == first.keys()
+        assert all(torch.equal(other[key], first[key]) for key in first)
+    return Fisher.from_state_dict(first)
+
+
+def assert_same(found, expected, tolerance=EXACT):
+    assert type(found) is type(expected)
+    assert found.n_samples == expected.n_samples
+    assert found.paths == expected.paths
+    assert list(found.shapes) == list(expected.shapes)
+    assert relative_error(found.to_dense(), expected.to_dense()) < tolerance
+
+
+def merged(ranks, own):
+    """Pool what one process finds in the shard of each rank."""
+    model, x, y = images()
+    shards = [(rank, part(rank, len(ranks))) for rank in range(len(ranks))]
+    return reduce(
+        lambda F, G: F.pool(G),
+        [own(model, as_batches(x[s], y[s]), rank) for rank, s in shards if s.start < s.stop],
+    )
+
+
+@pytest.mark.slow
+class TestManyProcesses:
+    @pytest.mark.parametrize(("kind", "structure"), CASES)
+    def test_every_rank_has_what_one_process_finds_in_all_data(self, ranks, kind, structure):
+        model, x, y = images()
+        expected = in_one_process(model, (x, y), kind=kind, structure=structure)
+        found = same_everywhere(ranks, "cases", lambda found: found[f"{kind} {structure}"])
+        assert found.n_samples == N
+        assert_same(found, expected)
+
+    @pytest.mark.parametrize("kind", ["sketch", "sampled"])
+    def test_each_rank_draws_its_own_random_numbers(self, ranks, kind):
+        def seeded(model, data, rank):
+            generator = torch.Generator().manual_seed(rank)
+            return in_one_process(model, data, kind=kind, generator=generator)
+
+        found = same_everywhere(ranks, "random", lambda found: found[kind])
+        assert_same(found, merged(ranks, seeded))
+
+    def test_a_generator_of_the_user_is_used_as_it_is(self, ranks):
+        def seeded(model, data, rank):
+            generator = torch.Generator().manual_seed(100 + rank)
+            return in_one_process(model, data, kind="sketch", generator=generator)
+
+        assert_same(same_everywhere(ranks, "given_generator"), merged(ranks, seeded))
+
+    def test_half_precision_models_are_summed_in_single_precision(self, ranks):
+        model, x, y = images()
+        expected = in_one_process(model.bfloat16(), (x.bfloat16(), y))
+        found = same_everywhere(ranks, "half_precision")
+        assert found.to_dense().dtype == torch.float32
+        assert_same(found, expected, 1e-6)
+
+    def test_a_rank_without_observations_has_what_the_others_find(self, ranks):
+        model, x, y = images()
+        rest = slice(part(0, len(ranks)).stop, None)
+        expected = in_one_process(model, (x[rest], y[rest]), structure="kronecker")
+        assert_same(same_everywhere(ranks, "first_rank_is_empty"), expected)
+
+    def test_no_observation_on_any_rank_is_an_error(self, ranks):
+        expected = "ValueError: data is empty: no rank holds an observation"
+        assert {results["all_ranks_are_empty"] for results in ranks} == {expected}
+
+    def test_a_rank_that_fails_is_named_on_all_others(self, ranks):
+        *others, failed = [results["one_rank_fails"] for results in ranks]
+        error = "ValueError: label 100 of observation 0 is outside the 3 classes of the output"
+        assert failed == error
+        assert set(others) == {f"RuntimeError: rank {len(ranks) - 1} failed: {error}"}
+
+    def test_the_others_are_told_the_first_line_of_a_message(self, ranks):
+        failed, *others = [results["one_rank_fails_while_it_reads"] for results in ranks]
+        assert failed == "OSError: the disk is gone\nand with it the data"
+        assert set(others) == {"RuntimeError: rank 0 failed: OSError: the disk is gone"}
+
+    def test_structures_that_do_not_add_up_are_refused_before_any_work(self, ranks):
+        for found in everywhere(ranks, "structures_that_do_not_add_up"):
+            assert found.keys() == {"eigenkronecker", "lowrank"}
+            for structure, error in found.items():
+                assert error.startswith(f"ValueError: structure='{structure}': the eigenvectors")
+
+    def test_ranks_of_other_parameters_are_refused_on_all_ranks(self, ranks):
+        (error,) = {results["ranks_of_other_parameters"] for results in ranks}
+        last = len(ranks) - 1
+        assert error.startswith(f"ValueError: rank {last} does not fit rank 0: parameters do not")
+        assert "'conv.weight' is not expected" in error
+
+    def test_ranks_of_other_dtypes_are_refused_on_all_ranks(self, ranks):
+        (error,) = {results["ranks_of_other_dtypes"] for results in ranks}
+        assert error.startswith(f"ValueError: rank {len(ranks) - 1} does not fit rank 0: the param")
+        assert error.endswith("of another order or dtype")
+
+    def test_what_was_computed_before_is_weighed_by_its_observations(self, ranks):
+        model, x, y = images()
+        parts = [in_one_process(model, (x[:n], y[:n])) for n in range(5, 5 + len(ranks))]
+        expected = reduce(lambda F, G: F.pool(G), parts)
+        assert_same(same_everywhere(ranks, "computed_before"), expected)
+
+    def test_a_wrapper_for_training_does_not_make_ranks_wait_in_forward(self, ranks):
+        model, x, y = images()
+        expected = in_one_process(model, (x, y))
+        found = same_everywhere(ranks, "wrapped")
+        assert list(found.shapes) == [f"module.{name}" for name in expected.shapes]
+        assert relative_error(found.to_dense(), expected.to_dense()) < EXACT
+
+    def test_a_group_takes_the_data_of_its_ranks_only(self, ranks):
+        model, x, y = images()
+        first, last = part(0, len(ranks)), part(len(ranks) - 1, len(ranks))
+        both = torch.cat([x[first], x[last]]), torch.cat([y[first], y[last]])
+        members = [ranks[0], ranks[-1]]
+        found = same_everywhere(members, "some_of_the_ranks")
+        assert_same(found, in_one_process(model, both))
+        for results in ranks[1:-1]:
+            assert "is not in the group" in results["some_of_the_ranks"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:vmap cannot follow Words:RuntimeWarning")
+class TestShardedParameters:
+    @pytest.fixture(params=[(2, "sharded"), (4, "sharded"), (4, "sharded_and_replicated")])
+    def found(self, request, start):
+        count, check = request.param
+        return everywhere(start(count), check)
+
+    def test_they_have_a_diagonal_that_is_sharded_in_the_same_way(self, found):
+        assert all(rank["placed like the parameters"] for rank in found)
+
+    def test_the_diagonal_is_that_of_whole_parameters(self, found):
+        model, x, y = words()
+        expected = in_one_process(model, (x, y)).diagonal()
+        for rank in found:
+            assert rank["diagonal"].keys() == expected.keys()
+            for name, value in expected.items():
+                assert relative_error(rank["diagonal"][name], value) < EXACT
+
+    def test_a_sharded_diagonal_computes_like_a_whole_one(self, found):
+        model, x, y = words()
+        F = in_one_process(model, (x, y))
+        for rank in found:
+            assert relative_error(rank["quadratic"], F.quadratic(F.diagonal())) < EXACT
+
+    def test_other_structures_are_whole_on_every_rank(self, found):
+        model, x, y = words()
+        expected = in_one_process(model, (x, y), structure="kronecker").to_dense()
+        for rank in found:
+            assert relative_error(rank["kronecker"], expected) < EXACT
+
+    def test_the_model_trains_on_as_before(self, found):
+        """Its gradients, taken before and after, add up to twice those of a whole model."""
+        model, x, y = words()
+        nn.functional.cross_entropy(model(x), y).backward()
+        expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        for rank in found:
+            assert rank["untouched"]
+            assert rank["gradients"].keys() == expected.keys()
+            for name, gradient in expected.items():
+                assert relative_error(rank["gradients"][name], 2 * gradient) < EXACT
+
+    def test_a_rank_that_fails_is_named_on_all_others(self, ranks):
+        failed, *others = [results["sharded_and_one_rank_fails"] for results in ranks]
+        assert failed.startswith("ValueError: label 10")
+        assert set(others) == {f"RuntimeError: rank 0 failed: {failed}"}
+
+
+@pytest.mark.usefixtures("alone")
+class TestOneProcess:
+    @pytest.mark.parametrize("structure", STRUCTURES)
+    def test_it_finds_what_it_finds_without_a_group(self, structure):
+        model, x, y = images()
+        expected = in_one_process(model, (x, y), structure=structure)
+        assert_same(fisher_information(model, (x, y), structure=structure), expected)
+
+    @pytest.mark.parametrize("structure", ["eigenkronecker", "lowrank"])
+    def test_structures_that_do_not_add_up_are_refused(self, structure):
+        model, x, y = images()
+        with pytest.raises(ValueError, match=f"^structure='{structure}': the eigenvectors"):
+            fisher_information(model, (x, y), structure=structure)
+        with pytest.raises(ValueError, match=r"of \['.*: the eigenvectors of parts"):
+            all_reduce(in_one_process(model, (x, y), structure=structure))
+
+    def test_empty_data_are_an_error(self):
+        model, x, y = images()
+        with pytest.raises(ValueError, match=r"^data is empty: no rank"):
+            fisher_information(model, (x[:0], y[:0]))
+
+    def test_errors_are_those_of_one_process(self):
+        model, x, y = images()
+        with pytest.raises(ValueError, match=r"no trainable parameter is named 'hed.weight'"):
+            fisher_information(model, (x, y), params="hed.weight")
+        with pytest.raises(ValueError, match="Flatten has no trainable parameter"):
+            fisher_information(nn.Flatten(), (x, y))
+
+    def test_data_parallel_models_keep_their_names(self):
+        model, x, y = images()
+        F = fisher_information(nn.DataParallel(model), (x, y), params="module.head.*")
+        expected = in_one_process(model, (x, y), params="head.*").diagonal()
+        assert list(F.shapes) == ["module.head.weight", "module.head.bias"]
+        assert torch.equal(F.diagonal()["module.head.bias"], expected["head.bias"])
+
+    def test_parameters_of_two_dtypes_keep_theirs(self):
+        model = nn.Sequential(nn.Linear(3, 4), Cast(), nn.Linear(4, 2).double())
+        data = torch.randn(8, 3), torch.arange(8) % 2
+        found, expected = fisher_information(model, data), in_one_process(model, data)
+        for name, value in expected.diagonal().items():
+            assert found.diagonal()[name].dtype == value.dtype
+            assert torch.equal(found.diagonal()[name], value)
+
+    @pytest.mark.filterwarnings("ignore:vmap cannot follow:RuntimeWarning")
+    def test_hooks_and_parameters_of_a_sharded_model_come_back_after_an_error(self):
+        model, x, y = words()
+        fully_shard(model)
+        called = []
+        model.mix.register_forward_hook(lambda *_: called.append("hook of the user"))
+        tables = [t for m in model.modules() for t in (m._forward_pre_hooks, m._forward_hooks)]
+        before = [list(table.items()) for table in tables], list(model.parameters())
+        with pytest.raises(ValueError, match="label 106"):
+            fisher_information(model, (x, y + 106))
+        assert ([list(table.items()) for table in tables], list(model.parameters())) == before
+        assert called
+        assert fisher_information(model, (x, y)).n_samples == N
+
+    def test_a_sharded_result_is_not_added_up_again(self):
+        model, x, y = words()
+        fully_shard(model)
+        F = fisher_information(model, (x, y), params="mix.weight")
+        with pytest.raises(ValueError, match="sharded, so it is that of all ranks already"):
+            all_reduce(F)
+
+    @pytest.mark.filterwarnings("ignore:FSDP is switching:UserWarning")
+    def test_an_older_way_of_sharding_is_refused_by_name(self):
+        model, x, y = images()
+        wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+        with pytest.raises(ValueError, match="use fully_shard"):
+            fisher_information(wrapped, (x, y))
+
+
+class Cast(nn.Module):
+    def forward(self, x):
+        return x.double()
+
+
+def test_without_a_group_the_error_says_how_to_make_one():
+    model, x, y = images()
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        fisher_information(model, (x, y))
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        all_reduce(Diagonal(1, "exact", {"a": "rule"}, {"a": torch.ones(2)}))
