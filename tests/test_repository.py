@@ -110,7 +110,7 @@ def test_each_public_module_has_its_tests() -> None:
     package, tests = ROOT / "ewc_lib", ROOT / "tests"
     modules = [path.relative_to(package) for path in package.rglob("[!_]*.py")]
     for module in modules:  # the parts of one package may be tested together
-        together = module.parent.with_name(f"test_{module.parent.name}.py")
+        together = module.parent.parent / f"test_{module.parent.name}.py"
         own = module.with_name(f"test_{module.name}")
         assert (tests / own).is_file() or (tests / together).is_file(), module
 

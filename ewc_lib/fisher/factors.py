@@ -100,7 +100,8 @@ class KroneckerSum(Sum):
               B = \frac1N \sum_n \sum_k \sum_t g_{nkt} g_{nkt}^\top ,
 
     and ``reduce`` first averages the inputs and sums the gradients over positions. Both are the
-    factors of Martens and Grosse (2015) where there is one position.
+    factors of Martens and Grosse (2015) where there is one position. :math:`A` is the mean over
+    the observations of the batches that use the matrix.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class KroneckerSum(Sum):
         self.layers: list[Layer] = []
         self.inputs: Vector = {}
         self.outputs: Vector = {}
+        self._n_of: dict[str, int] = {}
         self._others: dict[str, Sum] = {}
         self._parameters = parameters
         self._options = dtype, device
@@ -122,6 +124,7 @@ class KroneckerSum(Sum):
     def add(self, run: Run, columns: Iterator[Tensor]) -> None:
         self._place(run)
         for layer, readings in self.readings(run):
+            self._n_of[layer.weight] += len(run)
             row_bytes = sum(r.input[0].numel() * r.input.itemsize for r in readings)
             for part in pieces(len(run), row_bytes):
                 rows = layer.input_rows(readings, part)
@@ -141,6 +144,7 @@ class KroneckerSum(Sum):
                 i = shape.numel() // o + (layer.bias is not None)
                 self.inputs[layer.weight] = self.zeros(layer.names, i, i)
                 self.outputs[layer.weight] = self.zeros(layer.names, o, o)
+                self._n_of[layer.weight] = 0
                 self.layers.append(layer)
                 known.update(layer.names)
         for name in {*run.readings, *run.by_generic} - known:
@@ -196,7 +200,7 @@ class KroneckerSum(Sum):
                 kind,
                 {name: paths[name] for name in layer.names},
                 self.outputs[layer.weight] / self.n,
-                self.inputs[layer.weight] / self.n,
+                self.inputs[layer.weight] / self._n_of[layer.weight],
                 {name: self.shapes[name] for name in layer.names},
                 layer.transposed,
             )
