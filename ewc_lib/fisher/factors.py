@@ -6,6 +6,7 @@ The gradient of a weight matrix is :math:`G_n = \sum_t g_{nt} a_{nt}^\top` over 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -116,7 +117,7 @@ class KroneckerSum(Sum):
         self.layers: list[Layer] = []
         self.inputs: Vector = {}
         self.outputs: Vector = {}
-        self._n_of: dict[str, int] = {}
+        self._n_of: Counter[str] = Counter()
         self._others: dict[str, Sum] = {}
         self._parameters = parameters
         self._options = dtype, device
@@ -144,7 +145,6 @@ class KroneckerSum(Sum):
                 i = shape.numel() // o + (layer.bias is not None)
                 self.inputs[layer.weight] = self.zeros(layer.names, i, i)
                 self.outputs[layer.weight] = self.zeros(layer.names, o, o)
-                self._n_of[layer.weight] = 0
                 self.layers.append(layer)
                 known.update(layer.names)
         for name in {*run.readings, *run.by_generic} - known:
