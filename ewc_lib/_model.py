@@ -137,6 +137,12 @@ def check_finite_parameters(parameters: dict[str, Tensor]) -> None:
 
 def check_modules(model: nn.Module) -> None:
     """Refuse, by name, what has no score of its own for each observation."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "full_tensor"):  # a DTensor: the forward pass uses another tensor
+            raise ValueError(
+                f"parameter {name!r} is sharded over processes; use "
+                "ewc_lib.integrations.distributed.fisher_information"
+            )
     for name, module in model.named_modules():
         who = f"{type(module).__name__} {name!r}"
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:

@@ -68,10 +68,27 @@ class Forward:
         if not numbers:
             return {}
         edges = [self.uses[i].edge for i in numbers]
+        unit = self.unit(column)
+        column = (column / unit).to(self.output)
         arrived = torch.autograd.grad(
-            self.output, edges, column.to(self.output), retain_graph=True, allow_unused=True
+            self.output, edges, column, retain_graph=True, allow_unused=True
         )
-        return {i: g for i, g in zip(numbers, arrived, strict=True) if g is not None}
+        found = {i: g for i, g in zip(numbers, arrived, strict=True) if g is not None}
+        return {i: in_units(g, unit) for i, g in found.items()}
+
+    def unit(self, columns: Tensor) -> Tensor | float:
+        """Return a power of two in whose units columns are neither small nor large.
+
+        Operations in half precision need it: what is far from one underflows or overflows there.
+        """
+        if self.recorder.eps <= torch.finfo(torch.float32).eps:
+            return 1.0
+        return torch.ldexp(columns.new_ones(()), torch.frexp(columns.abs().amax()).exponent)
+
+
+def in_units(gradient: Tensor, unit: Tensor | float) -> Tensor:
+    """Multiply by a unit other than one, in the precision of the sums."""
+    return gradient.to(sum_dtype(gradient)) * unit if isinstance(unit, Tensor) else gradient
 
 
 @dataclass(frozen=True)
@@ -149,8 +166,13 @@ class Run:
         """Gradients ``[K, n, *shape]`` of the parameters on the generic path, part by part."""
         if not self.by_generic:
             return iter(())
-        columns = torch.stack(block).to(self.forward.output)
-        return self.generic.gradients(self.by_generic, self.forward.inputs, columns)
+        columns = torch.stack(block)
+        unit = self.forward.unit(columns)
+        columns = (columns / unit).to(self.forward.output)
+        parts = self.generic.gradients(self.by_generic, self.forward.inputs, columns)
+        return (
+            (part, {name: in_units(g, unit) for name, g in found.items()}) for part, found in parts
+        )
 
 
 class Passes:

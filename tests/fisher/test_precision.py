@@ -6,8 +6,11 @@ from functools import reduce
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from ewc_lib import Fisher, Gaussian, fisher_information
+from ewc_lib.fisher import capture
 
 HALF = (torch.bfloat16, torch.float16)
 STRUCTURES = ("diagonal", "block", "module", "dense", "kronecker", "kronecker-reduce")
@@ -114,6 +117,55 @@ class TestHalfPrecision:
         found = self.found(Autocast(model, dtype), x, y, torch.float32)
         assert relative_error(flat(found), flat(expected)) < 0.01
         assert list(found.paths.values()) == list(expected.paths.values())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("sigma", [1e-6, 1e8])
+def test_gradients_that_half_precision_cannot_hold_are_taken_in_other_units(make, dtype, sigma):
+    """Columns of the output are 1e6 or 1e-8; the largest float16 is 65504, the smallest 6e-8."""
+    model, x, _ = seeded(make)
+    target = torch.zeros(N, 3)
+    expected = fisher_information(model, (x, target), Gaussian(sigma))
+    for half, data in (
+        (copy.deepcopy(model).to(dtype), (x.to(dtype), target)),
+        (Autocast(model, dtype), (x, target)),
+    ):
+        found = fisher_information(half, data, Gaussian(sigma))
+        assert relative_error(flat(found), flat(expected)) < 0.01
+        assert list(found.paths.values()) == list(expected.paths.values())
+
+
+class Rounding(TorchDispatchMode):
+    """Round the operands of products and convolutions to TF32, as an accelerator does."""
+
+    OPERATIONS = (
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten.convolution.default,
+        torch.ops.aten.convolution_backward.default,
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.OPERATIONS:
+            args = tree_map_only(torch.Tensor, self._round, args)
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _round(x):
+        bits = x.contiguous().view(torch.int32)
+        return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("make", [linear, convolution])
+def test_products_that_are_rounded_to_tf32_keep_their_rules(make, monkeypatch):
+    monkeypatch.setattr(capture, "_may_be_tf32", lambda tensor: tensor.dtype == torch.float32)
+    model, x, y = seeded(make, 256)
+    expected = fisher_information(model, (x, y), kind="empirical")
+    with Rounding():
+        found = fisher_information(model, (x, y), kind="empirical")
+    assert set(found.paths.values()) == {"rule"}
+    assert 1e-6 < relative_error(flat(found), flat(expected)) < 0.01
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -204,6 +204,7 @@ class Checks:
             ),
             "diagonal": {name: f.full_tensor() for name, f in F.diagonal().items()},
             "quadratic": F.quadratic(F.diagonal()).full_tensor(),
+            "shares": [row.share for row in F.report()],
             "kronecker": whole.to_dense(),
             "gradients": {
                 name: p.grad.full_tensor()

@@ -211,6 +211,7 @@ class TestShardedParameters:
         F = in_one_process(model, (x, y))
         for rank in found:
             assert relative_error(rank["quadratic"], F.quadratic(F.diagonal())) < EXACT
+            assert rank["shares"] == pytest.approx([row.share for row in F.report()], rel=EXACT)
 
     def test_other_structures_are_whole_on_every_rank(self, found):
         model, x, y = words()
@@ -291,6 +292,12 @@ class TestOneProcess:
         assert ([list(table.items()) for table in tables], list(model.parameters())) == before
         assert called
         assert fisher_information(model, (x, y)).n_samples == N
+
+    def test_without_this_module_a_sharded_model_is_refused(self):
+        model, x, y = words()
+        fully_shard(model)
+        with pytest.raises(ValueError, match=r"'embed.weight' is sharded over processes"):
+            in_one_process(model, (x, y))
 
     def test_a_sharded_result_is_not_added_up_again(self):
         model, x, y = words()

@@ -105,10 +105,11 @@ class Fisher(ABC):
 
     def report(self) -> list[ReportRow]:
         """Return, for each parameter, the path taken and its share of the trace."""
-        trace = float(self.trace())
+        shares = {name: _number(d.sum()) for name, d in self.diagonal().items()}
+        trace = sum(shares.values())
         return [
-            ReportRow(name, self.paths[name], float(d.sum()) / trace if trace else 0.0)
-            for name, d in self.diagonal().items()
+            ReportRow(name, self.paths[name], share / trace if trace else 0.0)
+            for name, share in shares.items()
         ]
 
     def __add__(self, other: Self) -> Self:
@@ -239,6 +240,11 @@ class Fisher(ABC):
             name: max(self.paths[name], other.paths[name], key=PATHS.index) for name in self.shapes
         }
         return replace(combined, n_samples=self.n_samples + other.n_samples, paths=paths)
+
+
+def _number(value: Tensor) -> float:
+    """Return a scalar; of a sharded one, each rank holds a part only."""
+    return float(value.full_tensor() if hasattr(value, "full_tensor") else value)
 
 
 def divide(x: Tensor, d: Tensor) -> Tensor:
