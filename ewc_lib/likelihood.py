@@ -132,7 +132,7 @@ def log_probs(log_prob: LogProb, theta: Params, data: Data) -> Float[Tensor, " N
 
 def per_observation(function: LogProb, theta: Params, data: Data) -> Float[Tensor, "N ..."]:
     """Stack ``function(theta, x_n)`` over all observations: at once, or one by one."""
-    with _unvalidated_distributions():
+    with _validation(False):  # vmap cannot follow it
         try:
             return vmap(function, in_dims=(None, 0))(theta, data)
         except RuntimeError:  # vmap cannot follow it; a mistake of the caller's own shows below
@@ -142,17 +142,18 @@ def per_observation(function: LogProb, theta: Params, data: Data) -> Float[Tenso
 def check_log_prob(log_prob: LogProb, theta: Params, data: Data) -> None:
     """Try ``log_prob`` on the first observation and raise a ValueError unless it is a scalar."""
     count(data)
-    value = log_prob(theta, row(data, 0))
+    with _validation(True):  # torch.compile switches it off for the whole process
+        value = log_prob(theta, row(data, 0))
     if not isinstance(value, Tensor) or value.shape != ():
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"log_prob must return a scalar for one observation, got {shape}")
 
 
 @contextmanager
-def _unvalidated_distributions() -> Iterator[None]:
-    """Skip the value checks of torch.distributions, which vmap cannot follow."""
+def _validation(wanted: bool) -> Iterator[None]:
+    """Switch the value checks of torch.distributions on or off, and back."""
     before = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
+    Distribution.set_default_validate_args(wanted)
     try:
         yield
     finally:

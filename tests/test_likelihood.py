@@ -174,6 +174,16 @@ def test_functions_that_vmap_can_follow_are_not_called_once_for_each_observation
     assert len(calls) <= 2
 
 
+@pytest.fixture(params=[True, False], ids=["validating", "not_validating"])
+def either_switch(request):
+    """Leave the validation of torch on, or off, as torch.compile leaves it."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(request.param)
+    yield
+    Distribution.set_default_validate_args(before)
+
+
+@pytest.mark.usefixtures("either_switch")
 def test_the_search_is_the_same_for_functions_that_vmap_cannot_follow():
     def looped(p, x):
         x.item()
@@ -248,6 +258,7 @@ def test_bad_input_is_refused_by_every_function(function, log_prob, data, messag
         function(log_prob, torch.tensor(0.5), data)
 
 
+@pytest.mark.usefixtures("either_switch")
 def test_a_start_outside_the_domain_is_refused():
     with pytest.raises(ValueError, match="not finite at theta0"):
         maximum_likelihood(lambda t, x: t.log() * x, tensor(-1.0), FLIPS)
