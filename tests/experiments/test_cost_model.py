@@ -202,6 +202,16 @@ def test_ranks_share_the_work_and_send_their_results_once():
     assert together.communication == pytest.approx(3 / 4 * 8 * shape.parameters / H100.link)
     assert together.seconds == pytest.approx(alone.seconds / 4 + together.communication)
     assert together.memory == alone.memory == 10 * shape.parameters
+    plain = alone.seconds / alone.passes / 4
+    assert together.passes == pytest.approx(together.seconds / plain)
+    assert together.of_training / alone.of_training == pytest.approx(together.passes / alone.passes)
+
+
+def test_columns_share_the_products_of_single_positions():
+    shape = Shape(layers=2, width=64, vocabulary=100, length=1)
+    assert shape.work.shared == 0
+    found = forecast(shape, IDEAL, observations=100, columns=3)
+    assert found.passes == pytest.approx(shape.work._replace(squares=0).ratio(3))
 
 
 def test_the_share_of_training_is_that_of_the_tokens():

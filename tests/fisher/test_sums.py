@@ -3,6 +3,8 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ewc_lib import fisher_information
 from ewc_lib._batches import Batch
@@ -294,6 +296,17 @@ def test_the_largest_eigenvalues_and_their_eigenvectors_are_kept(name, rank):
         close((found.directions * vectors).sum(0).abs(), torch.ones(rank, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(("name", "size"), [(FEW, 2 * N), (MANY, 12)])
+def test_eigenvalues_are_those_of_the_smaller_matrix(name, size, monkeypatch):
+    """Over gradients or over parameters, whichever are fewer."""
+    sizes, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(
+        torch.linalg, "eigh", lambda matrix: sizes.append(len(matrix)) or eigh(matrix)
+    )
+    estimate(SCENARIOS[name](), structure="lowrank")
+    assert sizes == [size]
+
+
 @each_side
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_the_trace_lacks_the_eigenvalues_that_are_left_out(name, rank):
@@ -404,15 +417,24 @@ def test_the_device_of_the_sums_may_be_named(structure, device):
     assert same(found.to_dense(), estimate(case, structure=structure).to_dense())
 
 
+class OneDevice(TorchDispatchMode):
+    """Refuse operations on tensors of several devices, but for copies from one to the other."""
+
+    COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+        assert func in self.COPIES or len({t.device for t in tensors if t.dim()}) < 2, func
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("structure", [s for s in STRUCTURES if s != "lowrank"])
 @pytest.mark.parametrize("name", ["cnn_with_norms", "custom_function"])
 def test_sums_are_kept_where_they_are_asked_for(name, structure):
-    """The device without memory takes no operand of another, so nothing is left behind.
-
-    A low rank has to look at its values, which this device does not have.
-    """
+    """A low rank has to look at its values, which the device without memory does not have."""
     case = SCENARIOS[name]()
-    found = estimate(case, structure=structure, device="meta").diagonal()
+    with OneDevice():
+        found = estimate(case, structure=structure, device="meta").diagonal()
     assert {values.device.type for values in found.values()} == {"meta"}
     assert {n: v.shape for n, v in found.items()} == {
         n: p.shape for n, p in case.model.named_parameters()
