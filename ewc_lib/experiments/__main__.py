@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ewc_lib.experiments.fisher_cost import RESULT, fisher_cost, profile, table
+from ewc_lib.experiments.cost_report import RESULT, table
+from ewc_lib.experiments.fisher_cost import fisher_cost, profile
 from ewc_lib.experiments.models import BENCHMARKS
 from ewc_lib.experiments.peers import CONTESTANTS
 

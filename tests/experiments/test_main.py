@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ewc_lib.experiments import __main__ as module
-from ewc_lib.experiments.fisher_cost import RESULT
+from ewc_lib.experiments.cost_report import RESULT
 from ewc_lib.experiments.peers import CONTESTANTS
 
 EMPTY = {"sections": {}}
