@@ -21,13 +21,25 @@ from ewc_lib._model import Selection, select_parameters
 from ewc_lib.distributions import OutputDistribution
 from ewc_lib.fisher.estimate import Structure, fisher_information
 from ewc_lib.fisher.output import Kind
-from ewc_lib.fisher.structures import Fisher, Vector, check_shapes
+from ewc_lib.fisher.structures import (
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    Fisher,
+    LowRank,
+    Vector,
+    check_shapes,
+)
 from ewc_lib.fisher.structures.base import decode, encode, under
 
 __all__ = ["EWC"]
 
 ONE_TASK = frozenset[str]({"kronecker", "kronecker-reduce", "eigenkronecker"})
 """Structures without a sum: two tasks do not merge into one matrix of the same structure."""
+
+
+CLASSES: dict[Structure, type[Fisher]] = {"diagonal": Diagonal, "dense": Dense, "lowrank": LowRank}
+"""What holds a structure; all others are a :class:`BlockDiagonal`."""
 
 
 class EWC:
@@ -217,11 +229,7 @@ class EWC:
         RuntimeWarning
             If it is zero everywhere, so that nothing would be protected.
         """
-        if self._n_tasks > 0 and self.structure in ONE_TASK:
-            raise ValueError(
-                f"structure={self.structure!r} holds one task: the sum of the matrices of two "
-                "tasks has another structure. Choose one that has sums, such as 'block'"
-            )
+        self._check_room()
         fisher = fisher_information(
             self.model,
             data,
@@ -233,12 +241,55 @@ class EWC:
             generator=generator,
             progress=progress,
         )
+        self._remember(fisher)
+        return fisher
+
+    def remember(self, fisher: Fisher) -> None:
+        """Finish a task whose Fisher information was computed elsewhere.
+
+        :meth:`consolidate` computes it and calls this. Call it yourself if the data are spread
+        over processes (:func:`ewc_lib.integrations.distributed.fisher_information`) or come in
+        parts (:meth:`ewc_lib.Fisher.pool`). If it raises, nothing has changed.
+
+        Parameters
+        ----------
+        fisher
+            Of this task, at the present parameters of the model, in the structure of this EWC.
+
+        Raises
+        ------
+        ValueError
+            If its structure, its kind, or the names and shapes of its parameters are others, or
+            if this is the second task and the structure holds one only.
+
+        Warns
+        -----
+        RuntimeWarning
+            If it is zero everywhere, so that nothing would be protected.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from ewc_lib import fisher_information
+        >>> model, x, y = torch.nn.Linear(3, 2), torch.randn(8, 3), torch.arange(8) % 2
+        >>> first, second = (fisher_information(model, (x[i::2], y[i::2])) for i in (0, 1))
+        >>> ewc = EWC(model, strength=10.0)
+        >>> ewc.remember(first.pool(second))
+        >>> ewc.n_tasks
+        1
+        """
+        self._check_room()
+        self._check_own(fisher)
+        self._remember(fisher)
+
+    def _remember(self, fisher: Fisher) -> None:
+        """Merge the penalty of a task; the caller's caller is warned if it is zero."""
         if not fisher.trace() > 0:
             warnings.warn(
                 "the Fisher information of this task is zero everywhere: the penalty protects "
                 "nothing. Is the model so confident that its probabilities are exactly 0 and 1?",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         dtypes = {name: d.dtype for name, d in fisher.diagonal().items()}
         optimum = {
@@ -247,7 +298,6 @@ class EWC:
         self._merge(fisher, optimum)
         self._n_tasks += 1
         self._n_observations += fisher.n_samples
-        return fisher
 
     def bayesian_strength(self, n_b: int, n_a: int | None = None) -> float:
         r"""Return the strength that Bayes' rule implies, :math:`N_A / N_B`.
@@ -328,6 +378,22 @@ class EWC:
         self._offset = state["offset"].to(device, copy=True)
         self._n_tasks = int(state["n_tasks"])
         self._n_observations = int(state["n_observations"])
+
+    def _check_room(self) -> None:
+        if self._n_tasks > 0 and self.structure in ONE_TASK:
+            raise ValueError(
+                f"structure={self.structure!r} holds one task: the sum of the matrices of two "
+                "tasks has another structure. Choose one that has sums, such as 'block'"
+            )
+
+    def _check_own(self, fisher: Fisher) -> None:
+        """Raise a ValueError unless the Fisher information is one that this EWC could compute."""
+        wanted = CLASSES.get(self.structure, BlockDiagonal)
+        if not isinstance(fisher, wanted):
+            raise ValueError(f"this EWC holds a {wanted.__name__}, got a {type(fisher).__name__}")
+        if fisher.kind != self.kind:
+            raise ValueError(f"this EWC is of kind {self.kind!r}, got a Fisher of {fisher.kind!r}")
+        check_shapes({n: p.shape for n, p in self._parameters().items()}, fisher.shapes)
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return select_parameters(self.model, self.params)

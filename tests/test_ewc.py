@@ -328,6 +328,48 @@ def test_a_second_task_in_a_structure_without_a_sum_is_refused_before_it_costs(s
     assert same(ewc.state_dict(), state)
 
 
+# A Fisher information that was computed elsewhere
+
+
+@pytest.mark.parametrize("mode", ["separate", "online"])
+@each_structure
+def test_what_was_computed_elsewhere_is_remembered_as_if_it_were_computed_here(structure, mode):
+    model = network()
+    one, other = (EWC(model, 3.0, mode, structure=structure) for _ in range(2))
+    for t in range(2):
+        one.consolidate(task(seed=t))
+        other.remember(fisher_information(model, task(seed=t), structure=structure))
+        move(model, seed=t)
+    assert one.penalty() > 0
+    assert same(one.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"structure": "dense"}, "this EWC holds a Diagonal, got a Dense"),
+        ({"kind": "empirical"}, "this EWC is of kind 'exact', got a Fisher of 'empirical'"),
+        ({"params": "*.bias"}, "'0.weight' is missing"),
+    ],
+)
+@pytest.mark.parametrize("n_tasks", [0, 1])
+def test_what_this_ewc_could_not_compute_is_refused_and_nothing_changes(n_tasks, options, message):
+    model, ewc, _ = consolidated(n_tasks)
+    state = ewc.state_dict()
+    with pytest.raises(ValueError, match=message):
+        ewc.remember(fisher_information(model, task(), **options))
+    assert same(ewc.state_dict(), state)
+
+
+@without_sum
+def test_a_second_task_from_elsewhere_is_refused_in_a_structure_without_a_sum(structure):
+    model, ewc, _ = consolidated(1, structure)
+    state = ewc.state_dict()
+    with pytest.raises(ValueError, match="holds one task"):
+        ewc.remember(fisher_information(model, task(), structure=structure))
+    assert same(ewc.state_dict(), state)
+
+
 # Which parameters
 
 

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ewc_lib import EWC
 from ewc_lib import fisher_information as in_one_process
 from ewc_lib.integrations.distributed import all_reduce, fisher_information
 
@@ -110,6 +111,15 @@ class Checks:
         generator = torch.Generator().manual_seed(100 + self.rank)
         F = fisher_information(self.model, (self.x, self.y), kind="sketch", generator=generator)
         return F.state_dict()
+
+    def elastic_weight_consolidation(self):
+        model = images()[0]
+        ewc = EWC(model, strength=10.0)
+        ewc.remember(fisher_information(model, (self.x, self.y)))
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 1
+        return ewc.penalty().detach()
 
     def half_precision(self):
         model = images()[0].bfloat16()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from ewc_lib import Fisher
+from ewc_lib import EWC, Fisher
 from ewc_lib import fisher_information as in_one_process
 from ewc_lib.fisher import Diagonal
 from ewc_lib.integrations.distributed import all_reduce, fisher_information
@@ -101,6 +101,17 @@ class TestManyProcesses:
         found = same_everywhere(ranks, "cases", lambda found: found[f"{kind} {structure}"])
         assert found.n_samples == N
         assert_same(found, expected)
+
+    def test_every_rank_has_the_penalty_of_all_data(self, ranks):
+        model, x, y = images()
+        ewc = EWC(model, strength=10.0)
+        ewc.consolidate((x, y))
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 1
+        assert ewc.penalty() > 0
+        for found in everywhere(ranks, "elastic_weight_consolidation"):
+            torch.testing.assert_close(found, ewc.penalty().detach(), rtol=EXACT, atol=0)
 
     @pytest.mark.parametrize("kind", ["sketch", "sampled"])
     def test_each_rank_draws_its_own_random_numbers(self, ranks, kind):
