@@ -509,7 +509,7 @@ def test_a_state_without_the_name_of_its_structure_still_loads():
 @pytest.mark.parametrize(
     ("dropped", "message"),
     [
-        ("offset", r"not the state of an EWC: it has no \['offset'\]"),
+        ("offset", r"not the state of EWC: it has no \['offset'\]"),
         ("n_tasks", r"\['n_tasks'\]"),
         ("anchor.0.weight", "'0.weight' is missing"),
         ("precision.kind", "not the state of a Fisher"),
@@ -546,7 +546,7 @@ def test_the_state_of_another_structure_is_refused_and_nothing_changes():
 
 def test_the_state_of_the_model_itself_is_refused():
     model, ewc, _ = consolidated()
-    with pytest.raises(ValueError, match="not the state of an EWC"):
+    with pytest.raises(ValueError, match="not the state of EWC"):
         ewc.load_state_dict(model.state_dict())
 
 

@@ -1,0 +1,60 @@
+"""Networks of which only some outputs are read at a time."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class MultiHead(nn.Module):
+    """A network of which only some outputs are read at a time, as one head of several.
+
+    What is not read has no gradient and no Fisher information. So a loss, and any Fisher
+    information, of this module are those of the outputs that are read now.
+
+    Parameters
+    ----------
+    net
+        Returns all outputs, ``[N, C]``.
+
+    Attributes
+    ----------
+    outputs
+        The outputs that are read; None for all. Labels count from the first of them.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = MultiHead(torch.nn.Identity())
+    >>> model.outputs = range(2, 4)
+    >>> model(torch.arange(6).reshape(1, 6))
+    tensor([[2, 3]])
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.outputs: range | None = None
+
+    def forward(self, x: Tensor) -> Float[Tensor, "N K"]:
+        return read(self.net(x), self.outputs)
+
+
+def read(outputs: Float[Tensor, "N C"], which: range | None) -> Float[Tensor, "N K"]:
+    """Return some of the outputs, or all for None."""
+    return outputs if which is None else outputs[:, which.start : which.stop]
+
+
+def all_outputs(model: nn.Module, x: Tensor) -> Float[Tensor, "N C"]:
+    """Return the outputs of all heads; a model without heads has one."""
+    found: Tensor = model.net(x) if isinstance(model, MultiHead) else model(x)
+    return found
+
+
+def own_outputs(model: nn.Module, x: Tensor) -> range:
+    """Return which outputs are read now."""
+    if isinstance(model, MultiHead) and model.outputs is not None:
+        return model.outputs
+    with torch.no_grad():
+        return range(all_outputs(model, x[:1]).shape[1])

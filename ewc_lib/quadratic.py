@@ -1,0 +1,332 @@
+r"""A quadratic that holds parameters near where they were.
+
+.. math:: \Omega(\theta) = \frac{\lambda}{2}
+          \left[ (\theta - m)^\top A\, (\theta - m) + c \right]
+
+It has three parts: an *anchor* :math:`m` (the parameters to stay near), a *precision* :math:`A`
+(how much each matters) and a *strength* :math:`\lambda`. Elastic weight consolidation takes the
+Fisher information for the precision; other methods take other importances and share the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ewc_lib._model import Selection, select_parameters
+from ewc_lib.fisher.structures import Diagonal, Fisher, Vector, check_shapes
+from ewc_lib.fisher.structures.base import decode, encode, under
+
+__all__ = ["QuadraticPenalty"]
+
+
+class QuadraticPenalty:
+    r"""The penalty that all methods with an anchor and a precision share.
+
+    .. math:: \Omega(\theta) = \frac{\lambda}{2}
+              \left[ (\theta - m)^\top A\, (\theta - m) + c \right]
+
+    This class knows what to do with the three parts in a training step. Where the precision
+    comes from, and when, is the business of its subclasses: :class:`ewc_lib.EWC` and those of
+    :mod:`ewc_lib.regularizers`. A training step calls, in this order, ``loss.backward()``,
+    :meth:`before_step`, :meth:`add_gradient_`, ``optimizer.step()``, :meth:`after_step`; or
+    :meth:`proximal_step_` after the optimizer's step instead of :meth:`add_gradient_` before it.
+
+    Parameters
+    ----------
+    model
+        The network that is being trained.
+    strength
+        :math:`\lambda \ge 0`, for a loss that is the *mean* over observations.
+    params
+        The parameters to hold, as in :func:`ewc_lib.fisher_information`.
+
+    Raises
+    ------
+    ValueError
+        If the strength is negative or not finite, or if ``params`` chooses nothing.
+    """
+
+    def __init__(self, model: nn.Module, strength: float, *, params: Selection = None) -> None:
+        self.model = model
+        self.strength = strength
+        self.params = params
+        self._precision: Fisher | None = None
+        self._anchor: Vector = {}
+        self._offset = torch.zeros(())
+        self._n_tasks = 0
+        self._parameters()
+
+    @property
+    def strength(self) -> float:
+        r"""The factor :math:`\lambda`; it may be changed at any time."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        if not 0 <= value < math.inf:
+            raise ValueError(f"strength must be non-negative and finite, got {value}")
+        self._strength = float(value)
+
+    @property
+    def precision(self) -> Fisher | None:
+        """The merged importance of all tasks so far; None before the first."""
+        return self._precision
+
+    @property
+    def anchor(self) -> Vector:
+        """The parameters where the penalty is smallest; empty before the first task."""
+        return dict(self._anchor)
+
+    @property
+    def n_tasks(self) -> int:
+        """Number of consolidated tasks."""
+        return self._n_tasks
+
+    def penalty(self) -> Float[Tensor, ""]:
+        r"""Return :math:`\Omega(\theta)` at the model's parameters, differentiable.
+
+        It is zero before the first task. Add it to the loss.
+
+        Raises
+        ------
+        ValueError
+            If the parameters no longer have the names and shapes of the consolidated ones.
+        """
+        if self._precision is None:
+            return torch.zeros((), device=next(self.model.parameters()).device)
+        displacement = self._displacement()
+        assert self._precision is not None
+        quadratic = self._precision.quadratic(displacement) + self._offset
+        return 0.5 * self.strength * quadratic
+
+    @torch.no_grad()
+    def add_gradient_(self) -> None:
+        r"""Add the gradient of the penalty, :math:`\lambda A (\theta - m)`, to ``.grad``.
+
+        Call it after ``loss.backward()``. It equals putting :meth:`penalty` into the loss and
+        builds no graph.
+        """
+        if self._precision is None:
+            return
+        displacement = self._displacement()
+        assert self._precision is not None
+        if isinstance(self._precision, Diagonal):  # in one sweep
+            for name, parameter in self._parameters().items():
+                gradient = _gradient_like(parameter, displacement[name])
+                gradient.addcmul_(
+                    self._precision.values[name], displacement[name], value=self.strength
+                )
+                _set_gradient(parameter, gradient)
+            return
+        pull = self._precision @ displacement
+        for name, parameter in self._parameters().items():
+            gradient = _gradient_like(parameter, pull[name]).add_(pull[name], alpha=self.strength)
+            _set_gradient(parameter, gradient)
+
+    @torch.no_grad()
+    def proximal_step_(self, optimizer: torch.optim.Optimizer) -> None:
+        r"""Minimise the penalty plus the distance from where the optimizer has gone.
+
+        .. math:: \theta \leftarrow (I + \eta \lambda A)^{-1} (\theta + \eta \lambda A\, m)
+
+        This is :eq:`eq-proximal-step`, with the learning rate :math:`\eta` of each parameter
+        group. Call it after ``optimizer.step()``, and do not add the penalty to the loss or its
+        gradient. To first order in :math:`\eta \lambda` it is the gradient step of plain SGD.
+        But it is stable for every strength, where a gradient step diverges once
+        :math:`\eta \lambda A_i > 2`. And an adaptive optimizer such as Adam does not rescale
+        it, as AdamW does not rescale weight decay (Loshchilov and Hutter 2019). With momentum
+        :math:`\mu`, the gradient of the loss accumulates and the penalty does not: for the same
+        balance multiply the strength by :math:`1/(1-\mu)`.
+
+        Parameters
+        ----------
+        optimizer
+            It has to hold all the parameters that the penalty holds.
+
+        Raises
+        ------
+        ValueError
+            If the optimizer lacks one of the parameters, or if its learning rates differ and
+            the precision is not diagonal.
+
+        References
+        ----------
+        Parikh and Boyd 2014, section 4.2: the proximal gradient method.
+        """
+        if self._precision is None or self.strength == 0:
+            return
+        displacement = self._displacement()
+        assert self._precision is not None
+        rates = self._rates(optimizer)
+        if isinstance(self._precision, Diagonal):
+            for name, parameter in self._parameters().items():
+                # This form has no overflow: 1 / (1 + 1 / (ηλA)) is 0 for A = 0, and 1 at most.
+                pull = self._precision.values[name] * (rates[name] * self.strength)
+                share = pull.reciprocal_().add_(1).reciprocal_()
+                parameter.sub_((share * displacement[name]).to(parameter.dtype))
+            return
+        if len(distinct := set(rates.values())) > 1:
+            raise ValueError(
+                f"the optimizer has the learning rates {sorted(distinct)}; a proximal step with "
+                f"a precision that is not diagonal needs a single one"
+            )
+        scale = distinct.pop() * self.strength
+        if scale > 0:
+            damping = 1 / scale
+            left = self._precision.solve(displacement, damping)
+            for name, parameter in self._parameters().items():
+                value = self._anchor[name] + damping * left[name]
+                parameter.copy_(value)
+
+    def before_task(self) -> None:
+        """Begin a task, at the parameters that the model has now."""
+
+    def before_step(self, inputs: Any = None) -> None:
+        """Note what the method needs from a training step, before the optimizer's step.
+
+        Parameters
+        ----------
+        inputs
+            The inputs of this step. ``.grad`` holds the gradient of the loss of the task alone.
+        """
+
+    def after_step(self) -> None:
+        """Note what the method needs from a training step, after the optimizer's step."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return precision, anchor and counts as plain tensors.
+
+        ``torch.save`` and safetensors can store them. The strength and the other arguments are
+        settings, not state: give them to the constructor again.
+        """
+        state = {
+            "n_tasks": torch.tensor(self._n_tasks),
+            "offset": self._offset.clone(),
+            "structure": encode(self._structure),
+            **{f"anchor.{k}": v.clone().contiguous() for k, v in self._anchor.items()},
+        }
+        if self._precision is not None:
+            precision = self._precision.state_dict()
+            state |= {f"precision.{key}": value for key, value in precision.items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what :meth:`state_dict` returned, on the model's device.
+
+        Raises
+        ------
+        ValueError
+            If it is not such a state, if it is of another structure, or if its parameters have
+            other names or shapes than the model's. Nothing has changed then.
+        """
+        name = type(self).__name__
+        if missing := {"n_tasks", "offset"} - state.keys():
+            raise ValueError(f"this is not the state of {name}: it has no {sorted(missing)}")
+        device = next(self.model.parameters()).device
+        anchor = {k: v.to(device, copy=True) for k, v in under("anchor.", state).items()}
+        precision = None
+        if int(state["n_tasks"]) > 0:
+            precision = Fisher.from_state_dict(under("precision.", state)).to(device)
+            by_type = encode(type(precision).__name__.lower())  # of states without this key
+            if (structure := decode(state.get("structure", by_type))) != self._structure:
+                raise ValueError(f"the state is {structure}, but this {name} is {self._structure}")
+            shapes = {name: p.shape for name, p in self._parameters().items()}
+            check_shapes(shapes, {name: value.shape for name, value in anchor.items()})
+            check_shapes(shapes, precision.shapes)
+        self._precision, self._anchor = precision, anchor
+        self._offset = state["offset"].to(device, copy=True)
+        self._n_tasks = int(state["n_tasks"])
+
+    @property
+    def _structure(self) -> str:
+        """What a state must agree on."""
+        return "diagonal"
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return select_parameters(self.model, self.params)
+
+    def _rates(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """Return the learning rate of each parameter."""
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        parameters = self._parameters()
+        if lost := [name for name, p in parameters.items() if id(p) not in rates]:
+            raise ValueError(f"the optimizer does not hold the parameters {lost}")
+        return {name: float(rates[id(p)]) for name, p in parameters.items()}
+
+    def _displacement(self) -> Vector:
+        """Parameters minus anchor, in the precision of the anchor."""
+        parameters = self._parameters()
+        self._follow(next(iter(parameters.values())).device)
+        shapes = {name: value.shape for name, value in self._anchor.items()}
+        check_shapes(shapes, {name: p.shape for name, p in parameters.items()})
+        return {
+            name: p.to(self._anchor[name].dtype) - self._anchor[name]
+            for name, p in parameters.items()
+        }
+
+    def _follow(self, device: torch.device) -> None:
+        """Move everything to where the model has gone."""
+        if self._precision is not None and self._offset.device != device:
+            self._precision = self._precision.to(device)
+            self._anchor = {name: value.to(device) for name, value in self._anchor.items()}
+            self._offset = self._offset.to(device)
+
+    def _optimum(self, precision: Fisher) -> Vector:
+        """Copy the present parameters, in the dtypes of a precision."""
+        dtypes = {name: d.dtype for name, d in precision.diagonal().items()}
+        return {
+            name: p.detach().to(dtypes[name], copy=True) for name, p in self._parameters().items()
+        }
+
+    def _merge(self, precision: Fisher) -> None:
+        r"""Add the quadratic of one more task around the present parameters, exactly.
+
+        The sum of two quadratics is one quadratic (:eq:`eq-ewc-merge`), with :math:`A + F`,
+        the centre :math:`m' = m + (A + F)^{-1} F (t - m)` and a constant.
+        """
+        optimum = self._optimum(precision)
+        if self._precision is None:
+            self._replace(precision)
+            return
+        self._follow(precision.trace().device)
+        old, anchor = self._precision, self._anchor
+        merged = old + precision
+        shift = merged.solve(precision @ _minus(optimum, anchor))
+        centre = {name: anchor[name] + shift[name] for name in anchor}
+        self._offset = (
+            self._offset
+            + old.quadratic(_minus(centre, anchor))
+            + precision.quadratic(_minus(optimum, centre))
+        )
+        self._precision, self._anchor = merged, centre
+        self._n_tasks += 1
+
+    def _replace(self, precision: Fisher) -> None:
+        """Take this precision around the present parameters instead of what was there."""
+        self._anchor, self._precision = self._optimum(precision), precision
+        self._offset = precision.trace().new_zeros(())
+        self._n_tasks += 1
+
+
+def _minus(a: Vector, b: Vector) -> Vector:
+    return {name: a[name] - b[name] for name in a}
+
+
+def _gradient_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """Return the gradient of a parameter in the dtype of a value, or zeros if there is none."""
+    if parameter.grad is None:
+        return torch.zeros_like(value)
+    return parameter.grad.to(value.dtype)
+
+
+def _set_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Write into the gradient that is there, which others may hold on to."""
+    if parameter.grad is None:
+        parameter.grad = gradient.to(parameter.dtype)
+    elif parameter.grad is not gradient:
+        parameter.grad.copy_(gradient)

@@ -1,0 +1,1 @@
+"""Methods that elastic weight consolidation is compared with."""
