@@ -45,7 +45,7 @@ SIZES = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000)
 TRIAL = 64
 """Observations from which the cost of a contestant is guessed."""
 
-PATIENCE = 40
+PATIENCE = 10
 """A contestant that costs more plain passes than this is measured on fewer observations ..."""
 
 SHORTENED = 5

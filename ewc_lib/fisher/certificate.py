@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ewc_lib.fisher.layout import Layout, layouts, weigh
-from ewc_lib.fisher.pulled import Pulled, sum_dtype
+from ewc_lib.fisher.pulled import Pulled, pull_through, sum_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,13 +63,7 @@ class Challenge:
         )
         if not output.requires_grad:  # it depends on none of the parameters
             return cls(direction, weights, {}, conclusive=False, eps=eps)
-        gradients = torch.autograd.grad(
-            output,
-            list(parameters.values()),
-            weigh(direction, weights),
-            retain_graph=True,
-            allow_unused=True,
-        )
+        gradients = pull_through(output, list(parameters.values()), weigh(direction, weights))
         answer = {
             name: g.to_dense() if g.is_sparse else g
             for name, g in zip(parameters, gradients, strict=True)

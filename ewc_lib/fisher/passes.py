@@ -23,7 +23,7 @@ from ewc_lib.fisher.certificate import Challenge, check_alone
 from ewc_lib.fisher.generic import GenericPath
 from ewc_lib.fisher.layout import Layout
 from ewc_lib.fisher.output import Kind, columns
-from ewc_lib.fisher.pulled import Pulled, Reading, is_rearranged, sum_dtype
+from ewc_lib.fisher.pulled import Pulled, Reading, is_rearranged, pull_through, sum_dtype
 from ewc_lib.fisher.structures import Vector
 
 TRIAL_SIZE = 8
@@ -70,9 +70,7 @@ class Forward:
         edges = [self.uses[i].edge for i in numbers]
         unit = self.unit(column)
         column = (column / unit).to(self.output)
-        arrived = torch.autograd.grad(
-            self.output, edges, column, retain_graph=True, allow_unused=True
-        )
+        arrived = pull_through(self.output, edges, column)
         found = {i: g for i, g in zip(numbers, arrived, strict=True) if g is not None}
         return {i: in_units(g, unit) for i, g in found.items()}
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from ewc_lib.fisher.capture import Use
 from ewc_lib.fisher.layout import Layout, weigh
@@ -16,6 +18,22 @@ from ewc_lib.fisher.rules import Rule, add_rows, chunks
 def sum_dtype(tensor: Tensor) -> torch.dtype:
     """Precision of sums and squares: they would underflow or overflow in half precision."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def pull_through(
+    output: Tensor, ends: Sequence[Tensor | GradientEdge], column: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Bring an output column back to tensors or edges of the graph; None where it does not reach.
+
+    It goes as the gradient of a scalar. A vector-Jacobian product is the same, but the first one
+    in a process makes torch import sympy, which takes half a second and 40 MiB.
+    """
+    with torch.enable_grad():
+        along = (output * column).sum()
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(
+        along, ends, retain_graph=True, allow_unused=True
+    )
+    return found
 
 
 def pull_back(source: Tensor, parameter: Tensor, values: Tensor) -> Tensor:

@@ -1,5 +1,9 @@
 """Gradients of a parameter from what arrived at its uses, also through tensors computed from it."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +13,7 @@ from ewc_lib.fisher import pulled as module
 from ewc_lib.fisher import rules
 from ewc_lib.fisher.capture import Use
 from ewc_lib.fisher.layout import Layout
-from ewc_lib.fisher.pulled import Pulled, Reading, is_rearranged, pull_back, sum_dtype
+from ewc_lib.fisher.pulled import Pulled, Reading, is_rearranged, pull_back, pull_through, sum_dtype
 from ewc_lib.fisher.rules import Broadcast, Convolution, OuterProduct, Rows, Scale
 
 N = 5
@@ -373,3 +377,38 @@ def test_squares_of_moved_entries_are_pulled_back_once(monkeypatch):
         pulled = function.pulled([normal(*out.shape) for out in function.function()], rearranged)
         pulled.add_squares(torch.zeros(3, 2, dtype=torch.float64))
     assert shapes == [(2, 3), (2, 3)]
+
+
+SMALL = """
+import sys
+import torch
+from ewc_lib import fisher_information
+
+model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+fisher_information(model, (torch.randn(20, 3), torch.arange(20) % 2))
+assert "sympy" not in sys.modules
+"""
+
+
+def test_a_process_does_not_import_what_only_symbolic_shapes_need():
+    """It would take half a second and 40 MiB."""
+    subprocess.run([sys.executable, "-c", SMALL], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_a_column_is_pulled_through_as_a_vector_jacobian_product():
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    unused = torch.zeros(2, requires_grad=True)
+    output, column = x.square().cumsum(0), torch.randn(5, 3, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(output, x, column, retain_graph=True)
+    with torch.no_grad():
+        found, nothing = pull_through(output, [x, unused], column)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert nothing is None
+
+
+@pytest.mark.parametrize("masked", [-torch.inf, torch.inf, torch.nan])
+def test_outputs_that_are_not_finite_do_not_spoil_the_gradients_of_others(masked):
+    x = torch.ones(4, requires_grad=True)
+    output = torch.where(torch.tensor([True, False, True, True]), 3 * x, masked)
+    (found,) = pull_through(output, [x], torch.tensor([1.0, 0.0, 2.0, 3.0]))
+    assert found.tolist() == [3, 0, 6, 9]
