@@ -175,13 +175,10 @@ class QuadraticPenalty:
                 f"the optimizer has the learning rates {sorted(distinct)}; a proximal step with "
                 f"a precision that is not diagonal needs a single one"
             )
-        scale = distinct.pop() * self.strength
-        if scale > 0:
-            damping = 1 / scale
-            left = self._precision.solve(displacement, damping)
-            for name, parameter in self._parameters().items():
-                value = self._anchor[name] + damping * left[name]
-                parameter.copy_(value)
+        scaled = (distinct.pop() * self.strength) * self._precision
+        left = scaled.solve(displacement, damping=1.0)
+        for name, parameter in self._parameters().items():
+            parameter.copy_(self._anchor[name] + left[name])
 
     def before_task(self) -> None:
         """Begin a task, at the parameters that the model has now."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 __all__ = ["Regularizer"]
 
 
+@runtime_checkable
 class Regularizer(Protocol):
     """A method that holds on to earlier tasks while the network learns the next one.
 

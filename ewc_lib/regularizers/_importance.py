@@ -1,0 +1,62 @@
+"""What the methods with one importance for each parameter share."""
+
+from __future__ import annotations
+
+import warnings
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ewc_lib.fisher.structures import Diagonal, Vector
+from ewc_lib.quadratic import QuadraticPenalty
+
+
+class ImportancePenalty(QuadraticPenalty):
+    """A quadratic penalty whose precision is a diagonal, but need not be a Fisher information."""
+
+    importance: ClassVar[str]
+    """What the precision is; kept in the state, so that one of another method is refused."""
+
+    @property
+    def _structure(self) -> str:
+        return self.importance
+
+    def _diagonal(self, values: Vector, n_samples: int, why_zero: str) -> Diagonal:
+        """Return the importance of one task; the caller's caller is warned if it is zero."""
+        found = Diagonal(n_samples, self.importance, dict.fromkeys(values, "rule"), values)
+        warn_if_zero(found.trace(), self.importance, why_zero, stacklevel=4)
+        return found
+
+    def _accumulate(self, task: Diagonal) -> None:
+        """Add the importance of a task, around the present parameters."""
+        if self.precision is not None:
+            self._follow(task.trace().device)
+        self._replace(task if self.precision is None else self.precision + task)
+
+    def _zeros(self) -> Vector:
+        """Return one zero for each parameter, in float32 where the parameter has half of it."""
+        return {name: torch.zeros_like(p, dtype=sum_type(p)) for name, p in self._detached()}
+
+    def _copy(self) -> Vector:
+        """Copy the parameters, in the precision of sums."""
+        return {name: p.to(sum_type(p), copy=True) for name, p in self._detached()}
+
+    def _detached(self) -> list[tuple[str, Tensor]]:
+        return [(name, p.detach()) for name, p in self._parameters().items()]
+
+
+def sum_type(parameter: Tensor) -> torch.dtype:
+    """Return the dtype in which sums are kept: never less than float32."""
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def warn_if_zero(trace: Tensor, importance: str, why: str, stacklevel: int) -> None:
+    """Say that nothing would be protected."""
+    if not trace > 0:
+        warnings.warn(
+            f"the importance of this task ({importance}) is zero everywhere: the penalty "
+            f"protects nothing of it. {why}",
+            RuntimeWarning,
+            stacklevel=stacklevel,
+        )

@@ -1,0 +1,92 @@
+"""What the methods share that watch the path of the parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ewc_lib._model import Selection
+from ewc_lib.fisher.structures import Vector, check_shapes
+from ewc_lib.fisher.structures.base import under
+from ewc_lib.regularizers._importance import ImportancePenalty
+
+NO_STEPS = "Call before_step and after_step in every step of a task."
+
+
+class PathPenalty(ImportancePenalty):
+    """A penalty that is told, for each step, the gradient of the task and the movement.
+
+    The gradient is read before the penalty adds its own. The movement is measured from
+    ``before_step`` to ``after_step``, so that of a proximal step is part of it.
+    """
+
+    def __init__(self, model: nn.Module, strength: float, *, params: Selection = None) -> None:
+        super().__init__(model, strength, params=params)
+        self._memory: dict[str, Vector] = {}
+        self._noted: tuple[Vector, Vector] | None = None
+        self._n_steps = 0
+
+    def before_task(self) -> None:
+        self._noted = None
+        self._begin()
+
+    @torch.no_grad()
+    def before_step(self, inputs: Any = None) -> None:
+        if self._n_steps == 0:
+            self._begin()
+        gradients = self._zeros()
+        for name, p in self._parameters().items():
+            if p.grad is not None:
+                gradients[name].copy_(p.grad)
+        self._noted = self._copy(), gradients
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        if self._noted is None:
+            return
+        before, gradients = self._noted
+        movements = {name: p - before[name] for name, p in self._detached()}
+        self._noted = None
+        self._n_steps += 1
+        self._moved(gradients, movements)
+
+    def _begin(self) -> None:
+        """Begin a task at the present parameters."""
+        raise NotImplementedError
+
+    def _moved(self, gradients: Vector, movements: Vector) -> None:
+        """Take one step into account."""
+        raise NotImplementedError
+
+    def _recall(self, quantity: str) -> Vector:
+        """Return a remembered quantity where the model is now; zero if there is none."""
+        values = self._memory.get(quantity) or self._zeros()
+        return {name: values[name].to(p.device) for name, p in self._detached()}
+
+    def _add(self, quantity: str, values: Vector) -> None:
+        """Add to a remembered quantity."""
+        total = self._recall(quantity)
+        self._memory[quantity] = {name: total[name] + value for name, value in values.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        memory = {
+            f"memory.{quantity}.{name}": value.clone().contiguous()
+            for quantity, values in self._memory.items()
+            for name, value in values.items()
+        }
+        return super().state_dict() | {"n_steps": torch.tensor(self._n_steps)} | memory
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        device = next(self.model.parameters()).device
+        memory: dict[str, Vector] = {}
+        for key, value in under("memory.", state).items():
+            quantity, name = key.split(".", 1)
+            memory.setdefault(quantity, {})[name] = value.to(device, copy=True)
+        shapes = {name: p.shape for name, p in self._parameters().items()}
+        for values in memory.values():
+            check_shapes(shapes, {name: value.shape for name, value in values.items()})
+        super().load_state_dict(state)
+        self._memory, self._noted = memory, None
+        self._n_steps = int(state.get("n_steps", torch.tensor(0)))

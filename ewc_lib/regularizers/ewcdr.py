@@ -1,0 +1,127 @@
+r"""EWC-DR: squared gradients at reversed logits, which do not vanish where the model is sure.
+
+.. math:: \Omega_i = \sum_t \frac1{N_t} \sum_n
+          \left( \frac{\partial}{\partial\theta_i} \log \mathrm{softmax}(-f(x_n))_{y_n} \right)^2
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ewc_lib.fisher.estimate import fisher_information
+from ewc_lib.fisher.structures import Diagonal
+from ewc_lib.regularizers._importance import ImportancePenalty
+
+__all__ = ["EWCDR"]
+
+PREFIX = "model."
+
+
+class EWCDR(ImportancePenalty):
+    r"""Hold what has large squared gradients after the logits have changed their sign.
+
+    .. math:: \Omega(\theta) = \frac{\lambda}{2} \sum_t \sum_i (\theta_i - \theta^*_{t,i})^2
+              \, \frac1{N_t} \sum_n \left( \frac{\partial}{\partial\theta_i}
+              \log \mathrm{softmax}(-f(x_n))_{y_n} \right)^2
+
+    Where a model is sure of the right class, the gradient of the cross-entropy vanishes, and
+    with it the Fisher information, although the parameters matter. With the opposite logits the
+    same observation looks like a gross error, with a large gradient.
+
+    This is an importance, *not* a Fisher information: no model of the labels stands behind it,
+    and it grows where the Fisher information falls. So no strength follows from Bayes' rule.
+    All else is as in :class:`ewc_lib.EWC` with ``mode="separate"``, so that the two differ in
+    the importance alone.
+
+    Parameters
+    ----------
+    model
+        The network that is being trained. Its outputs are logits.
+    strength
+        :math:`\lambda \ge 0`, for a loss that is the *mean* over observations.
+    params
+        The parameters to hold, as in :func:`ewc_lib.fisher_information`.
+
+    Raises
+    ------
+    ValueError
+        If the strength is negative or not finite, or if ``params`` chooses nothing.
+
+    Notes
+    -----
+    The code of the authors differs: it squares gradients of batch means, cuts them off at
+    0.0001, and averages over classes around the latest optimum.
+
+    References
+    ----------
+    "Elastic Weight Consolidation Done Right", 2026, arXiv 2603.18596: "logits reversal".
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Linear(1, 2)
+    >>> _ = torch.nn.init.zeros_(model.weight), torch.nn.init.zeros_(model.bias)
+    >>> model.bias.data[0] = 9.0  # almost certain of class 0
+    >>> data = torch.ones(4, 1), torch.zeros(4, dtype=torch.long)
+    >>> round(EWCDR(model, strength=1.0).consolidate(data).values["bias"][0].item(), 3)
+    1.0
+    >>> from ewc_lib import EWC
+    >>> round(EWC(model, strength=1.0).consolidate(data).values["bias"][0].item(), 3)
+    0.0
+    """
+
+    importance: ClassVar[str] = "logits reversal"
+
+    def consolidate(
+        self, data: Any, *, n_samples: int | None = None, progress: bool | None = None
+    ) -> Diagonal:
+        """Finish a task: compute its importance and remember its parameters.
+
+        Parameters
+        ----------
+        data, n_samples, progress
+            As in :func:`ewc_lib.fisher_information`. The targets are classes.
+
+        Returns
+        -------
+        Diagonal
+            The importance of this task alone.
+
+        Raises
+        ------
+        ValueError
+            As :func:`ewc_lib.fisher_information`.
+
+        Warns
+        -----
+        RuntimeWarning
+            If it is zero everywhere, so that nothing of this task would be protected.
+        """
+        squares = fisher_information(
+            _Reversed(self.model),
+            data,
+            "categorical",
+            kind="empirical",
+            params=[PREFIX + name for name in self._parameters()],
+            n_samples=n_samples,
+            progress=progress,
+        )
+        values = {key.removeprefix(PREFIX): v for key, v in squares.diagonal().items()}
+        task = self._diagonal(values, squares.n_samples, "Do the parameters reach the outputs?")
+        self._merge(task)
+        return task
+
+
+class _Reversed(nn.Module):
+    """A model with the opposite logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        output = self.model(*args, **kwargs)
+        logits: Tensor = getattr(output, "logits", output)
+        return -logits

@@ -1,0 +1,387 @@
+"""The proximal step of a quadratic penalty."""
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch import nn
+
+from ewc_lib import EWC
+from ewc_lib.fisher import Dense, Diagonal
+from ewc_lib.quadratic import QuadraticPenalty
+from tests.scenarios import PROPERTY, same
+
+DOUBLE = torch.float64
+TIGHT = {"rtol": 1e-12, "atol": 1e-12}
+OPTIMIZERS = {
+    "SGD": lambda params, lr=0.1: torch.optim.SGD(params, lr=lr),
+    "momentum": lambda params, lr=0.1: torch.optim.SGD(params, lr=lr, momentum=0.9),
+    "Adam": lambda params, lr=0.1: torch.optim.Adam(params, lr=lr),
+    "AdamW": lambda params, lr=0.1: torch.optim.AdamW(params, lr=lr, weight_decay=0.1),
+}
+each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+class Points(nn.Module):
+    """Two vectors of parameters."""
+
+    def __init__(self, a, b, dtype=DOUBLE):
+        super().__init__()
+        self.a = nn.Parameter(torch.as_tensor(a, dtype=dtype))
+        self.b = nn.Parameter(torch.as_tensor(b, dtype=dtype))
+
+
+def random(*shape, seed=0, dtype=DOUBLE):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def vector(values):
+    return torch.cat([values[name].detach().reshape(-1) for name in ("a", "b")])
+
+
+def parameters(model):
+    return vector(dict(model.named_parameters()))
+
+
+def diagonal(model, values):
+    a, b = values.split([len(model.a), len(model.b)])
+    return Diagonal(1, "exact", {"a": "rule", "b": "rule"}, {"a": a, "b": b})
+
+
+def dense(model, matrix):
+    shapes = {"a": model.a.shape, "b": model.b.shape}
+    return Dense(1, "exact", dict.fromkeys(shapes, "rule"), matrix, shapes)
+
+
+def held(precision_of, strength, dtype=DOUBLE):
+    """A model away from where a penalty holds it, and that place."""
+    model = Points(random(3, seed=1), random(2, seed=2), dtype)
+    anchor = parameters(model).clone()
+    penalty = QuadraticPenalty(model, strength)
+    penalty._replace(precision_of(model))
+    with torch.no_grad():
+        model.a += random(3, seed=3).to(dtype)
+        model.b += random(2, seed=4).to(dtype)
+    return model, penalty, anchor
+
+
+def spread(dtype=DOUBLE):
+    return torch.tensor([0.0, 1e-3, 1.0, 5.0, 1e10], dtype=dtype)
+
+
+def singular():
+    root = random(5, 3, seed=5)
+    return root @ root.mT
+
+
+def set_gradients(model, seed=6):
+    model.a.grad, model.b.grad = random(3, seed=seed), random(2, seed=seed + 1)
+
+
+# What it does
+
+
+@each_optimizer
+@pytest.mark.parametrize("strength", [0.5, 100.0])
+def test_it_moves_to_the_weighted_mean_of_where_the_optimizer_went_and_the_anchor(name, strength):
+    model, penalty, anchor = held(lambda m: diagonal(m, spread()), strength)
+    twin = Points(model.a.detach().clone(), model.b.detach().clone())
+    ours, plain = OPTIMIZERS[name](model.parameters()), OPTIMIZERS[name](twin.parameters())
+    for step in range(4):
+        set_gradients(model, step)
+        set_gradients(twin, step)
+        ours.step()
+        plain.step()
+        penalty.proximal_step_(ours)
+        there, weight = parameters(twin), 0.1 * strength * spread()
+        torch.testing.assert_close(
+            parameters(model), (there + weight * anchor) / (1 + weight), **TIGHT
+        )
+        with torch.no_grad():  # the plain optimizer goes on from the same place
+            twin.a.copy_(model.a)
+            twin.b.copy_(model.b)
+
+
+def test_each_parameter_group_has_its_own_learning_rate():
+    model, penalty, anchor = held(lambda m: diagonal(m, spread()), 3.0)
+    groups = [{"params": [model.b], "lr": 0.5}, {"params": [model.a], "lr": 1e-3}]
+    start = parameters(model).clone()
+    penalty.proximal_step_(torch.optim.SGD(groups, lr=1.0))
+    weight = torch.tensor([1e-3] * 3 + [0.5] * 2, dtype=DOUBLE) * 3.0 * spread()
+    torch.testing.assert_close(parameters(model), (start + weight * anchor) / (1 + weight), **TIGHT)
+
+
+def test_it_follows_a_schedule_of_learning_rates_and_one_that_is_a_tensor():
+    model, penalty, anchor = held(lambda m: diagonal(m, spread()), 3.0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.25, dtype=DOUBLE))
+    start = parameters(model).clone()
+    penalty.proximal_step_(optimizer)
+    first = (start + 0.75 * spread() * anchor) / (1 + 0.75 * spread())
+    torch.testing.assert_close(parameters(model), first, **TIGHT)
+    optimizer.param_groups[0]["lr"] = 0.5
+    penalty.proximal_step_(optimizer)
+    second = (first + 1.5 * spread() * anchor) / (1 + 1.5 * spread())
+    torch.testing.assert_close(parameters(model), second, **TIGHT)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_an_adaptive_optimizer_does_not_rescale_it(name):
+    """After gradients of any size, a step without gradient moves by the penalty alone."""
+
+    def pulled(size):
+        model, penalty, _ = held(lambda m: diagonal(m, spread()), 3.0)
+        optimizer = OPTIMIZERS[name](model.parameters())
+        for p in model.parameters():
+            p.grad = torch.full_like(p, size)
+        state = [p.detach().clone() for p in model.parameters()]
+        optimizer.step()
+        with torch.no_grad():
+            for p, before in zip(model.parameters(), state, strict=True):
+                p.copy_(before)
+        penalty.proximal_step_(optimizer)
+        return parameters(model)
+
+    torch.testing.assert_close(pulled(1e-3), pulled(1e3), **TIGHT)
+
+
+def test_it_is_the_gradient_step_of_sgd_to_first_order():
+    def distance(lr, proximal):
+        model, penalty, _ = held(lambda m: diagonal(m, spread()[:4].repeat(2)[:5]), 2.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+        set_gradients(model)
+        if not proximal:
+            penalty.add_gradient_()
+        optimizer.step()
+        if proximal:
+            penalty.proximal_step_(optimizer)
+        return parameters(model)
+
+    errors = [(distance(lr, True) - distance(lr, False)).norm() for lr in (1e-3, 1e-4, 1e-5)]
+    assert 90 < errors[0] / errors[1] < 110
+    assert 90 < errors[1] / errors[2] < 110
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "dense"])
+def test_with_sgd_it_converges_to_the_minimiser_where_the_gradient_step_diverges(structure):
+    hessian = torch.diag(torch.linspace(0.5, 2.0, 5, dtype=DOUBLE)) + 0.1
+    target, lr, strength = random(5, seed=8), 0.2, 1e4
+    matrix = torch.diag(spread()[:4].repeat(2)[:5]) if structure == "diagonal" else singular()
+
+    def run(proximal, steps):
+        make = diagonal if structure == "diagonal" else dense
+        values = matrix.diagonal() if structure == "diagonal" else matrix
+        model, penalty, anchor = held(lambda m: make(m, values), strength)
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+        for _ in range(steps):
+            gradient = hessian @ (parameters(model) - target)
+            model.a.grad, model.b.grad = (g.clone() for g in gradient.split([3, 2]))
+            if not proximal:
+                penalty.add_gradient_()
+            optimizer.step()
+            if proximal:
+                penalty.proximal_step_(optimizer)
+        return parameters(model), anchor
+
+    found, anchor = run(True, 500)
+    minimiser = torch.linalg.solve(
+        hessian + strength * matrix, hessian @ target + strength * matrix @ anchor
+    )
+    torch.testing.assert_close(found, minimiser, rtol=1e-9, atol=1e-9)
+    assert run(False, 20)[0].norm() > 1e10
+
+
+# Whatever the strength
+
+
+@each_optimizer
+@pytest.mark.parametrize("exponent", range(-3, 16))
+def test_it_is_finite_and_never_overshoots_for_any_strength(name, exponent):
+    single = torch.float32
+    model, penalty, anchor = held(lambda m: diagonal(m, spread(single)), 10.0**exponent, single)
+    optimizer = OPTIMIZERS[name](model.parameters(), lr=1.0)
+    for step in range(5):
+        model.a.grad, model.b.grad = random(3, seed=step).float(), random(2, seed=9).float()
+        optimizer.step()
+        before = (parameters(model) - anchor).abs()
+        penalty.proximal_step_(optimizer)
+        after = (parameters(model) - anchor).abs()
+        assert parameters(model).isfinite().all()
+        assert (after <= before * (1 + 1e-6)).all()
+        assert after[0] == before[0]  # no precision, no pull
+        if exponent >= 0:
+            torch.testing.assert_close(after[4].item(), 0.0, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32])
+@pytest.mark.parametrize("exponent", [*range(-3, 16, 3), 15])
+def test_a_singular_dense_precision_is_stable_for_any_strength(exponent, dtype):
+    matrix = singular().to(dtype)
+    model, penalty, anchor = held(lambda m: dense(m, matrix), 10.0**exponent, dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    values, basis = torch.linalg.eigh(singular())
+    blind = basis[:, values < 1e-9].to(dtype)
+    before = parameters(model) - anchor
+    for _ in range(5):
+        penalty.proximal_step_(optimizer)
+    after = parameters(model) - anchor
+    assert after.isfinite().all()
+    assert after.norm() <= before.norm() * (1 + 1e-5)
+    tolerance = 1e-9 if dtype == DOUBLE else 1e-4
+    torch.testing.assert_close(blind.mT @ after, blind.mT @ before, rtol=0, atol=tolerance)
+    if exponent >= 12:
+        torch.testing.assert_close(after, blind @ (blind.mT @ before), rtol=0, atol=tolerance)
+
+
+@given(
+    values=st.lists(st.floats(0, 2.0**100, width=32), min_size=5, max_size=5),
+    strength=st.floats(0, 1e15),
+    lr=st.floats(0, 10),
+)
+@PROPERTY
+def test_a_parameter_ends_between_where_it_was_and_the_anchor(values, strength, lr):
+    single = torch.float32
+    precision = torch.tensor(values, dtype=single)
+    model, penalty, anchor = held(lambda m: diagonal(m, precision), strength, single)
+    before = parameters(model).clone()
+    penalty.proximal_step_(torch.optim.SGD(model.parameters(), lr=lr))
+    low, high = torch.minimum(before, anchor), torch.maximum(before, anchor)
+    slack = 1e-6 * (before.abs() + anchor.abs())
+    assert ((low - slack <= parameters(model)) & (parameters(model) <= high + slack)).all()
+
+
+# Other structures
+
+
+def test_a_dense_precision_has_the_closed_form():
+    matrix, eta, strength = singular(), 0.1, 7.0
+    model, penalty, anchor = held(lambda m: dense(m, matrix), strength)
+    start = parameters(model).clone()
+    penalty.proximal_step_(torch.optim.SGD(model.parameters(), lr=eta))
+    pull = eta * strength * matrix
+    expected = torch.linalg.solve(torch.eye(5, dtype=DOUBLE) + pull, start + pull @ anchor)
+    torch.testing.assert_close(parameters(model), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("structure", ["block", "module", "dense", "lowrank", "kronecker"])
+def test_every_structure_has_the_closed_form(structure):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3)).double()
+    ewc = EWC(model, 5.0, structure=structure)
+    ewc.consolidate((random(12, 3), torch.arange(12) % 3))
+    anchor = torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
+    with torch.no_grad():
+        for seed, p in enumerate(model.parameters()):
+            p += random(*p.shape, seed=seed)
+    start = torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
+    ewc.proximal_step_(torch.optim.SGD(model.parameters(), lr=0.3))
+    found = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    pull = 0.3 * 5.0 * ewc.precision.to_dense()
+    expected = torch.linalg.solve(torch.eye(len(start), dtype=DOUBLE) + pull, start + pull @ anchor)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    assert (found - start).norm() > 1e-3
+
+
+def test_different_learning_rates_need_a_diagonal():
+    model, penalty, _ = held(lambda m: dense(m, singular()), 1.0)
+    before = parameters(model).clone()
+    groups = [{"params": [model.a], "lr": 0.1}, {"params": [model.b], "lr": 0.2}]
+    with pytest.raises(ValueError, match=r"learning rates \[0.1, 0.2\].*needs a single one"):
+        penalty.proximal_step_(torch.optim.SGD(groups, lr=1.0))
+    assert torch.equal(parameters(model), before)
+    groups[1]["lr"] = 0.1
+    penalty.proximal_step_(torch.optim.SGD(groups, lr=1.0))
+    assert not torch.equal(parameters(model), before)
+
+
+@pytest.mark.parametrize("make", [lambda m: diagonal(m, spread()), lambda m: dense(m, singular())])
+def test_a_learning_rate_of_zero_moves_nothing(make):
+    model, penalty, _ = held(make, 1e15)
+    before = parameters(model).clone()
+    penalty.proximal_step_(torch.optim.SGD(model.parameters(), lr=0.0))
+    assert torch.equal(parameters(model), before)
+
+
+# What it leaves alone
+
+
+@pytest.mark.parametrize("make", [lambda m: diagonal(m, spread()), lambda m: dense(m, singular())])
+def test_parameters_that_the_optimizer_lacks_are_named_and_nothing_moves(make):
+    model, penalty, _ = held(make, 1.0)
+    before = parameters(model).clone()
+    with pytest.raises(ValueError, match=r"does not hold the parameters \['b'\]"):
+        penalty.proximal_step_(torch.optim.SGD([model.a], lr=0.1))
+    assert torch.equal(parameters(model), before)
+
+
+@each_optimizer
+def test_before_the_first_task_and_at_strength_zero_nothing_changes(name):
+    model = Points(random(3), random(2))
+    penalty, optimizer = QuadraticPenalty(model, 1e15), OPTIMIZERS[name](model.parameters())
+    before = parameters(model).clone()
+    penalty.proximal_step_(optimizer)
+    assert torch.equal(parameters(model), before)
+    penalty._replace(diagonal(model, spread()))
+    penalty.strength = 0.0
+    with torch.no_grad():
+        model.a += 1
+    before = parameters(model).clone()
+    penalty.proximal_step_(optimizer)
+    assert torch.equal(parameters(model), before)
+
+
+@pytest.mark.parametrize("make", [lambda m: diagonal(m, spread()), lambda m: dense(m, singular())])
+def test_gradients_anchor_and_optimizer_state_stay_as_they_are(make):
+    model, penalty, anchor = held(make, 3.0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    set_gradients(model)
+    optimizer.step()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    state = {k: {n: v.clone() for n, v in s.items()} for k, s in optimizer.state.items()}
+    identities = [id(p) for p in model.parameters()]
+    penalty.proximal_step_(optimizer)
+    assert same(gradients, [p.grad for p in model.parameters()])
+    assert same(state, dict(optimizer.state))
+    assert torch.equal(vector(penalty.anchor), anchor)
+    assert identities == [id(p) for p in model.parameters()]
+    assert all(p.requires_grad and p.is_leaf for p in model.parameters())
+
+
+def test_only_the_chosen_parameters_move():
+    model = Points(random(3), random(2))
+    penalty = QuadraticPenalty(model, 5.0, params="a")
+    penalty._replace(Diagonal(1, "exact", {"a": "rule"}, {"a": spread()[:3]}))
+    with torch.no_grad():
+        model.a += 1
+        model.b += 1
+    a, b = model.a.detach().clone(), model.b.detach().clone()
+    penalty.proximal_step_(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert torch.equal(model.b, b)
+    assert not torch.equal(model.a, a)
+
+
+# Half precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("structure", ["diagonal", "dense"])
+@pytest.mark.parametrize("strength", [0.5, 30.0, 1e15])
+def test_parameters_in_half_precision_move_as_in_double_up_to_rounding(dtype, structure, strength):
+    if structure == "diagonal":
+        values, basis = spread(), torch.eye(5, dtype=DOUBLE)
+        make = lambda m: diagonal(m, spread(torch.float32))  # noqa: E731
+    else:
+        values, basis = torch.linalg.eigh(singular())
+        values = values.where(values > 1e-9, 0.0)
+        make = lambda m: dense(m, singular().float())  # noqa: E731
+    model, penalty, anchor = held(make, strength, dtype)
+    start = parameters(model).double()
+    penalty.proximal_step_(torch.optim.SGD(model.parameters(), lr=0.1))
+    shrunk = (basis.mT @ (start - anchor.double())) / (1 + 0.1 * strength * values)
+    expected = anchor.double() + basis @ shrunk
+    rounding = torch.finfo(dtype).eps * (start.abs().max() + anchor.abs().max()).item()
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    torch.testing.assert_close(parameters(model).double(), expected, rtol=0, atol=2 * rounding)
+    assert math.isfinite(penalty.penalty().item())
