@@ -14,7 +14,9 @@ DELAY = 2.0
 """Seconds before a bar appears."""
 
 
-def progress(items: Iterable[T], description: str, show: bool | None = None) -> Iterable[T]:
+def progress(
+    items: Iterable[T], description: str, show: bool | None = None, *, total: int | None = None
+) -> Iterable[T]:
     """Show progress over ``items`` on stderr once it lasts longer than two seconds.
 
     Parameters
@@ -25,11 +27,13 @@ def progress(items: Iterable[T], description: str, show: bool | None = None) -> 
         The text before the bar.
     show
         True or False to force it; None shows it in a terminal and in a notebook only.
+    total
+        Number of items, where they do not know it themselves.
     """
     visible = (sys.stderr.isatty() or _in_notebook()) if show is None else show
     if not visible:
         return items
-    bar: Iterable[T] = tqdm(items, desc=description, delay=DELAY, leave=False)
+    bar: Iterable[T] = tqdm(items, desc=description, total=total, delay=DELAY, leave=False)
     return bar
 
 

@@ -1,7 +1,42 @@
 """Tasks one after another: streams, a training loop, metrics."""
 
-from ewc_lib.continual.metrics import accuracy
-from ewc_lib.continual.streams import permute_pixels
-from ewc_lib.continual.training import mlp, train
+from ewc_lib._heads import MultiHead
+from ewc_lib.continual.metrics import (
+    accuracy,
+    average_accuracy,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+    learning_accuracy,
+)
+from ewc_lib.continual.streams import (
+    Scenario,
+    Stream,
+    Task,
+    permute_pixels,
+    permuted,
+    rotated,
+    split,
+)
+from ewc_lib.continual.training import Learned, learn, mlp, train
 
-__all__ = ["accuracy", "mlp", "permute_pixels", "train"]
+__all__ = [
+    "Learned",
+    "MultiHead",
+    "Scenario",
+    "Stream",
+    "Task",
+    "accuracy",
+    "average_accuracy",
+    "backward_transfer",
+    "forgetting",
+    "forward_transfer",
+    "learn",
+    "learning_accuracy",
+    "mlp",
+    "permute_pixels",
+    "permuted",
+    "rotated",
+    "split",
+    "train",
+]

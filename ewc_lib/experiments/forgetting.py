@@ -93,7 +93,14 @@ def forgetting(
             for strength in strengths:
                 model.load_state_dict(optimum)
                 ewc.strength = strength
-                train(model, task_b.train, steps=steps, seed=seed + 1, ewc=ewc, progress=False)
+                train(
+                    model,
+                    task_b.train,
+                    steps=steps,
+                    seed=seed + 1,
+                    regularizer=ewc,
+                    progress=False,
+                )
                 scores = accuracy(model, images.test), accuracy(model, task_b.test)
                 outcomes.append(Outcome(structure, strength, seed, *scores))
     return outcomes

@@ -21,7 +21,7 @@ def sum_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def pull_through(
-    output: Tensor, ends: Sequence[Tensor | GradientEdge], column: Tensor
+    output: Tensor, ends: Sequence[Tensor] | Sequence[GradientEdge], column: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Bring an output column back to tensors or edges of the graph; None where it does not reach.
 

@@ -1,7 +1,20 @@
+import math
+import re
+
+import hypothesis.strategies as st
+import pytest
 import torch
+from hypothesis import given
 from torch import nn
 
-from ewc_lib.continual import accuracy
+from ewc_lib.continual import (
+    accuracy,
+    average_accuracy,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+    learning_accuracy,
+)
 
 
 def test_accuracy_is_the_share_of_right_answers():
@@ -15,3 +28,63 @@ def test_accuracy_runs_in_eval_mode_and_gives_the_modes_back():
     model[1].eval()
     assert accuracy(model, (torch.eye(8), torch.arange(8))) == 1
     assert [m.training for m in model.modules()] == [True, True, False]
+
+
+def test_long_data_are_classified_in_pieces():
+    sizes = []
+
+    class Spy(nn.Identity):
+        def forward(self, x):
+            sizes.append(len(x))
+            return x
+
+    x = torch.eye(2).repeat(6000, 1)
+    assert accuracy(Spy(), (x, torch.tensor([0, 1]).repeat(6000))) == 1
+    assert sizes == [10_000, 2000]
+
+
+R = torch.tensor([[0.9, 0.2, math.nan], [0.7, 0.8, 0.3], [0.8, 0.5, 1.0]], dtype=torch.float64)
+"""Three tasks, the next one measured before it is learned."""
+
+INITIAL = torch.tensor([0.1, 0.15, 0.2], dtype=torch.float64)
+
+
+def test_metrics_are_what_their_formulas_say():
+    assert average_accuracy(R) == pytest.approx((0.8 + 0.5 + 1.0) / 3)
+    assert backward_transfer(R) == pytest.approx(((0.8 - 0.9) + (0.5 - 0.8)) / 2)
+    assert forward_transfer(R, INITIAL) == pytest.approx(((0.2 - 0.15) + (0.3 - 0.2)) / 2)
+    assert forgetting(R) == pytest.approx(((0.9 - 0.8) + (0.8 - 0.5)) / 2)
+    assert learning_accuracy(R) == pytest.approx((0.9 + 0.8 + 1.0) / 3)
+
+
+def test_an_accuracy_before_a_task_was_learned_is_nothing_to_forget():
+    lucky = R.clone()
+    lucky[0, 1] = 1.0
+    assert forgetting(lucky) == forgetting(R)
+
+
+def test_forgetting_is_measured_from_the_best_and_backward_transfer_from_the_first():
+    late = torch.tensor([[0.5, 0.0, 0.0], [0.9, 0.5, 0.0], [0.7, 0.5, 0.5]])
+    assert forgetting(late) == pytest.approx(0.1)
+    assert backward_transfer(late) == pytest.approx(0.1)
+
+
+@given(st.integers(2, 6), st.integers(0, 1000))
+def test_a_network_that_forgets_nothing_and_gains_nothing_has_zero_of_both(T, seed):
+    accuracies = torch.rand(T, generator=torch.Generator().manual_seed(seed))
+    kept = accuracies.expand(T, T)
+    assert forgetting(kept) == backward_transfer(kept) == 0
+    assert average_accuracy(kept) == learning_accuracy(kept)
+
+
+def test_a_single_task_has_an_average_and_no_transfer():
+    one = torch.tensor([[0.75]])
+    assert average_accuracy(one) == learning_accuracy(one) == 0.75
+    for value in (backward_transfer(one), forgetting(one), forward_transfer(one, one[0])):
+        assert math.isnan(value)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (3,), (0, 0)])
+def test_a_matrix_that_is_not_square_is_refused(shape):
+    with pytest.raises(ValueError, match=re.escape(f"got {shape}")):
+        average_accuracy(torch.zeros(shape))

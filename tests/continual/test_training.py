@@ -80,7 +80,7 @@ def test_the_penalty_holds_the_weights_near_the_anchor(digits):
         fisher = ewc.consolidate(digits.train)
         anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
         flipped = (digits.x_train.flip(1), digits.y_train)
-        train(model, flipped, steps=100, seed=1, ewc=ewc)
+        train(model, flipped, steps=100, seed=1, regularizer=ewc)
         step = {name: p.detach() - anchor[name] for name, p in model.named_parameters()}
         moved[strength] = float(fisher.quadratic(step))
     assert 0 < moved[1e3] < 0.1 * moved[0.0]

@@ -1,0 +1,316 @@
+"""Whole streams: what is measured, what is kept, and going on after a stop."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ewc_lib import EWC, data
+from ewc_lib.continual import MultiHead, accuracy, learn, mlp, permuted, split, train
+from ewc_lib.regularizers import SI, Replay
+
+ROOT = Path(__file__).parents[2]
+QUICK = {"steps": 20, "batch_size": 32, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.digits()
+
+
+def network(stream, seed=0):
+    return MultiHead(mlp((stream.n_features, 16, stream.n_outputs), seed))
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def equal(a, b):
+    return torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
+
+
+def test_a_stream_is_its_tasks_trained_one_after_another(digits):
+    stream = permuted(digits, 2, seed=0)
+    model, other = network(stream), network(stream)
+    learned = learn(stream, model, seed=3, **QUICK)
+    optimizer = torch.optim.Adam(other.parameters())
+    for t, task in enumerate(stream):
+        seed = 3 * 1_000_003 + t
+        train(other, task.train, optimizer=optimizer, seed=seed, **QUICK)
+        assert learned.accuracies[t, t] == accuracy(other, task.test)
+    assert torch.equal(weights(model), weights(other))
+    assert len(learned.seconds_training) == len(learned.seconds_consolidation) == 2
+
+
+@pytest.mark.parametrize("scenario", ["task", "domain", "class"])
+def test_accuracies_are_measured_for_the_tasks_so_far_and_the_next(digits, scenario):
+    stream = split(digits, scenario=scenario)
+    model = network(stream)
+    start = network(stream)
+    learned = learn(stream, model, **QUICK)
+    known = [[j <= t + (scenario != "class") for j in range(5)] for t in range(5)]
+    assert (~learned.accuracies.isnan()).tolist() == known
+    assert learned.accuracies.dtype == torch.float64
+    for j, task in enumerate(stream):
+        model.outputs = stream.outputs(j, after=4)
+        assert learned.accuracies[4, j] == accuracy(model, task.test)
+        start.outputs = task.outputs
+        if j == 0 or scenario != "class":
+            assert learned.initial[j] == accuracy(start, task.test)
+    assert learned.initial[1:].isnan().all() == (scenario == "class")
+
+
+@pytest.mark.parametrize("scenario", ["task", "class"])
+def test_outputs_that_are_not_read_do_not_change(digits, scenario):
+    stream = split(digits, scenario=scenario)
+    model = network(stream)
+    before = model.net[-1].bias.detach().clone()
+
+    class Once(EWC):
+        def consolidate(self, data, **options):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn(stream, model, Once(model, 1.0), **QUICK)
+    changed = (model.net[-1].bias != before).tolist()
+    assert changed == [True] * 2 + [False] * 8
+
+
+class Spy:
+    """A regularizer that notes what is asked of it."""
+
+    strength = 1.0
+
+    def __init__(self):
+        self.calls = []
+        self.data = []
+
+    def before_task(self):
+        self.calls.append("before_task")
+
+    def before_step(self, inputs=None):
+        self.calls.append("before_step")
+
+    def add_gradient_(self):
+        self.calls.append("add_gradient_")
+
+    def proximal_step_(self, optimizer):
+        assert isinstance(optimizer, torch.optim.Adam)
+        self.calls.append("proximal_step_")
+
+    def after_step(self):
+        self.calls.append("after_step")
+
+    def consolidate(self, data):
+        self.data.append(data)
+        self.calls.append("consolidate")
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+@pytest.mark.parametrize("proximal", [False, True])
+def test_a_regularizer_is_called_in_order(digits, proximal):
+    stream, spy = permuted(digits, 2, seed=0), Spy()
+    learn(stream, network(stream), spy, steps=2, proximal=proximal, progress=False)
+    step = ["before_step", "proximal_step_" if proximal else "add_gradient_", "after_step"]
+    assert spy.calls == 2 * ["before_task", *step, *step, "consolidate"]
+
+
+def test_a_regularizer_sees_a_random_part_of_the_data_if_wanted(digits):
+    stream = permuted(digits, 2, seed=0)
+    seen = []
+    for n in (None, 7, 7, 10**6):
+        spy = Spy()
+        learn(stream, network(stream), spy, steps=0, n_samples=n, progress=False)
+        seen.append(spy.data)
+    assert torch.equal(seen[0][1][0], stream[1].train[0])
+    assert len(seen[1][1][0]) == len(seen[1][1][1]) == 7
+    assert torch.equal(seen[1][1][0], seen[2][1][0])
+    assert not torch.equal(seen[1][1][0], stream[1].train[0][:7])
+    assert torch.equal(seen[3][1][0], stream[1].train[0])
+
+
+def test_epochs_are_passes_over_the_data(digits):
+    stream, spy = permuted(digits, 1, seed=0), Spy()
+    learn(stream, network(stream), spy, epochs=2, batch_size=100, progress=False)
+    assert spy.calls.count("after_step") == 2 * 15  # 1,437 images
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": 1, "epochs": 1}])
+def test_either_steps_or_epochs_are_given(digits, options):
+    stream = permuted(digits, 1, seed=0)
+    with pytest.raises(ValueError, match="either steps or epochs"):
+        learn(stream, network(stream), **options)
+
+
+def test_the_optimizer_is_kept_or_reset(digits):
+    stream, made = permuted(digits, 3, seed=0), []
+
+    def factory(parameters):
+        made.append(torch.optim.SGD(parameters, lr=0.1, momentum=0.9))
+        return made[-1]
+
+    found = [network(stream) for _ in range(2)]
+    learn(stream, found[0], optimizer=factory, **QUICK)
+    assert len(made) == 1
+    learn(stream, found[1], optimizer=factory, reset_optimizer=True, **QUICK)
+    assert len(made) == 4
+    assert not torch.equal(*map(weights, found))
+
+
+def test_dropout_is_repeated_by_the_seed_and_the_global_state_is_left_alone(digits):
+    stream = permuted(digits, 1, seed=0)
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(found))
+        before = torch.random.get_rng_state()
+        model = MultiHead(nn.Sequential(mlp((64, 10), 0), nn.Dropout(0.5)))
+        learn(stream, model, seed=seed, **QUICK)
+        assert torch.equal(before, torch.random.get_rng_state())
+        found.append(weights(model))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+# Checkpoints
+
+METHODS = {
+    "none": lambda model: None,
+    "EWC": lambda model: EWC(model, 30.0),
+    "SI": lambda model: SI(model, 1.0),
+    "replay": lambda model: Replay(model, capacity=3),
+}
+
+
+class Interrupted(EWC):
+    """EWC that is interrupted at the end of the second task."""
+
+    def consolidate(self, data, **options):
+        if self.n_tasks == 1:
+            raise KeyboardInterrupt
+        return super().consolidate(data, **options)
+
+
+def test_an_interruption_loses_no_finished_task(digits, tmp_path):
+    stream, path = permuted(digits, 3, seed=0), tmp_path / "run.pt"
+    whole, first, second = (network(stream) for _ in range(3))
+    expected = learn(stream, whole, EWC(whole, 30.0), settings={"a": (1, 2)}, **QUICK)
+    options = {"checkpoint": path, "settings": {"a": [1, 2]}, **QUICK}
+    Interrupted.__name__ = "EWC"
+    with pytest.raises(KeyboardInterrupt):
+        learn(stream, first, Interrupted(first, 30.0), **options)
+    found = learn(stream, second, EWC(second, 30.0), **options)
+    assert torch.equal(weights(second), weights(whole))
+    assert equal(found.accuracies, expected.accuracies)
+    assert equal(found.initial, expected.initial)
+    assert len(found.seconds_training) == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_a_finished_run_is_not_done_again(digits, tmp_path):
+    stream, path = permuted(digits, 2, seed=0), tmp_path / "run.pt"
+    first, second = network(stream), network(stream)
+    expected = learn(stream, first, checkpoint=path, **QUICK)
+    spy = Spy()
+    with pytest.raises(ValueError, match="regularizer was"):
+        learn(stream, second, spy, checkpoint=path, **QUICK)
+    found = learn(stream, second, checkpoint=path, **QUICK)
+    assert torch.equal(weights(first), weights(second))
+    assert found.seconds_training == expected.seconds_training
+
+
+@pytest.mark.parametrize("keep", [0, 100, 3000])
+def test_a_truncated_checkpoint_is_refused_by_name(digits, tmp_path, keep):
+    stream, path = permuted(digits, 1, seed=0), tmp_path / "run.pt"
+    learn(stream, network(stream), checkpoint=path, **QUICK)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"run\.pt is damaged"):
+        learn(stream, network(stream), checkpoint=path, **QUICK)
+
+
+def test_another_file_is_no_checkpoint(digits, tmp_path):
+    stream, path = permuted(digits, 1, seed=0), tmp_path / "run.pt"
+    torch.save({"weights": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match="no checkpoint of a stream"):
+        learn(stream, network(stream), checkpoint=path, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 21}, "training was"),
+        ({"seed": 1}, "training was"),
+        ({"proximal": True}, "training was"),
+        ({"optimizer": partial(torch.optim.Adam, lr=0.1)}, "optimizer was"),
+        ({"settings": {"data": "mnist"}}, "settings was"),
+    ],
+)
+def test_a_checkpoint_of_another_configuration_names_what_differs(
+    digits, tmp_path, options, message
+):
+    stream, path = permuted(digits, 1, seed=0), tmp_path / "run.pt"
+    learn(stream, network(stream), checkpoint=path, **QUICK)
+    with pytest.raises(ValueError, match=f"checkpoint of another configuration: {message}"):
+        learn(stream, network(stream), checkpoint=path, **QUICK | options)
+
+
+def test_a_checkpoint_of_another_stream_or_network_is_refused(digits, tmp_path):
+    stream, path = permuted(digits, 1, seed=0), tmp_path / "run.pt"
+    learn(stream, network(stream), checkpoint=path, **QUICK)
+    longer = permuted(digits, 2, seed=0)
+    with pytest.raises(ValueError, match="configuration: stream was"):
+        learn(longer, network(longer), checkpoint=path, **QUICK)
+    wider = MultiHead(mlp((64, 17, 10), 0))
+    with pytest.raises(ValueError, match="configuration: parameters was"):
+        learn(stream, wider, checkpoint=path, **QUICK)
+
+
+SCRIPT = """
+import sys
+from ewc_lib import data
+from ewc_lib.continual import permuted
+from tests.continual.test_learn import METHODS, network
+from ewc_lib.continual import learn
+
+stream = permuted(data.digits(), 4, seed=0)
+model = network(stream)
+learn(stream, model, METHODS[sys.argv[1]](model), steps=int(sys.argv[2]), checkpoint="run.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_process_goes_on_in_another_with_the_same_bits(digits, tmp_path, method):
+    stream, steps = permuted(digits, 4, seed=0), 400
+    whole = network(stream)
+    expected = learn(stream, whole, METHODS[method](whole), steps=steps, progress=False)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, method, str(steps)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    path, deadline = tmp_path / "run.pt", time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = torch.load(path, weights_only=True)["found"]["seconds_training"]
+    assert 1 <= len(done) < 4
+    model = network(stream)
+    found = learn(
+        stream, model, METHODS[method](model), steps=steps, checkpoint=path, progress=False
+    )
+    assert torch.equal(weights(model), weights(whole))
+    assert equal(found.accuracies, expected.accuracies)
