@@ -1,0 +1,141 @@
+"""The results of experiments on streams as rows: means over seeds, with confidence intervals."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from scipy.stats import t as student
+
+__all__ = ["Row", "interval", "rows", "table"]
+
+OUTCOMES = frozenset(
+    {
+        "accuracy",
+        "average",
+        "diverged",
+        "final",
+        "learning",
+        "seconds",
+        "seconds_consolidation",
+        "seconds_training",
+        "seed",
+        "sitting",
+    }
+)
+"""What does not tell a row from others."""
+
+
+class Row(NamedTuple):
+    """All seeds of one row of settings.
+
+    Parameters
+    ----------
+    settings
+        What the runs share, without the seed.
+    accuracies
+        Average accuracy over all tasks after the last one, for each seed; runs that diverged are
+        left out.
+    diverged
+        Number of the runs that diverged.
+    seconds_training, seconds_consolidation
+        Medians over runs.
+    """
+
+    settings: dict[str, Any]
+    accuracies: list[float]
+    diverged: int
+    seconds_training: float
+    seconds_consolidation: float
+
+    @property
+    def mean(self) -> float:
+        """Mean over seeds."""
+        return statistics.mean(self.accuracies) if self.accuracies else math.nan
+
+    @property
+    def half_width(self) -> float:
+        """Half of the 95 % confidence interval of the mean."""
+        return interval(self.accuracies)
+
+
+def interval(values: list[float], confidence: float = 0.95) -> float:
+    """Return half the width of the confidence interval of a mean (Student's t).
+
+    It is NaN for fewer than two values.
+
+    Examples
+    --------
+    >>> round(interval([0.9, 1.0, 1.1]), 3)
+    0.248
+    """
+    n = len(values)
+    if n < 2:
+        return math.nan
+    quantile = float(student.ppf(0.5 + confidence / 2, n - 1))
+    return quantile * statistics.stdev(values) / math.sqrt(n)
+
+
+def rows(runs: Iterable[Mapping[str, Any]], **wanted: Any) -> list[Row]:
+    """Group runs by their settings, in the order of their first appearance.
+
+    Parameters
+    ----------
+    runs
+        As :func:`.run_all` keeps them.
+    **wanted
+        Settings that the runs must have, as ``scenario="task"``.
+    """
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for run in runs:
+        settings = {key: value for key, value in run.items() if key not in OUTCOMES}
+        if all(settings.get(key) == value for key, value in wanted.items()):
+            groups.setdefault(tuple(settings.items()), []).append(run)
+    return [_row(dict(settings), group) for settings, group in groups.items()]
+
+
+def _row(settings: dict[str, Any], group: list[Mapping[str, Any]]) -> Row:
+    sound = [run for run in group if run["accuracy"] is not None]
+
+    def median(name: str) -> float:
+        return statistics.median(run[name] for run in sound) if sound else math.nan
+
+    return Row(
+        settings,
+        [run["accuracy"] for run in sound],
+        len(group) - len(sound),
+        median("seconds_training"),
+        median("seconds_consolidation"),
+    )
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Return all rows of a result as text, accuracies in percent."""
+    lines = [f"{result['experiment']} on {result['data']}, {len(result['runs'])} runs"]
+    if result["data"] != "mnist":
+        lines.append("A demonstration on small images: no number of it is comparable with others'.")
+    found = rows(result["runs"])
+    labels = [_label(row.settings) for row in found]
+    width = max(map(len, labels), default=0)
+    for label, row in zip(labels, found, strict=True):
+        n = len(row.accuracies)
+        width_of = f" ± {100 * row.half_width:.2f}" if n > 1 else ""
+        diverged = f", {row.diverged} diverged" if row.diverged else ""
+        seeds = f"{n} seed{'s' * (n != 1)}{diverged}"
+        lines.append(f"{label:<{width}}  {100 * row.mean:6.2f}{width_of}  ({seeds})")
+    return "\n".join(lines)
+
+
+def _label(settings: Mapping[str, Any]) -> str:
+    """Write settings in a few words: names as they are, numbers with what they mean."""
+    return " ".join(
+        _word(key, value) for key, value in settings.items() if value not in (None, False)
+    )
+
+
+def _word(key: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return key if value is True else f"{key} {value:g}"
