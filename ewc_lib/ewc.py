@@ -138,8 +138,8 @@ class EWC(QuadraticPenalty):
     ) -> Fisher:
         """Finish a task: compute its Fisher information and remember its parameters.
 
-        Call it once, after training on the task, with the data of that task. If it raises,
-        nothing has changed.
+        Call it once, after training on the task, with the data of that task: a task that is
+        consolidated twice counts twice. If it raises, nothing has changed.
 
         Parameters
         ----------

@@ -787,3 +787,14 @@ def test_training_by_gradient_is_training_by_loss(two_tasks):
     distance = (flat(copies(by_loss)) - flat(copies(by_gradient))).norm()
     moved = (flat(copies(by_loss)) - flat(copies(two_tasks[2]))).norm()
     assert distance < 0.01 * moved
+
+
+@pytest.mark.parametrize("mode", ["separate", "online"])
+def test_a_task_that_is_consolidated_twice_counts_twice(mode):
+    model = network()
+    once, twice = EWC(model, 3.0, mode), EWC(model, 3.0, mode)
+    once.consolidate(task())
+    for _ in range(2):
+        twice.consolidate(task())
+    move(model, seed=1)
+    torch.testing.assert_close(twice.penalty(), 2 * once.penalty(), **TIGHT)
