@@ -99,7 +99,8 @@ def fisher_cost(
     Returns
     -------
     dict
-        The content of the file; :func:`.rows` and :func:`.fits` read it.
+        The content of the file; :func:`~ewc_lib.experiments.cost_report.rows` and
+        :func:`~ewc_lib.experiments.cost_report.fits` read it.
 
     Raises
     ------

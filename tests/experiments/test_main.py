@@ -9,6 +9,8 @@ from typer.testing import CliRunner
 from ewc_lib.experiments import __main__ as module
 from ewc_lib.experiments.cost_report import RESULT
 from ewc_lib.experiments.peers import CONTESTANTS
+from ewc_lib.experiments.permuted_mnist import PERMUTED_MNIST
+from tests.experiments.cases import run as cut
 
 EMPTY = {"sections": {}}
 
@@ -99,3 +101,46 @@ def test_the_package_runs_as_a_command(monkeypatch, capsys):
         runpy.run_module("ewc_lib.experiments", run_name="__main__")
     assert stopped.value.code == 0
     assert "fisher-cost" in capsys.readouterr().out
+
+
+# Experiments on streams of tasks
+
+
+def test_the_command_runs_a_demonstration(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "measure", lambda e, **o: cut(e, tmp_path))
+    result = CliRunner().invoke(module.app, ["permuted-mnist"])
+    assert result.exit_code == 0
+    assert "demonstration" in result.output
+    assert "online EWC strength 30" in result.output
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "text"),
+    [
+        (KeyboardInterrupt(), 130, "Stopped. What was finished is saved"),
+        (ValueError("not like this"), 2, "not like this"),
+        (FileNotFoundError("no MNIST there"), 2, "no MNIST there"),
+    ],
+)
+def test_what_goes_wrong_is_told_in_a_sentence(problem, code, text, monkeypatch):
+    def fails(experiment, **options):
+        raise problem
+
+    monkeypatch.setattr(module, "measure", fails)
+    result = CliRunner().invoke(module.app, ["stability"])
+    assert result.exit_code == code
+    assert text in result.output + result.stderr
+
+
+def test_options_reach_the_experiment(monkeypatch):
+    asked = []
+    empty = {"experiment": "x", "data": "mnist", "runs": []}
+    monkeypatch.setattr(module, "measure", lambda e, **o: asked.append((e, o)) or empty)
+    options = "--preset zenke --data copy --seeds 3 --device cpu --out here --workers 2 --fresh"
+    assert CliRunner().invoke(module.app, ["permuted-mnist", *options.split()]).exit_code == 0
+    ((experiment, found),) = asked
+    assert experiment is PERMUTED_MNIST
+    assert found["preset"] == "zenke"
+    assert found["root"] == "copy"
+    assert (found["seeds"], found["workers"], found["fresh"]) == (3, 2, True)
+    assert str(found["out"]) == "here"

@@ -1,0 +1,45 @@
+import torch
+
+from ewc_lib.continual import mlp
+from ewc_lib.experiments.fisher_variants import (
+    FISHER_VARIANTS,
+    VARIANTS,
+    OnlinePenalty,
+    of_batch_means,
+)
+from tests.experiments.cases import run
+
+
+def test_fisher_variants_has_a_grid_and_the_decades_around_the_best(tmp_path):
+    result = run(FISHER_VARIANTS, tmp_path)
+    for variant in VARIANTS:
+        own = [r for r in result["runs"] if r["variant"] == variant]
+        strengths = sorted(r["strength"] for r in own)
+        assert {1.0, 100.0} <= set(strengths)
+        assert len(strengths) == 4  # of five, one is on the grid already
+    assert sum(r["variant"] == "none" for r in result["runs"]) == 1
+
+
+def test_squared_batch_means_are_what_many_implementations_compute():
+    model = mlp((3, 4, 2), 0).double()
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(10, 3, generator=generator, dtype=torch.float64), torch.arange(10) % 2
+    found = of_batch_means(model, (x, y), batch_size=4)
+    for name, p in model.named_parameters():
+        total = 0
+        for part in (slice(0, 4), slice(4, 8), slice(8, 10)):
+            loss = torch.nn.functional.cross_entropy(model(x[part]), y[part])
+            total = total + torch.autograd.grad(loss, p)[0] ** 2 / 3
+        torch.testing.assert_close(found.values[name], total)
+
+
+def test_an_online_penalty_adds_importances_around_the_latest_optimum():
+    model = mlp((3, 2), 0)
+    x, y = torch.randn(10, 3, generator=torch.Generator().manual_seed(0)), torch.arange(10) % 2
+    penalty = OnlinePenalty(model, 1.0, of_batch_means)
+    penalty.consolidate((x, y))
+    first = penalty.precision.trace()
+    model[0].weight.data += 1
+    penalty.consolidate((x, y))
+    assert penalty.precision.trace() > first
+    assert penalty.penalty().item() == 0
