@@ -59,6 +59,7 @@ class QuadraticPenalty:
         self._anchor: Vector = {}
         self._offset = torch.zeros(())
         self._n_tasks = 0
+        self._kept_shares: tuple[Fisher | None, dict[str, float], Vector] = None, {}, {}
         self._parameters()
 
     @property
@@ -99,7 +100,7 @@ class QuadraticPenalty:
         """
         if self._precision is None:
             return torch.zeros((), device=next(self.model.parameters()).device)
-        displacement = self._displacement()
+        displacement = self._displacement(self._parameters())
         assert self._precision is not None
         quadratic = self._precision.quadratic(displacement) + self._offset
         return 0.5 * self.strength * quadratic
@@ -113,18 +114,18 @@ class QuadraticPenalty:
         """
         if self._precision is None:
             return
-        displacement = self._displacement()
+        parameters = self._parameters()
+        displacement = self._displacement(parameters)
         assert self._precision is not None
         if isinstance(self._precision, Diagonal):  # in one sweep
-            for name, parameter in self._parameters().items():
+            values = self._precision.values
+            for name, parameter in parameters.items():
                 gradient = _gradient_like(parameter, displacement[name])
-                gradient.addcmul_(
-                    self._precision.values[name], displacement[name], value=self.strength
-                )
+                gradient.addcmul_(values[name], displacement[name], value=self.strength)
                 _set_gradient(parameter, gradient)
             return
         pull = self._precision @ displacement
-        for name, parameter in self._parameters().items():
+        for name, parameter in parameters.items():
             gradient = _gradient_like(parameter, pull[name]).add_(pull[name], alpha=self.strength)
             _set_gradient(parameter, gradient)
 
@@ -160,15 +161,17 @@ class QuadraticPenalty:
         """
         if self._precision is None or self.strength == 0:
             return
-        displacement = self._displacement()
-        assert self._precision is not None
-        rates = self._rates(optimizer)
+        parameters = self._parameters()
+        self._check(parameters)
+        rates = _rates(optimizer, parameters)
         if isinstance(self._precision, Diagonal):
-            for name, parameter in self._parameters().items():
-                # This form has no overflow: 1 / (1 + 1 / (ηλA)) is 0 for A = 0, and 1 at most.
-                pull = self._precision.values[name] * (rates[name] * self.strength)
-                share = pull.reciprocal_().add_(1).reciprocal_()
-                parameter.sub_((share * displacement[name]).to(parameter.dtype))
+            shares = self._shares(rates)
+            for name, parameter in parameters.items():
+                anchor, share = self._anchor[name], shares[name]
+                if parameter.dtype == anchor.dtype:
+                    parameter.lerp_(anchor, share)
+                else:
+                    parameter.copy_(parameter.to(anchor.dtype).lerp_(anchor, share))
             return
         if len(distinct := set(rates.values())) > 1:
             raise ValueError(
@@ -176,8 +179,8 @@ class QuadraticPenalty:
                 f"a precision that is not diagonal needs a single one"
             )
         scaled = (distinct.pop() * self.strength) * self._precision
-        left = scaled.solve(displacement, damping=1.0)
-        for name, parameter in self._parameters().items():
+        left = scaled.solve(self._displacement(parameters), damping=1.0)
+        for name, parameter in parameters.items():
             parameter.copy_(self._anchor[name] + left[name])
 
     def before_task(self) -> None:
@@ -247,20 +250,29 @@ class QuadraticPenalty:
     def _parameters(self) -> dict[str, nn.Parameter]:
         return select_parameters(self.model, self.params)
 
-    def _rates(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """Return the learning rate of each parameter."""
-        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        parameters = self._parameters()
-        if lost := [name for name, p in parameters.items() if id(p) not in rates]:
-            raise ValueError(f"the optimizer does not hold the parameters {lost}")
-        return {name: float(rates[id(p)]) for name, p in parameters.items()}
+    def _shares(self, rates: dict[str, float]) -> Vector:
+        """Return how far to go towards the anchor; they stay the same from step to step.
 
-    def _displacement(self) -> Vector:
-        """Parameters minus anchor, in the precision of the anchor."""
-        parameters = self._parameters()
+        This form has no overflow: 1 / (1 + 1 / (ηλA)) is 0 for A = 0, and 1 at most.
+        """
+        assert isinstance(self._precision, Diagonal)
+        scales = {name: rate * self.strength for name, rate in rates.items()}
+        known, scales_then, shares = self._kept_shares
+        if known is not self._precision or scales_then != scales:
+            pulls = {name: d * scales[name] for name, d in self._precision.values.items()}
+            shares = {n: pull.reciprocal_().add_(1).reciprocal_() for n, pull in pulls.items()}
+            self._kept_shares = self._precision, scales, shares
+        return shares
+
+    def _check(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Move to the device of the parameters; raise a ValueError if they are others."""
         self._follow(next(iter(parameters.values())).device)
         shapes = {name: value.shape for name, value in self._anchor.items()}
         check_shapes(shapes, {name: p.shape for name, p in parameters.items()})
+
+    def _displacement(self, parameters: dict[str, nn.Parameter]) -> Vector:
+        """Parameters minus anchor, in the precision of the anchor."""
+        self._check(parameters)
         return {
             name: p.to(self._anchor[name].dtype) - self._anchor[name]
             for name, p in parameters.items()
@@ -312,6 +324,16 @@ class QuadraticPenalty:
 
 def _minus(a: Vector, b: Vector) -> Vector:
     return {name: a[name] - b[name] for name in a}
+
+
+def _rates(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
+) -> dict[str, float]:
+    """Return the learning rate of each parameter."""
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    if lost := [name for name, p in parameters.items() if id(p) not in rates]:
+        raise ValueError(f"the optimizer does not hold the parameters {lost}")
+    return {name: float(rates[id(p)]) for name, p in parameters.items()}
 
 
 def _gradient_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
