@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from ewc_lib._heads import MultiHead
 from ewc_lib._progress import progress as show_progress
+from ewc_lib.continual._checkpoint import plain, restore, save
 from ewc_lib.continual.metrics import accuracy
 from ewc_lib.continual.streams import Stream
 from ewc_lib.regularizers.protocol import Regularizer
@@ -265,13 +264,13 @@ def learn(
         "stream": [stream.name, stream.scenario, len(stream), stream.n_features, stream.n_classes],
         "parameters": {name: list(p.shape) for name, p in model.named_parameters()},
         "regularizer": [type(regularizer).__name__, getattr(regularizer, "strength", None)],
-        "optimizer": [type(current).__name__, _plain(current.defaults)],
+        "optimizer": [type(current).__name__, plain(current.defaults)],
         "training": [steps, epochs, batch_size, reset_optimizer, proximal, n_samples, seed],
-        "settings": _plain(settings or {}),
+        "settings": plain(settings or {}),
     }
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
-        _restore(path, configuration, model, current, regularizer, found)
+        restore(path, configuration, model, current, regularizer, vars(found))
     start = len(found.seconds_training)
     for t in show_progress(range(start, len(stream)), stream.name, progress):
         if reset_optimizer and t:
@@ -299,7 +298,7 @@ def learn(
         found.seconds_consolidation.append(time.perf_counter() - trained)
         _test(stream, model, t, found.accuracies, device)
         if path is not None:
-            _save(path, configuration, model, current, regularizer, found)
+            save(path, configuration, model, current, regularizer, vars(found))
     return found
 
 
@@ -340,63 +339,3 @@ def _accuracy(stream: Stream, model: MultiHead, t: int, after: int, device: torc
     model.outputs = stream.outputs(t, after)
     x, y = (tensor.to(device) for tensor in stream.test(t))
     return accuracy(model, (x, y))
-
-
-def _plain(value: Any) -> Any:
-    """Turn settings into values that a checkpoint keeps as they are."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, bool | int | float | str | None) else str(value)
-
-
-def _save(
-    path: Path,
-    configuration: dict[str, Any],
-    model: MultiHead,
-    optimizer: torch.optim.Optimizer,
-    regularizer: Regularizer | None,
-    found: Learned,
-) -> None:
-    """Write all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
-    state = {
-        "configuration": configuration,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "regularizer": None if regularizer is None else regularizer.state_dict(),
-        "found": vars(found),
-    }
-    try:
-        torch.save(state, draft)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _restore(
-    path: Path,
-    configuration: dict[str, Any],
-    model: MultiHead,
-    optimizer: torch.optim.Optimizer,
-    regularizer: Regularizer | None,
-    found: Learned,
-) -> None:
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        before = state["configuration"]
-    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as problem:
-        raise ValueError(f"{path} is damaged, or no checkpoint of a stream: {problem}") from problem
-    for key, value in configuration.items():
-        if before.get(key) != value:
-            raise ValueError(
-                f"{path} is a checkpoint of another configuration: {key} was {before.get(key)!r} "
-                f"and is {value!r}"
-            )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    if regularizer is not None:
-        regularizer.load_state_dict(state["regularizer"])
-    vars(found).update(state["found"])
