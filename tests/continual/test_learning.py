@@ -224,7 +224,7 @@ def test_a_finished_run_is_not_done_again(digits, tmp_path):
     first, second = network(stream), network(stream)
     expected = learn(stream, first, checkpoint=path, **QUICK)
     spy = Spy()
-    with pytest.raises(ValueError, match="regularizer was"):
+    with pytest.raises(ValueError, match=r"regularizer\.type was None and is .Spy."):
         learn(stream, second, spy, checkpoint=path, **QUICK)
     found = learn(stream, second, checkpoint=path, **QUICK)
     assert torch.equal(weights(first), weights(second))
@@ -250,11 +250,11 @@ def test_another_file_is_no_checkpoint(digits, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 21}, "training was"),
-        ({"seed": 1}, "training was"),
-        ({"proximal": True}, "training was"),
-        ({"optimizer": partial(torch.optim.Adam, lr=0.1)}, "optimizer was"),
-        ({"settings": {"data": "mnist"}}, "settings was"),
+        ({"steps": 21}, r"training\.(steps|seed|proximal) was"),
+        ({"seed": 1}, r"training\.(steps|seed|proximal) was"),
+        ({"proximal": True}, r"training\.(steps|seed|proximal) was"),
+        ({"optimizer": partial(torch.optim.Adam, lr=0.1)}, r"optimizer\.lr was"),
+        ({"settings": {"data": "mnist"}}, "settings\\.data was absent"),
     ],
 )
 def test_a_checkpoint_of_another_configuration_names_what_differs(
@@ -270,10 +270,10 @@ def test_a_checkpoint_of_another_stream_or_network_is_refused(digits, tmp_path):
     stream, path = permuted(digits, 1, seed=0), tmp_path / "run.pt"
     learn(stream, network(stream), checkpoint=path, **QUICK)
     longer = permuted(digits, 2, seed=0)
-    with pytest.raises(ValueError, match="configuration: stream was"):
+    with pytest.raises(ValueError, match="configuration: stream\\.tasks was"):
         learn(longer, network(longer), checkpoint=path, **QUICK)
     wider = MultiHead(mlp((64, 17, 10), 0))
-    with pytest.raises(ValueError, match="configuration: parameters was"):
+    with pytest.raises(ValueError, match="configuration: parameters\\.net\\.0\\.weight was"):
         learn(stream, wider, checkpoint=path, **QUICK)
 
 
@@ -281,7 +281,7 @@ SCRIPT = """
 import sys
 from ewc_lib import data
 from ewc_lib.continual import permuted
-from tests.continual.test_learn import METHODS, network
+from tests.continual.test_learning import METHODS, network
 from ewc_lib.continual import learn
 
 stream = permuted(data.digits(), 4, seed=0)
