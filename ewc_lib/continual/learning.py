@@ -119,7 +119,7 @@ def learn(
     Examples
     --------
     >>> from ewc_lib import EWC, data
-    >>> from ewc_lib.continual import average_accuracy, permuted
+    >>> from ewc_lib.continual import average_accuracy, mlp, permuted
     >>> stream = permuted(data.digits(), 2, seed=0)
     >>> model = MultiHead(mlp((64, 64, 10), seed=0))
     >>> learned = learn(stream, model, EWC(model, strength=30.0), steps=100)
@@ -132,7 +132,12 @@ def learn(
         raise ValueError(f"n_samples must be positive, or None for all, got {n_samples}")
     _check_model(stream, model)
     current = optimizer(model.parameters())
-    options = {"steps": steps, "epochs": epochs, "batch_size": batch_size, "proximal": proximal}
+    options: dict[str, Any] = {
+        "steps": steps,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "proximal": proximal,
+    }
     options |= {"n_samples": n_samples, "seed": seed}
     configuration = {
         "stream": _description(stream),
