@@ -1,6 +1,7 @@
 """Tasks one after another: streams, a training loop, metrics."""
 
 from ewc_lib._heads import MultiHead
+from ewc_lib.continual.learning import Learned, learn
 from ewc_lib.continual.metrics import (
     accuracy,
     average_accuracy,
@@ -18,7 +19,7 @@ from ewc_lib.continual.streams import (
     rotated,
     split,
 )
-from ewc_lib.continual.training import Learned, learn, mlp, train
+from ewc_lib.continual.training import mlp, train
 
 __all__ = [
     "Learned",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,22 +55,55 @@ def restore(
     model: MultiHead,
     optimizer: torch.optim.Optimizer,
     regularizer: Regularizer | None,
-    found: dict[str, Any],
-) -> None:
+) -> dict[str, Any]:
     """Read what :func:`save` wrote, if it is whole and of this configuration."""
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        before = state["configuration"]
-    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as problem:
-        raise ValueError(f"{path} is damaged, or no checkpoint of a stream: {problem}") from problem
-    for key, value in configuration.items():
-        if before.get(key) != value:
-            raise ValueError(
-                f"{path} is a checkpoint of another configuration: {key} was {before.get(key)!r} "
-                f"and is {value!r}"
-            )
+    state = _read(path)
+    if differing := _differences(state["configuration"], configuration):
+        few = "; ".join(differing[:5])
+        more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise ValueError(f"{path} is a checkpoint of another configuration: {few}{more}")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if regularizer is not None:
         regularizer.load_state_dict(state["regularizer"])
-    found.update(state["found"])
+    found: dict[str, Any] = state["found"]
+    return found
+
+
+KEYS = {"configuration", "model", "optimizer", "regularizer", "found"}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a file whose every part has the checksum that was written with it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        state = torch.load(path, weights_only=True, map_location="cpu") if broken is None else None
+    except (zipfile.BadZipFile, RuntimeError, EOFError, pickle.UnpicklingError) as problem:
+        raise ValueError(f"{path} is damaged, or no checkpoint of a stream: {problem}") from problem
+    if not isinstance(state, dict) or not state.keys() >= KEYS:
+        raise ValueError(f"{path} is damaged, or no checkpoint of a stream")
+    return state
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Say which settings differ, by their names."""
+    one, other = _flat(before), _flat(now)
+    return [
+        f"{name} was {_shown(one, name)} and is {_shown(other, name)}"
+        for name in {**one, **other}
+        if _shown(one, name) != _shown(other, name)
+    ]
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _shown(settings: dict[str, Any], name: str) -> str:
+    """Return a value as it is compared: NaN is NaN, and None is not the same as absent."""
+    return repr(settings[name]) if name in settings else "absent"

@@ -92,12 +92,19 @@ def forward_transfer(R: Matrix, initial: Float[Tensor, " T"]) -> float:
     with :math:`b_j` the accuracy of the untrained network. NaN for a single task, and where
     :math:`R_{j-1,j}` was not measured.
 
+    Raises
+    ------
+    ValueError
+        If there is not one initial accuracy for each task.
+
     Examples
     --------
     >>> forward_transfer(torch.tensor([[1.0, 0.5], [0.75, 1.0]]), torch.tensor([0.1, 0.25]))
     0.25
     """
-    return float((_square(R).diagonal(1) - initial[1:]).mean())
+    if initial.shape != _square(R).shape[:1]:
+        raise ValueError(f"initial must have {len(R)} entries, got {tuple(initial.shape)}")
+    return float((R.diagonal(1) - initial[1:]).mean())
 
 
 def forgetting(R: Matrix) -> float:
@@ -106,14 +113,15 @@ def forgetting(R: Matrix) -> float:
     .. math:: \frac{1}{T-1} \sum_{j=1}^{T-1} \left(
               \max_{t \in \{j, \dots, T-1\}} R_{t,j} - R_{T,j} \right)
 
-    NaN for a single task.
+    NaN for a single task, and where an accuracy on a task already learned was not measured.
 
     Examples
     --------
     >>> forgetting(torch.tensor([[1.0, 0.5], [0.75, 1.0]]))
     0.25
     """
-    learned = _square(R).tril().nan_to_num()  # what comes before a task was learned does not count
+    later = torch.ones_like(_square(R)).triu(1).bool()
+    learned = R.masked_fill(later, 0)  # what comes before a task was learned does not count
     drops = learned[:-1].amax(0) - learned[-1] if len(R) > 1 else learned[-1]
     return float(drops[:-1].mean())
 

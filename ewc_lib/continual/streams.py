@@ -10,9 +10,10 @@ the classes of all tasks so far have to be told apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, TypeAlias, get_args
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ class Task(NamedTuple):
     outputs: range
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stream(Sequence[Task]):
     """Tasks in their order. Each is made when it is asked for, so only one is in memory.
 
@@ -78,6 +79,9 @@ class Stream(Sequence[Task]):
     change
         Turns inputs and labels of the data set into those of a task, by its number. Labels are
         then from 0 to ``n_classes - 1``.
+    settings
+        What the tasks depend on beside the data set, such as a seed. A checkpoint of another
+        stream is told by them.
     """
 
     name: str
@@ -86,6 +90,7 @@ class Stream(Sequence[Task]):
     n_classes: int
     names: tuple[str, ...]
     change: Callable[[int, Tensor, Tensor], Labelled]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def n_features(self) -> int:
@@ -104,7 +109,7 @@ class Stream(Sequence[Task]):
         return (self[t] for t in range(len(self)))
 
     def __getitem__(self, t: int) -> Task:  # type: ignore[override]
-        t = range(len(self))[t]
+        t = range(len(self))[operator.index(t)]
         train = self._part(t, self.source.x_train, self.source.y_train, "training")
         test = self.test(t)
         _check_classes(f"task {self.names[t]!r}", train[1], test[1])
@@ -191,7 +196,8 @@ def permuted(images: Source, n_tasks: int, *, seed: int, scenario: Scenario = "d
     Raises
     ------
     ValueError
-        If the number of tasks is not positive or the scenario unknown.
+        If the number of tasks is not positive, the scenario is unknown, or the data set is empty
+        or has negative labels.
 
     Examples
     --------
@@ -200,7 +206,7 @@ def permuted(images: Source, n_tasks: int, *, seed: int, scenario: Scenario = "d
     >>> len(stream), stream.n_outputs, stream[2].train[0].shape
     (3, 10, torch.Size([1437, 64]))
     """
-    _check(n_tasks, scenario)
+    _check(images, n_tasks, scenario)
     generator = torch.Generator().manual_seed(seed)
     n_features = images.x_train.shape[1]
     orders = [torch.randperm(n_features, generator=generator) for _ in range(n_tasks)]
@@ -209,7 +215,8 @@ def permuted(images: Source, n_tasks: int, *, seed: int, scenario: Scenario = "d
         return x[:, orders[t]], y
 
     names = tuple(f"permutation {t + 1}" for t in range(n_tasks))
-    return Stream("permuted", images, scenario, _n_classes(images), names, change)
+    n_classes = _n_classes(images)
+    return Stream("permuted", images, scenario, n_classes, names, change, {"seed": seed})
 
 
 def rotated(images: Source, angles: Sequence[float], *, scenario: Scenario = "domain") -> Stream:
@@ -229,7 +236,8 @@ def rotated(images: Source, angles: Sequence[float], *, scenario: Scenario = "do
     Raises
     ------
     ValueError
-        If there is no angle, the scenario is unknown, or the images are not square.
+        If there is no angle, the scenario is unknown, the images are not square, or the data set
+        is empty or has negative labels.
 
     Examples
     --------
@@ -240,8 +248,8 @@ def rotated(images: Source, angles: Sequence[float], *, scenario: Scenario = "do
     >>> torch.allclose(stream[0].train[0], digits.x_train, atol=1e-5)
     True
     """
-    angles = list(angles)
-    _check(len(angles), scenario)
+    angles = [float(angle) for angle in angles]
+    _check(images, len(angles), scenario)
     n_features = images.x_train.shape[1]
     if math.isqrt(n_features) ** 2 != n_features:
         raise ValueError(f"only square images can be turned, got {n_features} pixels")
@@ -250,7 +258,8 @@ def rotated(images: Source, angles: Sequence[float], *, scenario: Scenario = "do
         return turn(x, angles[t]), y
 
     names = tuple(f"{angle:g}°" for angle in angles)
-    return Stream("rotated", images, scenario, _n_classes(images), names, change)
+    n_classes = _n_classes(images)
+    return Stream("rotated", images, scenario, n_classes, names, change, {"angles": angles})
 
 
 def turn(x: Float[Tensor, "N D"], degrees: float) -> Float[Tensor, "N D"]:
@@ -283,7 +292,7 @@ def split(
     ------
     ValueError
         If the number of classes is not a multiple of the number of tasks, if test data hold a
-        class without training, or if the scenario is unknown.
+        class without training, if the scenario is unknown, or if the data set is empty.
 
     Examples
     --------
@@ -292,7 +301,7 @@ def split(
     >>> [task.outputs for task in stream][:2], stream[1].train[1].unique()
     ([range(0, 2), range(0, 4)], tensor([2, 3]))
     """
-    _check(n_tasks, scenario)
+    _check(images, n_tasks, scenario)
     classes = images.y_train.unique()
     _check_classes("the data set", images.y_train, images.y_test)
     if len(classes) % n_tasks:
@@ -308,10 +317,12 @@ def split(
         return x[chosen], match[chosen].int().argmax(1)  # numbered in the order of the group
 
     names = tuple(" and ".join(map(str, group.tolist())) for group in groups)
-    return Stream("split", images, scenario, len(groups[0]), names, change)
+    return Stream("split", images, scenario, len(groups[0]), names, change, {"seed": seed})
 
 
-def _check(n_tasks: int, scenario: str) -> None:
+def _check(images: Source, n_tasks: int, scenario: str) -> None:
+    if not len(images.y_train):
+        raise ValueError("the data set has no training data")
     if n_tasks < 1:
         raise ValueError(f"a stream needs at least one task, got {n_tasks}")
     if scenario not in get_args(Scenario):
@@ -320,4 +331,6 @@ def _check(n_tasks: int, scenario: str) -> None:
 
 
 def _n_classes(images: Source) -> int:
+    if (lowest := int(images.y_train.min())) < 0:
+        raise ValueError(f"labels must not be negative, got {lowest}")
     return int(images.y_train.max()) + 1

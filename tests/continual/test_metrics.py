@@ -88,3 +88,16 @@ def test_a_single_task_has_an_average_and_no_transfer():
 def test_a_matrix_that_is_not_square_is_refused(shape):
     with pytest.raises(ValueError, match=re.escape(f"got {shape}")):
         average_accuracy(torch.zeros(shape))
+
+
+def test_what_was_not_measured_is_not_taken_for_zero():
+    holes = R.clone()
+    holes[2, 0] = math.nan
+    for value in (average_accuracy(holes), backward_transfer(holes), forgetting(holes)):
+        assert math.isnan(value)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_initial_accuracies_of_other_tasks_are_refused(n):
+    with pytest.raises(ValueError, match=re.escape(f"initial must have 3 entries, got ({n},)")):
+        forward_transfer(R, torch.zeros(n))

@@ -48,13 +48,6 @@ def test_the_seed_chooses_the_permutation_and_the_global_state_is_not_used():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def without_images():
-    """A data set whose images are lost."""
-    found = source([0, 1])
-    found.x_train = found.x_train[:0]
-    return found
-
-
 # Streams
 
 
@@ -141,6 +134,14 @@ def test_a_stream_is_a_sequence(digits):
         stream[3]
 
 
+def test_a_stream_has_no_slices_and_is_equal_to_itself_alone(digits):
+    stream = permuted(digits, 3, seed=0)
+    with pytest.raises(TypeError, match="slice"):
+        stream[:2]
+    assert stream == stream
+    assert stream != permuted(data.digits(), 3, seed=0)
+
+
 @pytest.mark.parametrize(("degrees", "turns"), [(0, 0), (90, 1), (180, 2), (270, 3), (-90, 3)])
 @pytest.mark.parametrize("side", [8, 7])
 def test_right_angles_turn_images_counter_clockwise(degrees, turns, side):
@@ -175,6 +176,10 @@ def test_any_data_set_with_the_same_fields_can_be_split():
         (lambda d: split(d, scenario="tasks"), "got 'tasks'"),
         (lambda d: permuted(d, 0, seed=0), "at least one task, got 0"),
         (lambda d: permuted(d, 2, seed=0, scenario="all"), "got 'all'"),
+        (lambda d: permuted(source([]), 2, seed=0), "data set has no training data"),
+        (lambda d: rotated(source([]), [0]), "data set has no training data"),
+        (lambda d: split(source([]), 2, scenario="task"), "data set has no training data"),
+        (lambda d: permuted(source([0, -1]), 2, seed=0), "must not be negative, got -1"),
         (lambda d: rotated(d, []), "at least one task, got 0"),
         (lambda d: rotated(source([0, 1], n_features=6), [3]), "only square images .* got 6"),
         (

@@ -3,6 +3,7 @@ import torch
 
 from ewc_lib import EWC, data
 from ewc_lib.continual import accuracy, mlp, train
+from ewc_lib.regularizers import Replay
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +97,58 @@ def test_no_step_changes_nothing(digits):
     model = mlp((64, 10), seed=0)
     assert train(model, digits.train, steps=0, seed=0) == []
     assert torch.equal(weights(model), weights(mlp((64, 10), seed=0)))
+
+
+@pytest.mark.parametrize(
+    ("n", "n_labels", "options", "message"),
+    [
+        (0, 0, {}, "one label for each input, got 0 and 0"),
+        (4, 3, {}, "one label for each input, got 4 and 3"),
+        (4, 5, {}, "one label for each input, got 4 and 5"),
+        (4, 4, {"batch_size": 0}, "batch_size be positive, got 1 and 0"),
+        (4, 4, {"steps": -1}, "steps must not be negative .* got -1"),
+    ],
+)
+def test_training_refuses_what_has_no_batches(n, n_labels, options, message):
+    data = torch.zeros(n, 4), torch.zeros(n_labels, dtype=torch.long)
+    with pytest.raises(ValueError, match=message):
+        train(mlp((4, 2), seed=0), data, **{"steps": 1, "seed": 0} | options)
+
+
+def test_a_regularizer_without_a_proximal_step_is_refused_before_training(digits):
+    model = mlp((64, 10), seed=0)
+    with pytest.raises(ValueError, match="Replay has no proximal step"):
+        train(model, digits.train, steps=5, seed=0, regularizer=Replay(model), proximal=True)
+    assert torch.equal(weights(model), weights(mlp((64, 10), seed=0)))
+
+
+def test_dropout_is_repeated_by_the_seed_and_the_global_state_is_left_alone(digits):
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(found))
+        before = torch.random.get_rng_state()
+        model = torch.nn.Sequential(*mlp((64, 10), seed=0), torch.nn.Dropout(0.5))
+        train(model, digits.train, steps=5, seed=seed)
+        assert torch.equal(before, torch.random.get_rng_state())
+        found.append(weights(model))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_work_on_the_cpu_does_not_seed_the_accelerators(digits, monkeypatch):
+    def refuse(seed):
+        raise AssertionError(f"seeded by {seed}")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+    train(mlp((64, 10), seed=0), digits.train, steps=1, seed=0)
+
+
+def test_a_batch_is_of_the_same_size_and_order_whatever_the_regularizer(digits):
+    seen = []
+    for strength in (None, 0.0):
+        model = mlp((64, 10), seed=0)
+        ewc = None if strength is None else EWC(model, strength)
+        if ewc is not None:
+            ewc.consolidate(digits.train)
+        seen.append(train(model, digits.train, steps=20, seed=0, regularizer=ewc))
+    assert seen[0] == seen[1]

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +15,9 @@ import torch
 from torch import nn
 
 from ewc_lib import EWC, data
-from ewc_lib.continual import MultiHead, accuracy, learn, mlp, permuted, split, train
+from ewc_lib.continual import MultiHead, accuracy, learn, mlp, permuted, rotated, split, train
 from ewc_lib.regularizers import SI, Replay
+from tests.regularizers import cases
 
 ROOT = Path(__file__).parents[2]
 QUICK = {"steps": 20, "batch_size": 32, "progress": False}
@@ -184,6 +187,50 @@ def test_dropout_is_repeated_by_the_seed_and_the_global_state_is_left_alone(digi
     assert not torch.equal(found[0], found[2])
 
 
+def test_no_two_training_sets_are_in_memory_at_once(digits):
+    stream, made, alive = permuted(digits, 4, seed=0), [], []
+
+    def change(t, x, y):
+        new = stream.change(t, x, y)
+        if len(x) == len(digits.x_train):
+            alive.append(sum(old() is not None for old in made))
+            made.append(weakref.ref(new[0]))
+        return new
+
+    watched, model = replace(stream, change=change), network(stream)
+    learn(watched, model, EWC(model, 1.0), **QUICK)
+    assert alive == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("n", [0, -5])
+def test_a_number_of_samples_that_is_not_positive_is_refused(digits, n):
+    stream = permuted(digits, 1, seed=0)
+    with pytest.raises(ValueError, match=f"n_samples must be positive, or None for all, got {n}"):
+        learn(stream, network(stream), n_samples=n, **QUICK)
+
+
+def test_a_model_that_cannot_read_some_of_its_outputs_is_refused(digits):
+    stream = split(digits, scenario="task")
+    with pytest.raises(TypeError, match="must be a MultiHead, got Sequential"):
+        learn(stream, mlp((64, 10), 0), **QUICK)
+
+
+def test_a_network_with_too_few_outputs_is_refused_before_training(digits):
+    stream, model = split(digits, scenario="class"), MultiHead(mlp((64, 4), 0))
+    before = weights(model)
+    with pytest.raises(ValueError, match="needs 10 outputs, the network has 4"):
+        learn(stream, model, **QUICK)
+    assert torch.equal(weights(model), before)
+
+
+def test_outputs_are_those_of_the_last_task_at_the_end(digits):
+    for scenario, outputs in (("task", range(8, 10)), ("domain", range(2)), ("class", range(10))):
+        stream = split(digits, scenario=scenario)
+        model = network(stream)
+        learn(stream, model, **QUICK)
+        assert model.outputs == outputs
+
+
 # Checkpoints
 
 METHODS = {
@@ -224,25 +271,42 @@ def test_a_finished_run_is_not_done_again(digits, tmp_path):
     first, second = network(stream), network(stream)
     expected = learn(stream, first, checkpoint=path, **QUICK)
     spy = Spy()
-    with pytest.raises(ValueError, match="regularizer was"):
+    with pytest.raises(ValueError, match=r"regularizer\.type was None and is .Spy."):
         learn(stream, second, spy, checkpoint=path, **QUICK)
     found = learn(stream, second, checkpoint=path, **QUICK)
     assert torch.equal(weights(first), weights(second))
     assert found.seconds_training == expected.seconds_training
 
 
-@pytest.mark.parametrize("keep", [0, 100, 3000])
+@pytest.mark.parametrize("keep", [0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, -1])
 def test_a_truncated_checkpoint_is_refused_by_name(digits, tmp_path, keep):
     stream, path = permuted(digits, 1, seed=0), tmp_path / "run.pt"
     learn(stream, network(stream), checkpoint=path, **QUICK)
-    path.write_bytes(path.read_bytes()[:keep])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: keep if keep < 0 else int(keep * len(whole))])
     with pytest.raises(ValueError, match=r"run\.pt is damaged"):
         learn(stream, network(stream), checkpoint=path, **QUICK)
 
 
-def test_another_file_is_no_checkpoint(digits, tmp_path):
+def test_a_checkpoint_with_one_wrong_bit_in_its_weights_is_refused(digits, tmp_path):
     stream, path = permuted(digits, 1, seed=0), tmp_path / "run.pt"
-    torch.save({"weights": torch.zeros(3)}, path)
+    model = network(stream)
+    learn(stream, model, checkpoint=path, **QUICK)
+    content = bytearray(path.read_bytes())
+    place = content.find(model.net[0].weight.detach().numpy().tobytes())
+    assert place > 0
+    content[place + 1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"run\.pt is damaged"):
+        learn(stream, network(stream), checkpoint=path, **QUICK)
+
+
+@pytest.mark.parametrize(
+    "content", [torch.zeros(3), [1, 2], {"configuration": 3}, {"weights": torch.zeros(3)}]
+)
+def test_another_file_is_no_checkpoint(digits, tmp_path, content):
+    stream, path = permuted(digits, 1, seed=0), tmp_path / "run.pt"
+    torch.save(content, path)
     with pytest.raises(ValueError, match="no checkpoint of a stream"):
         learn(stream, network(stream), checkpoint=path, **QUICK)
 
@@ -250,11 +314,11 @@ def test_another_file_is_no_checkpoint(digits, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 21}, "training was"),
-        ({"seed": 1}, "training was"),
-        ({"proximal": True}, "training was"),
-        ({"optimizer": partial(torch.optim.Adam, lr=0.1)}, "optimizer was"),
-        ({"settings": {"data": "mnist"}}, "settings was"),
+        ({"steps": 21}, r"training\.(steps|seed|proximal) was"),
+        ({"seed": 1}, r"training\.(steps|seed|proximal) was"),
+        ({"proximal": True}, r"training\.(steps|seed|proximal) was"),
+        ({"optimizer": partial(torch.optim.Adam, lr=0.1)}, r"optimizer\.lr was"),
+        ({"settings": {"data": "mnist"}}, "settings\\.data was absent"),
     ],
 )
 def test_a_checkpoint_of_another_configuration_names_what_differs(
@@ -270,18 +334,113 @@ def test_a_checkpoint_of_another_stream_or_network_is_refused(digits, tmp_path):
     stream, path = permuted(digits, 1, seed=0), tmp_path / "run.pt"
     learn(stream, network(stream), checkpoint=path, **QUICK)
     longer = permuted(digits, 2, seed=0)
-    with pytest.raises(ValueError, match="configuration: stream was"):
+    with pytest.raises(ValueError, match="configuration: stream\\.tasks was"):
         learn(longer, network(longer), checkpoint=path, **QUICK)
     wider = MultiHead(mlp((64, 17, 10), 0))
-    with pytest.raises(ValueError, match="configuration: parameters was"):
+    with pytest.raises(ValueError, match="configuration: parameters\\.net\\.0\\.weight was"):
         learn(stream, wider, checkpoint=path, **QUICK)
+
+
+OTHER_STREAMS = {
+    "seed was 0 and is 1": lambda d: (permuted(d, 2, seed=0), permuted(d, 2, seed=1)),
+    "angles was": lambda d: (rotated(d, [0, 30]), rotated(d, [0, 30.0000001])),
+    "seed was None and is 1": lambda d: (
+        split(d, scenario="task"),
+        split(d, scenario="task", seed=1),
+    ),
+    "scenario was 'task' and is 'class'": lambda d: (
+        split(d, scenario="task"),
+        split(d, scenario="class"),
+    ),
+    "data was": lambda d: (
+        permuted(d, 2, seed=0),
+        permuted(d._replace(x_train=d.x_train.flip(0)), 2, seed=0),
+    ),
+}
+
+
+@pytest.mark.parametrize("message", OTHER_STREAMS)
+def test_a_checkpoint_of_a_stream_of_the_same_size_is_refused(digits, tmp_path, message):
+    path, (one, other) = tmp_path / "run.pt", OTHER_STREAMS[message](digits)
+    learn(one, network(one), checkpoint=path, **QUICK)
+    with pytest.raises(ValueError, match=rf"stream\.{message}"):
+        learn(other, network(other), checkpoint=path, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strength": 2.0}, "strength was 1.0 and is 2.0"),
+        ({"mode": "online"}, "mode was 'separate' and is 'online'"),
+        ({"kind": "empirical"}, "kind was 'exact' and is 'empirical'"),
+    ],
+)
+def test_a_checkpoint_of_another_regularizer_is_refused(digits, tmp_path, options, message):
+    stream, path = permuted(digits, 1, seed=0), tmp_path / "run.pt"
+    one, other = network(stream), network(stream)
+    learn(stream, one, EWC(one, 1.0), checkpoint=path, **QUICK)
+    with pytest.raises(ValueError, match=rf"regularizer\.{message}"):
+        learn(stream, other, EWC(other, **{"strength": 1.0} | options), checkpoint=path, **QUICK)
+
+
+def test_all_that_differs_is_named(digits, tmp_path):
+    stream, path = permuted(digits, 1, seed=0), tmp_path / "run.pt"
+    learn(stream, network(stream), checkpoint=path, **QUICK)
+    both = r"training\.steps was 20 and is 21; training\.seed was 0 and is 5$"
+    with pytest.raises(ValueError, match=both):
+        learn(stream, network(stream), checkpoint=path, **QUICK | {"steps": 21, "seed": 5})
+
+
+def test_a_finished_run_is_not_even_tested_again(digits, tmp_path):
+    stream, path = split(digits, scenario="class"), tmp_path / "run.pt"
+    learn(stream, network(stream), checkpoint=path, **QUICK)
+    tested = []
+
+    class Watched(MultiHead):
+        def forward(self, x):
+            tested.append(len(x))
+            return super().forward(x)
+
+    model = Watched(network(stream).net)
+    learn(stream, model, checkpoint=path, **QUICK)
+    assert not tested
+    assert model.outputs == range(10)
+
+
+@pytest.mark.parametrize("scenario", ["task", "domain", "class"])
+@pytest.mark.parametrize("name", cases.METHODS)
+def test_every_method_goes_on_with_the_same_bits(digits, tmp_path, name, scenario):
+    stream = split(digits, scenario=scenario)
+    options = {"steps": 3, "batch_size": 32, "n_samples": 20, "progress": False}
+    options["checkpoint"] = tmp_path / "run.pt"
+    make = partial(cases.METHODS[name], strength=1.0)
+    whole = network(stream)
+    regularizer = make(whole)
+    expected = learn(stream, whole, regularizer, **options | {"checkpoint": None})
+    first = network(stream)
+    stopped = make(first)
+    consolidate, done = stopped.consolidate, []
+
+    def interrupted(data):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(consolidate(data))
+
+    stopped.consolidate = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        learn(stream, first, stopped, **options)
+    second = network(stream, seed=9)
+    found = learn(stream, second, make(second), **options)
+    assert torch.equal(weights(second), weights(whole))
+    assert equal(found.accuracies, expected.accuracies)
+    assert equal(found.initial, expected.initial)
 
 
 SCRIPT = """
 import sys
 from ewc_lib import data
 from ewc_lib.continual import permuted
-from tests.continual.test_learn import METHODS, network
+from tests.continual.test_learning import METHODS, network
 from ewc_lib.continual import learn
 
 stream = permuted(data.digits(), 4, seed=0)
