@@ -94,7 +94,7 @@ def _play(images: Images, protocol: Protocol, device: str, run: Run) -> dict[str
         device,
         lambda model: make(model, run["strength"] or 0.0, seed),
         seed=seed,
-        optimizer=partial(algorithm, lr=protocol["rate"]),
+        optimizer=partial(algorithm, lr=protocol["rate"], fused=True),
         n_samples=n_samples,
     )
 
