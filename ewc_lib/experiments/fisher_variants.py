@@ -21,12 +21,13 @@ from ewc_lib._model import evaluating
 from ewc_lib.continual import split
 from ewc_lib.data import Images
 from ewc_lib.experiments.protocols import Experiment, Protocol, play
+from ewc_lib.experiments.report import Row, rows
 from ewc_lib.experiments.store import Run
 from ewc_lib.experiments.strengths import best, decades, points
 from ewc_lib.fisher import Diagonal, fisher_information
 from ewc_lib.quadratic import QuadraticPenalty
 
-__all__ = ["FISHER_VARIANTS", "VARIANTS", "OnlinePenalty", "of_batch_means"]
+__all__ = ["FISHER_VARIANTS", "VARIANTS", "OnlinePenalty", "at_their_best", "of_batch_means"]
 
 Importance = Callable[..., Any]
 """Of a model and the data of a task, inputs and labels."""
@@ -152,6 +153,24 @@ def _seeded(variant: str, seed: int) -> Importance:
         return importance(model, (x, y), **options)
 
     return shuffled
+
+
+def at_their_best(runs: Iterable[Run]) -> list[Row]:
+    """Return plain training and each variant at its best strength among those with most seeds.
+
+    Parameters
+    ----------
+    runs
+        As :func:`.run_all` keeps them.
+    """
+    found = rows(runs)
+    chosen = []
+    for variant in ("none", *VARIANTS):
+        own = [r for r in found if r.settings["variant"] == variant and not r.diverged]
+        most = max((len(row.accuracies) for row in own), default=0)
+        full = [row for row in own if len(row.accuracies) == most]
+        chosen += [max(full, key=lambda row: row.mean)] if full else []
+    return chosen
 
 
 FISHER_VARIANTS = Experiment(

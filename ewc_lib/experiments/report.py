@@ -9,7 +9,12 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t as student
 
-__all__ = ["Row", "interval", "rows", "table"]
+from ewc_lib.experiments.published import Published, published
+
+__all__ = ["Comparison", "Row", "beside", "comparisons", "interval", "rows", "table"]
+
+NEAR = 2.0
+"""Points of percent within which a number counts as reproduced, if our interval is narrower."""
 
 OUTCOMES = frozenset(
     {
@@ -109,6 +114,74 @@ def _row(settings: dict[str, Any], group: list[Mapping[str, Any]]) -> Row:
         median("seconds_training"),
         median("seconds_consolidation"),
     )
+
+
+class Comparison(NamedTuple):
+    """A row of ours and what others have published for it.
+
+    Parameters
+    ----------
+    label
+        What tables call the row.
+    row
+        Ours.
+    published
+        Theirs, in percent; None if there is none.
+    """
+
+    label: str
+    row: Row
+    published: Published | None
+
+    @property
+    def difference(self) -> float:
+        """Ours minus theirs, in points of percent; NaN if there is none."""
+        return math.nan if self.published is None else 100 * self.row.mean - self.published.value
+
+    @property
+    def reproduced(self) -> bool:
+        """Whether theirs lies in our 95 % interval or within two points of our mean."""
+        width = 100 * self.row.half_width
+        return abs(self.difference) <= (NEAR if math.isnan(width) else max(NEAR, width))
+
+
+def beside(found: Iterable[Row], experiment: str, label: str) -> list[Comparison]:
+    """Put published numbers beside rows.
+
+    Parameters
+    ----------
+    found
+        As :func:`ewc_lib.experiments.report.rows` returns them.
+    experiment
+        The name under which the numbers are published (:mod:`ewc_lib.experiments.published`).
+    label
+        The name of a row, with its settings in braces, as ``"{scenario} {method}"``.
+
+    Examples
+    --------
+    >>> ours = Row({"variant": "exact"}, [0.99, 0.992], 0, 60.0, 1.0)
+    >>> (found,) = beside([ours], "fisher-variants", "{variant}")
+    >>> found.published.value, round(found.difference, 2), found.reproduced
+    (99.12, -0.02, True)
+    """
+    labels = ((row, label.format(**row.settings)) for row in found)
+    return [Comparison(name, row, published(experiment, name)) for row, name in labels]
+
+
+def comparisons(found: Iterable[Comparison]) -> str:
+    """Return rows beside published numbers as text, in percent."""
+    found = list(found)
+    width = max(len(c.label) for c in found)
+    lines = [f"{'':{width}}  seeds          ours     published  difference"]
+    for label, row, theirs in found:
+        error = "" if math.isnan(row.half_width) else f"± {100 * row.half_width:.2f}"
+        line = f"{label:<{width}}  {len(row.accuracies):5}  {100 * row.mean:6.2f} {error:7}"
+        if theirs is not None:
+            spread = "" if theirs.error is None else f"({theirs.error:.2f})"
+            difference = 100 * row.mean - theirs.value
+            line += f"  {theirs.value:6.2f} {spread:6}  {difference:+6.2f}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from ewc_lib.experiments.fisher_variants import (
     FISHER_VARIANTS,
     VARIANTS,
     OnlinePenalty,
+    at_their_best,
     of_batch_means,
 )
 from tests.experiments.cases import run
@@ -43,3 +44,17 @@ def test_an_online_penalty_adds_importances_around_the_latest_optimum():
     penalty.consolidate((x, y))
     assert penalty.precision.trace() > first
     assert penalty.penalty().item() == 0
+
+
+def test_a_variant_is_shown_at_its_best_strength_among_those_with_most_seeds():
+    def at(variant, strength, *accuracies):
+        times = {"seconds_training": 1.0, "seconds_consolidation": 1.0}
+        return [
+            {"variant": variant, "strength": strength, "seed": seed, "accuracy": a, **times}
+            for seed, a in enumerate(accuracies)
+        ]
+
+    runs = at("none", 0.0, 0.8) + at("exact", 1.0, 0.99) + at("exact", 10.0, 0.97, 0.98)
+    runs += at("exact", 100.0, 0.96, 0.98) + at("sketch", 10.0, 0.5)
+    found = [(row.settings["variant"], row.settings["strength"]) for row in at_their_best(runs)]
+    assert found == [("none", 0.0), ("exact", 10.0), ("sketch", 10.0)]

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from ewc_lib.experiments.report import Row, interval, rows, table
+from ewc_lib.experiments.report import Row, beside, comparisons, interval, rows, table
 
 
 def run(method, seed, accuracy, **other):
@@ -70,3 +70,36 @@ def test_the_table_has_a_line_for_each_row_and_marks_a_demonstration():
     ]
     assert len(lines) == 3
     assert "demonstration" not in table({**result, "data": "mnist"})
+
+
+def rows_at(*accuracies):
+    return rows([run("EWC", seed, accuracy) for seed, accuracy in enumerate(accuracies)])
+
+
+def test_published_numbers_stand_beside_the_rows_that_they_are_about():
+    (found,) = beside(rows_at(0.99, 0.98), "split-mnist", "{scenario} {method}")
+    assert found.label == "task EWC"
+    assert found.published.value == 99.06
+    assert found.difference == pytest.approx(98.5 - 99.06)
+    (unknown,) = beside(rows_at(0.99), "split-mnist", "{method}")
+    assert unknown.published is None
+    assert math.isnan(unknown.difference)
+    assert not unknown.reproduced
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "reproduced"),
+    [([0.98], True), ([0.96], False), ([0.9699, 0.9701], False), ([0.90, 1.0], True)],
+)
+def test_a_number_is_reproduced_within_two_points_or_in_the_interval(accuracies, reproduced):
+    (found,) = beside(rows_at(*accuracies), "split-mnist", "{scenario} {method}")
+    assert found.reproduced is reproduced
+
+
+def test_a_comparison_shows_both_numbers_and_their_difference():
+    found = beside(rows_at(0.99, 0.98), "split-mnist", "{scenario} {method}")
+    lone = beside(rows_at(0.5), "split-mnist", "{method}")
+    head, first, second = comparisons(found + lone).splitlines()
+    assert head.split() == ["seeds", "ours", "published", "difference"]
+    assert first.split() == ["task", "EWC", "2", "98.50", "±", "6.35", "99.06", "(0.15)", "-0.56"]
+    assert second.split() == ["EWC", "1", "50.00"]
