@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 
 from ewc_lib.experiments.store import Run, run_all
 
-__all__ = ["Point", "best", "decades", "draw", "plateau", "points", "sweep"]
+__all__ = ["Point", "best", "decades", "draw", "left_out", "plateau", "points", "sweep"]
 
 
 class Point(NamedTuple):
@@ -166,6 +166,43 @@ def best(found: Iterable[Point]) -> Point:
     if not sound:
         raise ValueError("some run diverged at every strength")
     return max(sound, key=lambda point: point.mean)
+
+
+def left_out(runs: Iterable[Mapping[str, Any]], value: str) -> float:
+    """Return the mean over seeds of the result at the strength that the *other* seeds choose.
+
+    The best strength of a set of seeds flatters them, because it is partly luck. This does not.
+
+    Parameters
+    ----------
+    runs, value
+        As for :func:`points`. Only strengths count that all seeds have, and where none diverged.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two seeds, or no such strength.
+
+    Examples
+    --------
+    >>> results = [(1.0, 0, 0.9), (1.0, 1, 0.5), (10.0, 0, 0.6), (10.0, 1, 0.7)]
+    >>> runs = [{"strength": s, "seed": seed, "accuracy": a} for s, seed, a in results]
+    >>> round(left_out(runs, "accuracy"), 2)  # seed 1 would choose 10, and seed 0 would choose 1
+    0.55
+    """
+    results: dict[float, dict[int, float]] = {}
+    for run in runs:
+        results.setdefault(run["strength"], {})[run["seed"]] = run[value]
+    seeds = set().union(*results.values())
+    full = [r for r in results.values() if r.keys() == seeds and None not in r.values()]
+    if len(seeds) < 2 or not full:
+        raise ValueError("at least two seeds and one strength that all of them have are needed")
+
+    def chosen_without(seed: int) -> float:
+        others = [statistics.mean(v for s, v in by.items() if s != seed) for by in full]
+        return full[others.index(max(others))][seed]
+
+    return statistics.mean(map(chosen_without, sorted(seeds)))
 
 
 def plateau(found: Sequence[Point], tolerance: float = 0.01) -> tuple[float, float]:
