@@ -41,8 +41,8 @@ class Row(NamedTuple):
     settings
         What the runs share, without the seed.
     accuracies
-        Average accuracy over all tasks after the last one, for each seed; runs that diverged are
-        left out.
+        Average accuracy over all tasks after the last one, for each seed, in their order; runs
+        that diverged are left out.
     diverged
         Number of the runs that diverged.
     seconds_training, seconds_consolidation
@@ -102,7 +102,8 @@ def rows(runs: Iterable[Mapping[str, Any]], **wanted: Any) -> list[Row]:
 
 
 def _row(settings: dict[str, Any], group: list[Mapping[str, Any]]) -> Row:
-    sound = [run for run in group if run["accuracy"] is not None]
+    in_order = sorted(group, key=lambda run: run["seed"])
+    sound = [run for run in in_order if run["accuracy"] is not None]
 
     def median(name: str) -> float:
         return statistics.median(run[name] for run in sound) if sound else math.nan

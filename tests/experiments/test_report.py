@@ -35,6 +35,11 @@ def test_a_row_holds_all_seeds_of_its_settings():
     assert (second.accuracies, third.accuracies) == ([0.5], [0.4])
 
 
+def test_the_seeds_of_a_row_are_in_order_so_that_rows_can_be_compared_seed_by_seed():
+    (row,) = rows([run("EWC", 2, 0.7), run("EWC", 0, 0.9), run("EWC", 1, 0.8)])
+    assert row.accuracies == [0.9, 0.8, 0.7]
+
+
 def test_rows_can_be_chosen_by_their_settings():
     assert [row.mean for row in rows(RUNS, scenario="class")] == [0.4]
     assert [len(row.accuracies) for row in rows(RUNS, method="EWC", scenario="task")] == [3]
