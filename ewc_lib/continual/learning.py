@@ -137,8 +137,9 @@ def learn(
         "epochs": epochs,
         "batch_size": batch_size,
         "proximal": proximal,
+        "n_samples": n_samples,
+        "seed": seed,
     }
-    options |= {"n_samples": n_samples, "seed": seed}
     configuration = {
         "stream": _description(stream),
         "parameters": {name: list(p.shape) for name, p in model.named_parameters()},

@@ -174,13 +174,12 @@ def comparisons(found: Iterable[Comparison]) -> str:
     found = list(found)
     width = max(len(c.label) for c in found)
     lines = [f"{'':{width}}  seeds          ours     published  difference"]
-    for label, row, theirs in found:
-        error = "" if math.isnan(row.half_width) else f"± {100 * row.half_width:.2f}"
-        line = f"{label:<{width}}  {len(row.accuracies):5}  {100 * row.mean:6.2f} {error:7}"
-        if theirs is not None:
-            spread = "" if theirs.error is None else f"({theirs.error:.2f})"
-            difference = 100 * row.mean - theirs.value
-            line += f"  {theirs.value:6.2f} {spread:6}  {difference:+6.2f}"
+    for c in found:
+        error = "" if math.isnan(c.row.half_width) else f"± {100 * c.row.half_width:.2f}"
+        line = f"{c.label:<{width}}  {len(c.row.accuracies):5}  {100 * c.row.mean:6.2f} {error:7}"
+        if c.published is not None:
+            spread = "" if c.published.error is None else f"({c.published.error:.2f})"
+            line += f"  {c.published.value:6.2f} {spread:6}  {c.difference:+6.2f}"
         lines.append(line.rstrip())
     return "\n".join(lines)
 
