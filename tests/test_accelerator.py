@@ -1,0 +1,98 @@
+"""The same on a GPU as on the processor. All of it is skipped on a machine without one."""
+
+import pytest
+import torch
+
+from ewc_lib import EWC, data, fisher_information
+from ewc_lib.continual import MultiHead, average_accuracy, learn, mlp, permuted
+from tests.regularizers.cases import METHODS, network, task
+from tests.scenarios import N, relative_error
+from tests.zoo import SINGLE_PRECISION, ZOO, error, measure, slower_than_expected, zoo_truth
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
+]
+
+
+def on_gpu(case):
+    return case._replace(model=case.model.to("cuda"))
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+@pytest.mark.parametrize("name", ZOO)
+def test_the_diagonal_is_that_of_the_processor(name, kind):
+    found = measure(on_gpu(ZOO[name]()), 1, N, kind=kind)
+    assert all(value.is_cuda for value in found.diagonal().values())
+    expected = zoo_truth(name).diagonal(kind)
+    assert error({k: v.cpu() for k, v in found.diagonal().items()}, expected) < (
+        1e-5 if name in SINGLE_PRECISION else 1e-9
+    )
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_path_is_that_of_the_processor(name):
+    assert not slower_than_expected(name, measure(on_gpu(ZOO[name]()), kind="empirical").paths)
+
+
+@pytest.mark.parametrize("structure", ["dense", "block", "kronecker"])
+def test_structures_are_those_of_the_processor(structure):
+    here = measure(ZOO["mlp"](), structure=structure).to_dense()
+    there = measure(on_gpu(ZOO["mlp"]()), structure=structure).to_dense()
+    assert relative_error(there.cpu(), here) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["exact", "sketch", "sampled", "empirical"])
+def test_single_precision_with_dropout_leaves_the_random_state_of_the_gpu(kind):
+    model = torch.nn.Sequential(mlp((64, 32, 10), seed=0), torch.nn.Dropout()).to("cuda")
+    before = torch.cuda.get_rng_state()
+    found = fisher_information(model, data.digits().train, kind=kind)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    assert all(value.isfinite().all() for value in found.diagonal().values())
+
+
+def follow(name, device):
+    """Learn two tasks in double precision and return the parameters."""
+    model = network().to(device)
+    method = METHODS[name](model, 0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for t in range(3):
+        x, y = (tensor.to(device) for tensor in task(t))
+        method.before_task()
+        for _ in range(10):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            method.before_step(x)
+            method.add_gradient_()
+            optimizer.step()
+            method.after_step()
+        method.consolidate((x, y))
+    return torch.cat([p.detach().cpu().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_train_as_on_the_processor(name):
+    assert relative_error(follow(name, "cuda"), follow(name, "cpu")) < 1e-8
+
+
+@pytest.mark.parametrize("proximal", [False, True])
+def test_a_stream_is_learned_and_goes_on_from_a_checkpoint(tmp_path, proximal):
+    stream = permuted(data.digits(), 3, seed=0)
+
+    def attempt(checkpoint):
+        model = MultiHead(mlp((64, 64, 10), seed=0)).to("cuda")
+        method = EWC(model, strength=30.0)
+        return learn(
+            stream,
+            model,
+            method,
+            steps=200,
+            proximal=proximal,
+            checkpoint=checkpoint,
+            progress=False,
+        )
+
+    first = attempt(tmp_path / "stream.pt")
+    assert average_accuracy(first.accuracies) > 0.5  # the proximal step holds on tightly
+    again = attempt(tmp_path / "stream.pt")
+    assert torch.equal(again.accuracies.nan_to_num(-1), first.accuracies.nan_to_num(-1))
