@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
@@ -72,6 +72,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
             torch.inference_mode(False),
             torch.enable_grad(),
             evaluating(model),
+            _differentiable(model),
         ):
             yield
     finally:
@@ -85,6 +86,13 @@ def untouched(model: nn.Module) -> Iterator[None]:
             if buffer._version != version or _changed_unseen(buffer, value):
                 with torch.no_grad():
                     buffer.copy_(value)
+
+
+def _differentiable(model: nn.Module) -> AbstractContextManager[None]:
+    """Let recurrent layers go backwards in eval mode, which those of cuDNN refuse."""
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        return torch.backends.cudnn.flags(enabled=False)
+    return nullcontext()
 
 
 def _changed_unseen(buffer: Tensor, value: Tensor) -> bool:
