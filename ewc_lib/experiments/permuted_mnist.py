@@ -2,8 +2,10 @@
 
 ``small`` is a budget for two cores. The other presets follow publications: van de Ven and Tolias
 (2019, domain-incremental), Kirkpatrick et al. (2017, figure 2B; the learning rate and the
-strength of EWC are not given there, so these are ours), and Zenke et al. (2017). In our convention
-SI has twice their factor.
+strength of EWC are not given there, so these are ours), and Zenke et al. (2017). Where a method has
+two strengths in ``small`` or ``three-scenarios``, the last one was found by trying (``small``) or is
+that of the authors' code (``three-scenarios``; their online EWC also decays by 0.9, ours does not).
+In our convention SI has twice their factor.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from ewc_lib.experiments.store import Run
 
 __all__ = ["PERMUTED_MNIST"]
 
-_METHODS = {"none": [None], "EWC": [30.0], "online EWC": [30.0], "SI": [0.2], "joint": [None]}
+_METHODS = {"none": [None], "EWC": [30.0], "online EWC": [30.0], "SI": [0.2, 2.0], "joint": [None]}
 
 _SMALL = {"hidden": [400, 400], "rate": 1e-3, "steps": 2000, "batch": 128}
 
@@ -38,9 +40,9 @@ PROTOCOLS: dict[str, Protocol] = {
         "n_samples": 1000,
         "methods": {
             "none": [None],
-            "EWC": [100.0],
-            "online EWC": [100.0],
-            "SI": [0.2],
+            "EWC": [100.0, 500.0],
+            "online EWC": [100.0, 1000.0],
+            "SI": [0.2, 10.0],
             "joint": [None],
         },
     },
