@@ -2,10 +2,9 @@
 
 ``small`` is a budget for two cores. The other presets follow publications: van de Ven and Tolias
 (2019, domain-incremental), Kirkpatrick et al. (2017, figure 2B; the learning rate and the
-strength of EWC are not given there, so these are ours), and Zenke et al. (2017). Where a method has
-two strengths in ``small`` or ``three-scenarios``, the last one was found by trying (``small``) or is
-that of the authors' code (``three-scenarios``; their online EWC also decays by 0.9, ours does not).
-In our convention SI has twice their factor.
+strength of EWC are not given there, so these are ours), and Zenke et al. (2017). In our convention
+SI has twice their factor. A second strength was found by trying in ``small``; in
+``three-scenarios`` it is that of the authors' code, whose online EWC decays by 0.9 beside.
 """
 
 from __future__ import annotations
