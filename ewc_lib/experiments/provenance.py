@@ -59,7 +59,8 @@ def provenance(
         "source": _source_hash(),
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("ewc_lib", "numpy", "torch", *packages)},
+            **{name: _version(name) for name in ("ewc_lib", "numpy", *packages)},
+            "torch": torch.__version__,  # with its build, which the package's metadata may omit
         },
         "seeds": list(seeds),
         "hardware": {

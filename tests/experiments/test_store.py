@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from ewc_lib.experiments import store
 from ewc_lib.experiments.store import load, run_all
@@ -82,6 +83,12 @@ def test_results_of_another_version_of_torch_are_not_mixed(start, path):
     path.write_text(path.read_text().replace('"torch": "2', '"torch": "1'))
     with pytest.raises(ValueError, match="another version of PyTorch"):
         start()
+
+
+def test_a_build_of_torch_that_its_metadata_does_not_name_goes_on(start, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", f"{torch.__version__}.cu999")
+    start(runs=RUNS[:1])
+    assert len(start()["runs"]) == 4
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"runs": []}', "\x00"])
