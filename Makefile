@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SITE := _build/html
+PAPER := _build/latex
 
 # The networks here are small: threads that wait for each other cost more than they give.
 export OMP_NUM_THREADS ?= 1
@@ -33,6 +34,13 @@ book: $(INSTALLED) ## Execute the chapters and build the book; any warning is an
 	$(BIN)/jupyter-book build . -W --all --keep-going
 	$(BIN)/pytest --quiet tests/book/test_pages.py
 	@echo "The book: $(CURDIR)/$(SITE)/index.html"
+
+.PHONY: pdf
+pdf: $(INSTALLED) ## Build the book as a PDF; needs XeLaTeX (see CONTRIBUTING)
+	$(BIN)/jupyter-book build . --builder latex -W --keep-going
+	cd $(PAPER) && max_print_line=1000 latexmk -xelatex -quiet -halt-on-error ewc_lib.tex
+	! grep -aE '(eference|Citation) .* undefined|Missing character' $(PAPER)/ewc_lib.log
+	@echo "The book on paper: $(CURDIR)/$(PAPER)/ewc_lib.pdf"
 
 .PHONY: test
 test: lint ## Check the code, run all tests with coverage, then every notebook
