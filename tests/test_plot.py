@@ -1,7 +1,5 @@
-import re
 import subprocess
 import sys
-from xml.etree import ElementTree
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -17,14 +15,6 @@ def restore_style():
     with mpl.rc_context():
         yield
     plt.close("all")
-
-
-def curves(n):
-    figures = {}
-    for k in range(n):
-        figures[f"value <{k}>"], axes = plt.subplots()
-        axes.plot([0, 1], [0, k])
-    return figures
 
 
 def test_importing_changes_no_setting():
@@ -67,58 +57,6 @@ def test_the_ellipse_holds_the_given_share_of_a_gaussian(probability):
     noise = torch.randn(20_000, 2, generator=generator, dtype=torch.float64)
     points = centre + noise @ torch.linalg.cholesky(covariance).mT
     assert outline.contains_points(points).mean() == pytest.approx(probability, abs=0.01)
-
-
-def test_slider_shows_one_frame_and_names_all_values():
-    background, _ = plt.subplots()
-    markup = plot.slider(
-        curves(3), name="n", alt="A line.", caption="Lines & more.", background=background, start=1
-    )._repr_html_()
-    frames = re.findall(r'<div class="frame"( hidden)?>', markup)
-    assert frames == [" hidden", "", " hidden"]
-    assert 'type="range" min="0" max="2" step="1" value="1"' in markup
-    assert "value &lt;0&gt;\nvalue &lt;1&gt;\nvalue &lt;2&gt;" in markup
-    assert "<output>value &lt;1&gt;</output>" in markup
-    assert 'role="img" aria-label="A line."' in markup
-    assert "<figcaption>Lines &amp; more.</figcaption>" in markup
-
-
-def test_slider_images_are_whole_svg_without_outside_references():
-    markup = plot.slider(curves(2), name="n", alt="A line.", caption="")._repr_html_()
-    images = re.findall(r"<svg.*?</svg>", markup, flags=re.DOTALL)
-    assert len(images) == 2
-    for image in images:
-        ElementTree.fromstring(image)
-        assert "width=" not in image.split(">")[0]
-    links = re.findall(r'(?:href|src)="([^"]*)"', markup)
-    assert all(link.startswith("#") for link in links)
-
-
-def test_frames_of_one_page_share_no_element_id():
-    both = [plot.slider(curves(2), name=n, alt="A.", caption="")._repr_html_() for n in "ab"]
-    ids = [
-        set(re.findall(r' id="((?!figure|axes|patch|line|text|matplotlib|xtick|ytick)[^"]+)"', m))
-        for m in both
-    ]
-    assert not ids[0] & ids[1]
-
-
-def test_slider_follows_the_text_colour_of_the_page():
-    plot.use_style()
-    markup = plot.slider(curves(1), name="n", alt="A line.", caption="")._repr_html_()
-    assert plot.GREY not in markup
-    assert "currentColor" in markup
-
-
-def test_slider_closes_its_figures():
-    plot.slider(curves(2), name="n", alt="A line.", caption="")
-    assert not plt.get_fignums()
-
-
-@pytest.mark.parametrize(("n", "start"), [(0, 0), (2, 2), (2, -1)])
-def test_slider_refuses_a_start_that_is_no_frame(n, start):
-    with pytest.raises(ValueError, match="frames"):
-        plot.slider(curves(n), name="n", alt="A line.", caption="", start=start)
 
 
 def test_save_writes_only_where_the_build_asks_for_it(tmp_path, monkeypatch):
