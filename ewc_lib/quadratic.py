@@ -60,6 +60,7 @@ class QuadraticPenalty:
         self._offset = torch.zeros(())
         self._n_tasks = 0
         self._kept_shares: tuple[Fisher | None, dict[str, float], Vector] = None, {}, {}
+        self._kept_scaled: tuple[Fisher, float, Fisher] | None = None
         self._parameters()
 
     @property
@@ -178,7 +179,7 @@ class QuadraticPenalty:
                 f"the optimizer has the learning rates {sorted(distinct)}; a proximal step with "
                 f"a precision that is not diagonal needs a single one"
             )
-        scaled = (distinct.pop() * self.strength) * self._precision
+        scaled = self._scaled(distinct.pop() * self.strength)
         left = scaled.solve(self._displacement(parameters), damping=1.0)
         for name, parameter in parameters.items():
             parameter.copy_(self._anchor[name] + left[name])
@@ -263,6 +264,14 @@ class QuadraticPenalty:
             shares = {n: pull.reciprocal_().add_(1).reciprocal_() for n, pull in pulls.items()}
             self._kept_shares = self._precision, scales, shares
         return shares
+
+    def _scaled(self, factor: float) -> Fisher:
+        """Return the precision times a number; it stays the same, with its eigenvectors."""
+        assert self._precision is not None
+        kept = self._kept_scaled
+        if kept is None or kept[0] is not self._precision or kept[1] != factor:
+            kept = self._kept_scaled = self._precision, factor, factor * self._precision
+        return kept[2]
 
     def _check(self, parameters: dict[str, nn.Parameter]) -> None:
         """Move to the device of the parameters; raise a ValueError if they are others."""

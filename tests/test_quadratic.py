@@ -385,3 +385,40 @@ def test_parameters_in_half_precision_move_as_in_double_up_to_rounding(dtype, st
     assert {p.dtype for p in model.parameters()} == {dtype}
     torch.testing.assert_close(parameters(model).double(), expected, rtol=0, atol=2 * rounding)
     assert math.isfinite(penalty.penalty().item())
+
+
+def test_a_matrix_is_decomposed_once_however_many_steps_are_made(monkeypatch):
+    model, penalty, _ = held(lambda model: dense(model, singular()), strength=3.0)
+    decompose, calls = torch.linalg.eigh, []
+
+    def counted(matrix):
+        calls.append(matrix)
+        return decompose(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", counted)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(5):
+        penalty.proximal_step_(optimizer)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("change", ["strength", "rate", "precision"])
+def test_a_proximal_step_follows_what_has_changed_since_the_last(change):
+    model, penalty, anchor = held(lambda model: dense(model, singular()), strength=3.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    penalty.proximal_step_(optimizer)
+    matrix = singular()
+    if change == "strength":
+        penalty.strength = 30.0
+    elif change == "rate":
+        optimizer.param_groups[0]["lr"] = 1.0
+    else:
+        matrix, anchor = torch.diag(spread()), parameters(model)
+        penalty._replace(dense(model, matrix))
+        with torch.no_grad():
+            model.a += 1.0
+    before = parameters(model)
+    penalty.proximal_step_(optimizer)
+    scaled = optimizer.param_groups[0]["lr"] * penalty.strength * matrix
+    expected = anchor + torch.linalg.solve(torch.eye(5, dtype=DOUBLE) + scaled, before - anchor)
+    assert torch.allclose(parameters(model), expected, **TIGHT)

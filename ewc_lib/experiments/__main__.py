@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ewc_lib.experiments import report
+from ewc_lib.experiments import beyond_diagonal, report
 from ewc_lib.experiments.cost_report import RESULT, table
 from ewc_lib.experiments.fisher_cost import fisher_cost, profile
 from ewc_lib.experiments.fisher_variants import FISHER_VARIANTS
@@ -165,6 +165,28 @@ def overhead_command(
     """
     for row in overheads(overhead(out / "overhead.json", rounds=rounds)):
         typer.echo(f"{row.form:10} {row.tasks:3} tasks  {row.share:+.1%} of a plain step")
+
+
+@app.command("beyond-diagonal")
+def beyond_diagonal_command(
+    seeds: Annotated[int, typer.Option(min=2, help="Seeds of each row.")] = 10,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="The folder of results.", show_default="book")
+    ] = RESULTS,
+    workers: Annotated[int, typer.Option(min=1, help="Processes of one thread.")] = 1,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the file holds.")] = False,
+) -> None:
+    """Two tasks of digits with every structure of the Fisher information, over many strengths.
+
+    Takes about half an hour on one core. Each run is saved when it is done; the same command goes
+    on where it was.
+    """
+    path = out / "beyond_diagonal.json"
+    try:
+        result = beyond_diagonal.comparison(path, seeds=seeds, workers=workers, fresh=fresh)
+    except ValueError as problem:
+        raise typer.BadParameter(str(problem)) from problem
+    typer.echo(beyond_diagonal.table(result))
 
 
 RESUMED = (

@@ -19,7 +19,17 @@ from matplotlib.axes import Axes
 
 from ewc_lib.experiments.store import Run, run_all
 
-__all__ = ["Point", "best", "decades", "draw", "left_out", "plateau", "points", "sweep"]
+__all__ = [
+    "Point",
+    "best",
+    "decades",
+    "draw",
+    "held_out",
+    "left_out",
+    "plateau",
+    "points",
+    "sweep",
+]
 
 
 class Point(NamedTuple):
@@ -168,8 +178,8 @@ def best(found: Iterable[Point]) -> Point:
     return max(sound, key=lambda point: point.mean)
 
 
-def left_out(runs: Iterable[Mapping[str, Any]], value: str) -> float:
-    """Return the mean over seeds of the result at the strength that the *other* seeds choose.
+def held_out(runs: Iterable[Mapping[str, Any]], value: str) -> list[Mapping[str, Any]]:
+    """Return the run of each seed at the strength that the *other* seeds choose, in order of seeds.
 
     The best strength of a set of seeds flatters them, because it is partly luck. This does not.
 
@@ -187,22 +197,49 @@ def left_out(runs: Iterable[Mapping[str, Any]], value: str) -> float:
     --------
     >>> results = [(1.0, 0, 0.9), (1.0, 1, 0.5), (10.0, 0, 0.6), (10.0, 1, 0.7)]
     >>> runs = [{"strength": s, "seed": seed, "accuracy": a} for s, seed, a in results]
-    >>> round(left_out(runs, "accuracy"), 2)  # seed 1 would choose 10, and seed 0 would choose 1
-    0.55
+    >>> [run["strength"] for run in held_out(runs, "accuracy")]  # seed 1 would choose 10
+    [10.0, 1.0]
     """
-    results: dict[float, dict[int, float]] = {}
+    found: dict[float, dict[int, Mapping[str, Any]]] = {}
     for run in runs:
-        results.setdefault(run["strength"], {})[run["seed"]] = run[value]
-    seeds = set().union(*results.values())
-    full = [r for r in results.values() if r.keys() == seeds and None not in r.values()]
+        found.setdefault(run["strength"], {})[run["seed"]] = run
+    seeds = set().union(*found.values())
+    full = [
+        by
+        for by in found.values()
+        if by.keys() == seeds and all(run[value] is not None for run in by.values())
+    ]
     if len(seeds) < 2 or not full:
         raise ValueError("at least two seeds and one strength that all of them have are needed")
 
-    def chosen_without(seed: int) -> float:
-        others = [statistics.mean(v for s, v in by.items() if s != seed) for by in full]
+    def chosen_without(seed: int) -> Mapping[str, Any]:
+        others = [statistics.mean(run[value] for s, run in by.items() if s != seed) for by in full]
         return full[others.index(max(others))][seed]
 
-    return statistics.mean(map(chosen_without, sorted(seeds)))
+    return [chosen_without(seed) for seed in sorted(seeds)]
+
+
+def left_out(runs: Iterable[Mapping[str, Any]], value: str) -> float:
+    """Return the mean over seeds of the result at the strength that the *other* seeds choose.
+
+    Parameters
+    ----------
+    runs, value
+        As for :func:`held_out`.
+
+    Raises
+    ------
+    ValueError
+        As :func:`held_out`.
+
+    Examples
+    --------
+    >>> results = [(1.0, 0, 0.9), (1.0, 1, 0.5), (10.0, 0, 0.6), (10.0, 1, 0.7)]
+    >>> runs = [{"strength": s, "seed": seed, "accuracy": a} for s, seed, a in results]
+    >>> round(left_out(runs, "accuracy"), 2)  # seed 1 would choose 10, and seed 0 would choose 1
+    0.55
+    """
+    return float(statistics.mean(run[value] for run in held_out(runs, value)))
 
 
 def plateau(found: Sequence[Point], tolerance: float = 0.01) -> tuple[float, float]:

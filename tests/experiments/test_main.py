@@ -144,3 +144,30 @@ def test_options_reach_the_experiment(monkeypatch):
     assert found["root"] == "copy"
     assert (found["seeds"], found["workers"], found["fresh"]) == (3, 2, True)
     assert str(found["out"]) == "here"
+
+
+def test_beyond_the_diagonal_writes_its_file_and_prints_a_line_for_each_row(monkeypatch, tmp_path):
+    seen = []
+
+    def record(path, **options):
+        seen.append((path, options))
+        one = {"optimizer": "SGD", "method": "dense", "strengths": [1.0], "accuracy_a": [0.5]}
+        one |= {key: [0.5] for key in ("accuracy_b", "expected", "parabola", "divergence")}
+        return {"runs": [{**one, "seed": seed} for seed in range(2)]}
+
+    monkeypatch.setattr(module.beyond_diagonal, "comparison", record)
+    result = run("beyond-diagonal", "--seeds", "2", "--out", str(tmp_path), "--workers", "3")
+    assert result.exit_code == 0
+    assert result.output.split() == ["SGD", "dense", "50.00", "±", "0.00"]
+    options = {"seeds": 2, "workers": 3, "fresh": False}
+    assert seen == [(tmp_path / "beyond_diagonal.json", options)]
+
+
+def test_beyond_the_diagonal_refuses_results_of_another_protocol(monkeypatch):
+    def refuse(*arguments, **options):
+        raise ValueError("results of another protocol")
+
+    monkeypatch.setattr(module.beyond_diagonal, "comparison", refuse)
+    result = run("beyond-diagonal")
+    assert result.exit_code == 2
+    assert "another protocol" in result.stderr

@@ -8,6 +8,7 @@ from ewc_lib.experiments.strengths import (
     best,
     decades,
     draw,
+    held_out,
     left_out,
     plateau,
     points,
@@ -117,6 +118,13 @@ def test_a_seed_that_is_left_out_does_not_choose_its_own_strength():
     assert left_out(lucky, "accuracy") == pytest.approx((0.6 + 0.5 + 0.5) / 3)
     clear = on_a_grid({1.0: [0.5, 0.5], 10.0: [0.7, 0.9]})
     assert left_out(clear, "accuracy") == pytest.approx(0.8)
+
+
+def test_each_seed_is_held_out_once_in_order_with_its_own_run():
+    runs = on_a_grid({1.0: [0.9, 0.5, 0.5], 10.0: [0.6, 0.6, 0.6]})
+    found = held_out(reversed(runs), "accuracy")
+    assert [(run["seed"], run["strength"]) for run in found] == [(0, 10.0), (1, 1.0), (2, 1.0)]
+    assert [run["accuracy"] for run in found] == [0.6, 0.5, 0.5]
 
 
 def test_only_strengths_that_all_seeds_have_can_be_chosen_without_one():
