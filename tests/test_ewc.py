@@ -83,6 +83,7 @@ def consolidated(n_tasks=1, structure="diagonal", strength=3.0, **options):
 # The penalty
 
 
+@pytest.mark.claim("def-ewc", "eq-ewc-loss")
 def test_the_penalty_is_half_the_strength_times_the_weighted_squared_distance():
     model = nn.Linear(2, 1, bias=False).double()
     ewc = EWC(model, strength=4.0, likelihood=Gaussian(sigma=0.5))
@@ -172,6 +173,7 @@ def test_separate_penalties_merge_into_one_exactly(structure):
     strength=st.floats(0.1, 1e3),
 )
 @PROPERTY
+@pytest.mark.claim("thm-merge", "eq-ewc-merge")
 def test_merging_is_exact_for_any_tasks(structure, tasks, strength):
     model = nn.Linear(3, 3).double()
     ewc = EWC(model, strength, structure=structure)
@@ -251,6 +253,18 @@ def test_adding_the_gradient_equals_the_penalty_in_the_loss(structure, existing)
         torch.testing.assert_close(p.grad, q.grad, **TIGHT)
         assert not p.grad.requires_grad
         assert p.grad is before or before is None
+
+
+@pytest.mark.claim("eq-gradient-step")
+@each_structure
+def test_a_step_on_the_penalty_alone_is_linear_in_the_distance_from_the_anchor(structure):
+    model, ewc, _ = consolidated(1, structure)
+    anchor, A = flat(ewc.anchor), ewc.precision.to_dense()
+    distance = flat(copies(model)) - anchor
+    ewc.add_gradient_()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    expected = distance - 0.1 * 3.0 * A @ distance
+    torch.testing.assert_close(flat(copies(model)) - anchor, expected, **TIGHT)
 
 
 def test_adding_the_gradient_leaves_other_parameters_alone():
@@ -680,6 +694,7 @@ def test_the_bayesian_strength_is_the_ratio_of_the_sizes():
     assert ewc.bayesian_strength(6, n_a=60) == 10.0
 
 
+@pytest.mark.claim("thm-ewc-bayes", "eq-bayesian-strength")
 def test_the_bayesian_penalty_is_the_prior_in_the_mean_loss():
     n_a, n_b = 12, 30
     model = network()

@@ -79,6 +79,7 @@ REALS = 2.5 * random_normal(40) + 7
 
 @given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=12), st.floats(0.05, 0.95))
 @PROPERTY
+@pytest.mark.claim("eq-likelihood")
 def test_the_likelihood_is_the_product_over_observations(flips, p):
     heads = int(sum(flips))
     expected = p**heads * (1 - p) ** (len(flips) - heads)
@@ -96,6 +97,7 @@ def test_the_likelihood_is_the_product_over_observations(flips, p):
         (logistic, tensor([0.1, 0.5, -1.0]), (random_normal(7, 2), FLIPS)),
     ],
 )
+@pytest.mark.claim("eq-log-likelihood")
 def test_the_log_likelihood_is_its_logarithm_and_the_sum_of_terms(log_prob, theta, data):
     total = log_likelihood(log_prob, theta, data)
     torch.testing.assert_close(total, likelihood(log_prob, theta, data).log(), **TIGHT)
@@ -316,6 +318,7 @@ def closed_forms():
 
 
 @pytest.mark.parametrize("name", closed_forms())
+@pytest.mark.claim("thm-standard-errors")
 def test_the_maximum_and_its_standard_errors_match_the_closed_form(name):
     log_prob, start, data, estimate, errors = closed_forms()[name]
     fit = maximum_likelihood(log_prob, start, data)

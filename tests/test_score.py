@@ -63,6 +63,7 @@ def autograd(function, theta):
 
 
 @pytest.mark.parametrize("name", cases())
+@pytest.mark.claim("eq-score-observation")
 def test_each_row_is_the_gradient_of_one_observation(name):
     log_prob, theta, data = cases()[name]
     expected = [autograd(lambda t, n=n: log_prob(t, pick(data, n)), theta) for n in range(8)]
@@ -70,6 +71,7 @@ def test_each_row_is_the_gradient_of_one_observation(name):
 
 
 @pytest.mark.parametrize("name", cases())
+@pytest.mark.claim("eq-score")
 def test_the_score_is_the_sum_of_rows_and_the_gradient_of_the_log_likelihood(name):
     log_prob, theta, data = cases()[name]
     found = score(log_prob, theta, data)

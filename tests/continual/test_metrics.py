@@ -49,6 +49,7 @@ R = torch.tensor([[0.9, 0.2, math.nan], [0.7, 0.8, 0.3], [0.8, 0.5, 1.0]], dtype
 INITIAL = torch.tensor([0.1, 0.15, 0.2], dtype=torch.float64)
 
 
+@pytest.mark.claim("def-accuracy-matrix")
 def test_metrics_are_what_their_formulas_say():
     assert average_accuracy(R) == pytest.approx((0.8 + 0.5 + 1.0) / 3)
     assert backward_transfer(R) == pytest.approx(((0.8 - 0.9) + (0.5 - 0.8)) / 2)

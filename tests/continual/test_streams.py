@@ -51,6 +51,7 @@ def test_the_seed_chooses_the_permutation_and_the_global_state_is_not_used():
 # Streams
 
 
+@pytest.mark.claim("def-scenarios")
 def test_split_tasks_share_the_classes_out_and_number_them_by_scenario(digits):
     for scenario, outputs, labels in (
         ("task", [range(2 * t, 2 * t + 2) for t in range(5)], [[0, 1]] * 5),

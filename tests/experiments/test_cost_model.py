@@ -182,6 +182,18 @@ def test_without_memory_and_links_a_forecast_is_the_count(columns):
     assert found.seconds == pytest.approx(flops / (H100.utilisation * H100.peak))
 
 
+@pytest.mark.claim("eq-forecast")
+def test_a_forecast_is_the_sum_of_passes_products_memory_and_link():
+    shape, machine = SHAPES["GPT-2"], H100
+    work, speed = shape.work, machine.utilisation
+    each = 2 * (work.forward + 3 * work.backward) / (speed * machine.peak)
+    each += 2 * (3 * work.shared + work.single) / (speed * machine.peak_of_squares)
+    each += 16 * 3 * work.squares / machine.bandwidth
+    expected = 100 / 4 * each + 3 / 4 * 8 * shape.parameters / machine.link
+    found = forecast(shape, machine, observations=100, ranks=4, columns=3)
+    assert found.seconds == pytest.approx(expected)
+
+
 def test_products_in_float32_and_their_squares_cost_extra():
     shape = SHAPES["GPT-2"]
     ideal = forecast(shape, IDEAL, observations=100, columns=3).seconds

@@ -52,6 +52,7 @@ def test_the_table_of_scores_holds_the_fisher_information(n_classes):
 
 
 @pytest.mark.parametrize("n_classes", [2, 3, 5])
+@pytest.mark.claim("eq-sketch-variance")
 def test_the_sketch_variance_is_that_over_all_signs(n_classes):
     model, x = classifier(n_classes, sharpness=3.0)
     p, g = label_scores(model, x)
@@ -81,6 +82,7 @@ def test_the_sampling_variance_is_that_over_all_labels():
 
 
 @pytest.mark.parametrize("n_classes", [2, 3, 5])
+@pytest.mark.claim("thm-sampling", "eq-sampling-variance")
 def test_the_sampling_variance_stays_above_its_bound_and_reaches_it_with_two_labels(n_classes):
     p, g = label_scores(*classifier(n_classes, sharpness=30.0))
     fisher = torch.einsum("nc,ncp->np", p, g**2)
@@ -113,6 +115,15 @@ def test_quality_of_a_constant_factor_is_bias_alone():
     assert found.error == pytest.approx(0.75)
     assert found.trace == pytest.approx(0.25)
     assert found.rank == pytest.approx(1)
+
+
+@pytest.mark.claim("def-relative-error", "eq-relative-error")
+def test_bias_and_standard_error_are_lengths_over_that_of_the_exact_diagonal():
+    draws = torch.tensor([[3.0, 4.0], [5.0, 4.0], [4.0, 4.0]])  # of mean 4, 4 and variance 1, 0
+    found = quality(draws, exact=torch.tensor([3.0, 4.0]))
+    assert found.bias == pytest.approx(math.sqrt(1 - 1 / 3) / 5)  # less what three draws add to it
+    assert found.standard_error == pytest.approx(1 / 5)
+    assert found.error**2 == pytest.approx(found.bias**2 + found.standard_error**2)
 
 
 def test_rank_agreement_is_spearmans_and_ignores_entries_without_information():

@@ -231,6 +231,7 @@ def failed(challenge, found):
     return {name for name in ("weight", "bias") if not challenge.passes_rule(name, found.get(name))}
 
 
+@pytest.mark.claim("eq-certificate")
 def test_the_answer_is_the_weighted_gradient():
     x = inputs()
     parameters, output = network_and_output(x)
@@ -243,6 +244,7 @@ def test_the_answer_is_the_weighted_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.claim("prop-certificate")
 def test_honest_rules_pass_and_small_lies_fail_in_every_precision(dtype):
     x = inputs(n=50, dtype=dtype)
     parameters, output = network_and_output(x)

@@ -141,6 +141,7 @@ def test_the_expected_hessian_of_a_deep_network_has_a_second_term_that_vanishes(
     torch.testing.assert_close(one, two, **TIGHT)
 
 
+@pytest.mark.claim("eq-fisher-covariance-sample", "eq-fisher-hessian-sample")
 def test_they_differ_with_observed_data_from_another_model():
     one, two = (f(coin_by_logit, tensor(0.2).logit(), tensor([1, 1, 1, 0])) for f in DEFINITIONS)
     torch.testing.assert_close(one, tensor([[0.75 * 0.8**2 + 0.25 * 0.2**2]]), **TIGHT)
