@@ -1,0 +1,97 @@
+"""A decimal or a per cent value in the prose of a chapter comes from a cell, and is not typed.
+
+Formulas, code, headings, roles and the statements of exercises may hold numbers. So may the phrases
+below: values that a text chooses, and not results that could go stale.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+from prose import blank, blank_math, page_name, pages, parts
+
+CHOSEN = "chosen for an example, and typed into its cell alike"
+GIVEN = "given by the statement of the exercise"
+QUOTED = "quoted from the publication cited beside it"
+ALLOWED = {
+    "foundations/fisher": {
+        "fair coin at 0.5": "the definition of a fair coin",
+        "excludes 0.5 if": GIVEN,
+    },
+    "foundations/likelihood": {
+        "rule out 0.90. Could they rule out 0.60": CHOSEN,
+        "accuracy of 0.95 makes": CHOSEN,
+        "as 0.90 does": CHOSEN,
+        "as 0.60 does: 0.60 is out": CHOSEN,
+        "true accuracy is 0.9": CHOSEN,
+        "against 0.5, and have almost nothing to say about 0.8": GIVEN,
+    },
+    "foundations/score": {
+        "A step of 0.01": CHOSEN,
+        "true probability 0.9": CHOSEN,
+    },
+    "practice/benchmarks": {
+        "reports 83 % for EWC": QUOTED,
+        "writes 94 % from the paper": QUOTED,
+        "95 % confidence interval": "a level of confidence",
+        "more than 90 % on average": QUOTED,
+        "published 90 %": QUOTED,
+        "66.9 lies in it": GIVEN,
+    },
+    "practice/stability": {
+        "learning rate 0.1": CHOSEN,
+        "strengths from 0.1 to": CHOSEN,
+        "decade from 0.1 to": CHOSEN,
+        "95 % confidence intervals": "a level of confidence",
+    },
+    "practice/which_fisher": {
+        "99 % sure of an image keeps 99 % of its information": CHOSEN,
+    },
+}
+
+NUMBER = re.compile(r"(?<![\w.])\d[\d,]*\.\d+|\d[\d,.]*\s*(?:%|per\s?cent\b)")
+CODE = r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)"
+
+
+def phrase(words: str) -> re.Pattern[str]:
+    """Return a pattern for words that may stand on two lines."""
+    return re.compile(r"\s+".join(map(re.escape, words.split())))
+
+
+def typed(page: Path) -> list[str]:
+    """Return the typed numbers of a page, with their lines."""
+    allowed = [phrase(words).pattern for words in ALLOWED.get(page_name(page), {})]
+    found = []
+    for part in parts(page.read_text("utf-8")):
+        if part.kind == "text" and "exercise" not in part.inside:
+            text = blank(blank_math(blank(part.text, *allowed, CODE)), r"\]\([^)]*\)")
+            for match in NUMBER.finditer(text):
+                found.append(
+                    f"line {part.line + text.count(chr(10), 0, match.start())}: {match[0]}"
+                )
+    return found
+
+
+@pytest.fixture(params=pages(), ids=page_name)
+def page(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+def test_numbers_in_the_prose_are_glued(page: Path) -> None:
+    assert typed(page) == [], "take it from a cell by glue, or allow the phrase with a reason"
+
+
+def test_every_allowed_phrase_still_stands_in_its_chapter(page: Path) -> None:
+    text = page.read_text("utf-8")
+    allowed = ALLOWED.get(page_name(page), {})
+    assert [words for words in allowed if not phrase(words).search(text)] == []
+
+
+@pytest.mark.parametrize("text", ["it is 3.14", "by 40 %", "97.2 per cent", "1,000.5 times", "0.5"])
+def test_typed_numbers_are_found(text: str) -> None:
+    assert NUMBER.search(text)
+
+
+@pytest.mark.parametrize("text", ["100 tosses", "10,000 of them", "version v2.6", "in 2012."])
+def test_other_numbers_are_not(text: str) -> None:
+    assert not NUMBER.search(text)
