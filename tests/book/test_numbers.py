@@ -31,7 +31,7 @@ ALLOWED = {
         "true probability 0.9": CHOSEN,
     },
     "practice/benchmarks": {
-        "reports 83 % for EWC": QUOTED,
+        "reports 83 % for": QUOTED,
         "writes 94 % from the paper": QUOTED,
         "95 % confidence interval": "a level of confidence",
         "more than 90 % on average": QUOTED,
