@@ -66,7 +66,7 @@ def checks_in_cells(page: Path) -> Iterator[Check]:
         heading = part.text if part.kind == "heading" else heading
         if part.name == "code-cell":
             for number, labels in _comments(part):
-                sound = _has_assertion(_code(part), after=number)
+                sound = _has_assertion(code_of(part), after=number)
                 yield from (Check(label, page_name(page), heading, sound) for label in labels)
 
 
@@ -119,7 +119,7 @@ def _comments(cell: Part) -> Iterator[tuple[int, list[str]]]:
             yield number, [label.strip() for label in match["labels"].split(",")]
 
 
-def _code(cell: Part) -> str:
+def code_of(cell: Part) -> str:
     """Return the code of a cell without its options, on the lines where it was."""
     lines, start = cell.text.splitlines(), 0
     if lines[:1] == ["---"]:
