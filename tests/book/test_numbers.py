@@ -15,6 +15,7 @@ GIVEN = "given by the statement of the exercise"
 QUOTED = "quoted from the publication cited beside it"
 ALLOWED = {
     "foundations/fisher": {
+        "hold 95 % of them": "a level of confidence",
         "fair coin at 0.5": "the definition of a fair coin",
         "excludes 0.5 if": GIVEN,
     },
