@@ -18,7 +18,7 @@ OTHERWISE: dict[str, tuple[str, ...]] = {
     "": ("single precision", "double precision", "weight decay"),
     "foundations/fisher": ("heads", "the key bias of", "output biases"),
     "foundations/score": ("heads", "one column for each parameter", "at *one* fixed point"),
-    "practice/at_scale": ("Biases and norms", "precision"),
+    "practice/at_scale": ("Biases", "bias", "precision"),
     "practice/benchmarks": ("the row and the column", "bias"),
     "practice/stability": ("heads", "a head in each"),
 }
