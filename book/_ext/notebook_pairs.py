@@ -10,8 +10,15 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+import yaml
+from readable import readable
 
 BOOK = Path(__file__).parents[1]
+
+NOTE = """*A chapter of the book "Fisher Information and Elastic Weight Consolidation". It needs
+`ewc_lib`; where that is missing, as on Colab, begin with `%pip install git+` and the address of the
+repository. Names in ⟨angle brackets⟩ stand for numbers that the cells compute.*"""
+"""What a notebook says first."""
 
 
 def chapters() -> list[Path]:
@@ -20,11 +27,22 @@ def chapters() -> list[Path]:
     return [page for page in pages if "\nkernelspec:\n" in page.read_text(encoding="utf-8")]
 
 
+def opening() -> str:
+    """Return the note that a notebook begins with, and the macros of the formulas."""
+    settings = yaml.safe_load((BOOK.parent / "_config.yml").read_text(encoding="utf-8"))
+    macros = settings["sphinx"]["config"]["latex_elements"]["preamble"].strip()
+    return f"{NOTE}\n\n$${macros}$$"
+
+
 def notebook_text(chapter: Path) -> str:
     """Return the text of the notebook that belongs beside ``chapter``."""
     notebook = jupytext.read(chapter)
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"]}
     notebook.nbformat_minor = 5
+    notebook.cells.insert(0, nbformat.v4.new_markdown_cell(opening()))
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = readable(cell.source)
     seen: Counter[str] = Counter()
     for cell in notebook.cells:
         name = sha256(cell.source.encode()).hexdigest()[:12]

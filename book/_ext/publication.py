@@ -1,21 +1,27 @@
 """What a page offers its reader: the executed notebook, and the way to the repository if known.
 
-The address of the repository is taken from the environment of a GitHub workflow. Elsewhere it is
-not known, and the pages show no button that leads nowhere.
+The address of the repository is taken from the environment of a GitHub workflow, or from the place
+that git cloned from. Elsewhere it is not known, and the pages show no button that leads nowhere.
 """
 
+import json
 import os
-import shutil
+import re
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import nbformat
 from docutils import nodes
+from notebook_pairs import opening
+from readable import readable
 from sphinx.application import Sphinx
 from sphinx.config import Config
 
 
 def _add_address(app: Sphinx, config: Config) -> None:
-    repository = os.environ.get("GITHUB_REPOSITORY")
+    repository = os.environ.get("GITHUB_REPOSITORY") or _remote(Path(app.srcdir))
     if not repository:
         return
     owner, name = repository.split("/")
@@ -25,23 +31,63 @@ def _add_address(app: Sphinx, config: Config) -> None:
         "repository_branch": os.environ.get("GITHUB_REF_NAME", "main"),
         "use_repository_button": True,
         "use_issues_button": True,
+        "launch_buttons": {
+            "binderhub_url": "https://mybinder.org",
+            "colab_url": "https://colab.research.google.com",
+        },
     }
+
+
+def _remote(folder: Path) -> str | None:
+    """Return the owner and name of the repository on GitHub that a folder was cloned from."""
+    command = ["git", "-C", str(folder), "remote", "get-url", "origin"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    match = re.search(r"github\.com[:/]([\w.-]+/[\w.-]+?)(?:\.git)?$", found)
+    return match[1] if match else None
 
 
 def _offer_notebook(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
 ) -> None:
-    """Put the executed notebook of a chapter beside its source, for the download button."""
-    executed = Path(app.outdir).parent / "jupyter_execute" / f"{page}.ipynb"
-    if doctree is None or not executed.exists():
+    """Give the page of a chapter a button that downloads its notebook."""
+    if doctree is not None and (_executed(app) / f"{page}.ipynb").exists():
+        context["ipynb_source"] = f"{page}.ipynb"
+
+
+def _executed(app: Sphinx) -> Path:
+    return Path(app.outdir).parent / "jupyter_execute"
+
+
+def _write_notebooks(app: Sphinx, error: Exception | None) -> None:
+    """Write the notebooks to download: executed, and in plain Markdown."""
+    if error or app.builder.format != "html":
         return
-    offered = Path(app.outdir) / "_sources" / f"{page}.ipynb"
-    offered.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(executed, offered)
-    context["ipynb_source"] = f"{page}.ipynb"
+    for executed in _executed(app).rglob("*.ipynb"):
+        notebook, values = nbformat.read(executed, as_version=4), _computed(executed)
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = readable(cell.source, values)
+        notebook.cells.insert(0, nbformat.v4.new_markdown_cell(opening()))
+        offered = Path(app.outdir) / "_sources" / executed.relative_to(_executed(app))
+        offered.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, offered)
+
+
+def _computed(notebook: Path) -> dict[str, float]:
+    """Return the numbers that the cells of an executed notebook have computed for its text."""
+    glued = json.loads(notebook.with_suffix(".glue.json").read_text(encoding="utf-8"))
+    values = {}
+    for name, output in glued.items():
+        with suppress(ValueError):
+            values[name] = float(output["data"].get("text/plain", ""))
+    return values
 
 
 def setup(app: Sphinx) -> dict[str, object]:
     app.connect("config-inited", _add_address)
     app.connect("html-page-context", _offer_notebook)
+    app.connect("build-finished", _write_notebooks)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
