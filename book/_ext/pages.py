@@ -67,18 +67,30 @@ def _drop_dead_links(viewer: Path) -> None:
     viewer.write_text(_VIEWER_LINK.sub(keep, viewer.read_text("utf-8")), "utf-8")
 
 
+def _drop_unused(site: Path, loaded: set[str]) -> None:
+    """Drop the bundles of MathJax that no page loads, and what only debuggers of scripts read."""
+    for bundle in (site / "_static" / "mathjax").glob("*-*.js"):
+        if f"mathjax/{bundle.name}" not in loaded:
+            bundle.unlink()
+    for source_map in (site / "_static").rglob("*.map"):
+        source_map.unlink()
+
+
 def _repair(app: Sphinx, error: Exception | None) -> None:
     if error or app.builder.format != "html":
         return
     site = Path(app.outdir)
     for template in (site / "_static").glob("*webpack-macros.html"):
         template.unlink()  # left unrendered by the themes, full of dead links
+    loaded = set[str]()
     for page in site.rglob("*.html"):
         text = repaired = page.read_text("utf-8")
+        loaded |= set(re.findall(r"mathjax/[\w-]+\.js", text))
         for defect, repair in _REPAIRS:
             repaired = defect.sub(repair, repaired)
         if repaired != text:
             page.write_text(repaired, "utf-8")
+    _drop_unused(site, loaded)
     for viewer in (site / "_modules").rglob("*.html"):
         _drop_dead_links(viewer)
 
