@@ -32,7 +32,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 book: $(INSTALLED) ## Execute the chapters and build the book; any warning is an error
 	rm -rf $(SITE)
 	$(BIN)/jupyter-book build . -W --all --keep-going
-	$(BIN)/pytest --quiet tests/book/test_pages.py
+	$(BIN)/pytest --quiet tests/book/test_pages.py tests/book/test_browser.py
 	@echo "The book: $(CURDIR)/$(SITE)/index.html"
 
 .PHONY: pdf
