@@ -7,6 +7,7 @@ that git cloned from. Elsewhere it is not known, and the pages show no button th
 import json
 import os
 import re
+import shutil
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -57,6 +58,23 @@ def _offer_notebook(
         context["ipynb_source"] = f"{page}.ipynb"
 
 
+def _offer_paper(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Link the book on paper from the first page, if `make pdf` has made it."""
+    if page == app.config.root_doc and _paper(app).exists():
+        context["body"] += f'<p><a href="../{_paper(app).name}">The book as a PDF</a></p>'
+
+
+def _paper(app: Sphinx) -> Path:
+    return Path(app.outdir).parent / "latex" / "ewc_lib.pdf"
+
+
+def _copy_paper(app: Sphinx, error: Exception | None) -> None:
+    if not error and app.builder.format == "html" and _paper(app).exists():
+        shutil.copy2(_paper(app), Path(app.outdir))
+
+
 def _executed(app: Sphinx) -> Path:
     return Path(app.outdir).parent / "jupyter_execute"
 
@@ -89,5 +107,7 @@ def _computed(notebook: Path) -> dict[str, float]:
 def setup(app: Sphinx) -> dict[str, object]:
     app.connect("config-inited", _add_address)
     app.connect("html-page-context", _offer_notebook)
+    app.connect("html-page-context", _offer_paper)
     app.connect("build-finished", _write_notebooks)
+    app.connect("build-finished", _copy_paper)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

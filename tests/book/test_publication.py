@@ -49,6 +49,24 @@ def test_there_is_no_button_if_it_is_not_known(monkeypatch, tmp_path) -> None:
     assert configured(monkeypatch, tmp_path, "").html_theme_options == {}
 
 
+@pytest.mark.parametrize("made", [True, False])
+def test_the_first_page_links_the_book_on_paper_if_there_is_one(made, tmp_path: Path) -> None:
+    app = SimpleNamespace(
+        outdir=tmp_path / "html",
+        builder=SimpleNamespace(format="html"),
+        config=SimpleNamespace(root_doc="book/intro"),
+    )
+    app.outdir.mkdir()
+    if made:
+        (tmp_path / "latex").mkdir()
+        (tmp_path / "latex" / "ewc_lib.pdf").write_bytes(b"%PDF")
+    context = {"body": ""}
+    publication._offer_paper(app, "book/intro", "", context, None)
+    publication._copy_paper(app, None)
+    assert ("../ewc_lib.pdf" in context["body"]) == made
+    assert (app.outdir / "ewc_lib.pdf").exists() == made
+
+
 def test_the_offered_notebook_shows_the_computed_numbers(tmp_path: Path) -> None:
     executed = tmp_path / "jupyter_execute" / "x.ipynb"
     executed.parent.mkdir()
