@@ -102,7 +102,7 @@ def test_the_first_page_leads_to_the_introduction() -> None:
         async with open_browser() as browser, open_page(browser, Visit(READ[0])) as page:
             await page.goto(FIRST.as_uri())
             await page.wait_for_url("**/intro.html")
-            return await page.locator("h1").inner_text()
+            return await page.get_by_role("heading", level=1).inner_text()
 
     assert "Fisher information" in asyncio.run(open_first())
 
