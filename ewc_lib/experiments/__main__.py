@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
 
-from ewc_lib.experiments import beyond_diagonal, report
+from ewc_lib.experiments import beyond_diagonal, language_models, report
 from ewc_lib.experiments.cost_report import RESULT, table
 from ewc_lib.experiments.fisher_cost import fisher_cost, profile
 from ewc_lib.experiments.fisher_variants import FISHER_VARIANTS
@@ -167,27 +168,43 @@ def overhead_command(
         typer.echo(f"{row.form:10} {row.tasks:3} tasks  {row.share:+.1%} of a plain step")
 
 
-@app.command("beyond-diagonal")
-def beyond_diagonal_command(
-    seeds: Annotated[int, typer.Option(min=2, help="Seeds of each row.")] = 10,
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="The folder of results.", show_default="book")
-    ] = RESULTS,
-    workers: Annotated[int, typer.Option(min=1, help="Processes of one thread.")] = 1,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the file holds.")] = False,
-) -> None:
-    """Two tasks of digits with every structure of the Fisher information, over many strengths.
+def _add_comparison(name: str, module: ModuleType, seeds: int, description: str) -> None:
+    """Add the command of an experiment that needs no images from elsewhere."""
+    standard = seeds
 
-    Takes about half an hour on one core. Each run is saved when it is done; the same command goes
-    on where it was.
-    """
-    path = out / "beyond_diagonal.json"
-    try:
-        result = beyond_diagonal.comparison(path, seeds=seeds, workers=workers, fresh=fresh)
-    except ValueError as problem:
-        raise typer.BadParameter(str(problem)) from problem
-    typer.echo(beyond_diagonal.table(result))
+    def command(
+        seeds: Annotated[int, typer.Option(min=2, help="Seeds of each row.")] = standard,
+        out: Annotated[
+            Path, typer.Option(metavar="DIR", help="The folder of results.", show_default="book")
+        ] = RESULTS,
+        workers: Annotated[int, typer.Option(min=1, help="Processes of one thread.")] = 1,
+        fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the file holds.")] = False,
+    ) -> None:
+        path = out / f"{name.replace('-', '_')}.json"
+        try:
+            result = module.comparison(path, seeds=seeds, workers=workers, fresh=fresh)
+        except ValueError as problem:
+            raise typer.BadParameter(str(problem)) from problem
+        typer.echo(module.table(result))
 
+    saved = "Each run is saved when it is done; the same command goes on where it was."
+    app.command(name, help=f"{description} {saved}")(command)
+
+
+_add_comparison(
+    "beyond-diagonal",
+    beyond_diagonal,
+    10,
+    "Two tasks of digits with every structure of the Fisher information, over many strengths.\n\n"
+    "Takes about half an hour on one core.",
+)
+_add_comparison(
+    "language-models",
+    language_models,
+    3,
+    "A small language model learns documentation, then source code, with and without penalties "
+    "and adapters.\n\nTakes about an hour on one core.",
+)
 
 RESUMED = (
     "Each run is saved when it is done. If the command is stopped, the same command goes on where "

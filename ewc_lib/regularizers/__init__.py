@@ -14,9 +14,14 @@ Those that hold the function instead:
 - :class:`LwF`: new inputs shall have the old outputs;
 - :class:`Replay`: stored observations are trained on again; all of them in joint training.
 
+For low-rank adapters (:func:`add_adapters`):
+
+- :class:`AdapterEWC`: EWC of the weights that the adapters change.
+
 :class:`Regularizer` is what a training loop may ask of each.
 """
 
+from ewc_lib.regularizers.adapters import AdapterEWC, LowRankUpdate, add_adapters
 from ewc_lib.regularizers.ewcdr import EWCDR
 from ewc_lib.regularizers.kronecker import KroneckerLaplace
 from ewc_lib.regularizers.l2 import L2
@@ -27,4 +32,17 @@ from ewc_lib.regularizers.replay import Replay
 from ewc_lib.regularizers.rwalk import RWalk
 from ewc_lib.regularizers.si import SI
 
-__all__ = ["EWCDR", "L2", "MAS", "SI", "KroneckerLaplace", "LwF", "RWalk", "Regularizer", "Replay"]
+__all__ = [
+    "EWCDR",
+    "L2",
+    "MAS",
+    "SI",
+    "AdapterEWC",
+    "KroneckerLaplace",
+    "LowRankUpdate",
+    "LwF",
+    "RWalk",
+    "Regularizer",
+    "Replay",
+    "add_adapters",
+]

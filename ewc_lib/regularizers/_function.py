@@ -1,4 +1,4 @@
-"""What the methods share that hold the function, instead of the parameters."""
+"""What the methods share whose penalty is no quadratic form of the parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ewc_lib._model import untouched
 
 
 class FunctionPenalty:
-    """A penalty on outputs; its gradient needs a backward pass of its own."""
+    """A penalty whose gradient needs a backward pass of its own."""
 
     def __init__(self, model: nn.Module, strength: float | None) -> None:
         self.model = model

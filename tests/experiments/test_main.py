@@ -146,28 +146,30 @@ def test_options_reach_the_experiment(monkeypatch):
     assert str(found["out"]) == "here"
 
 
-def test_beyond_the_diagonal_writes_its_file_and_prints_a_line_for_each_row(monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["beyond-diagonal", "language-models"])
+def test_a_comparison_writes_its_file_and_prints_its_table(monkeypatch, tmp_path, name):
     seen = []
+    comparing = getattr(module, name.replace("-", "_"))
 
     def record(path, **options):
         seen.append((path, options))
-        one = {"optimizer": "SGD", "method": "dense", "strengths": [1.0], "accuracy_a": [0.5]}
-        one |= {key: [0.5] for key in ("accuracy_b", "expected", "parabola", "divergence")}
-        return {"runs": [{**one, "seed": seed} for seed in range(2)]}
+        return {"runs": []}
 
-    monkeypatch.setattr(module.beyond_diagonal, "comparison", record)
-    result = run("beyond-diagonal", "--seeds", "2", "--out", str(tmp_path), "--workers", "3")
+    monkeypatch.setattr(comparing, "comparison", record)
+    monkeypatch.setattr(comparing, "table", lambda result: f"the table of {result}")
+    result = run(name, "--seeds", "2", "--out", str(tmp_path), "--workers", "3")
     assert result.exit_code == 0
-    assert result.output.split() == ["SGD", "dense", "50.00", "±", "0.00"]
+    assert result.output == "the table of {'runs': []}\n"
     options = {"seeds": 2, "workers": 3, "fresh": False}
-    assert seen == [(tmp_path / "beyond_diagonal.json", options)]
+    assert seen == [(tmp_path / f"{name.replace('-', '_')}.json", options)]
 
 
-def test_beyond_the_diagonal_refuses_results_of_another_protocol(monkeypatch):
+@pytest.mark.parametrize("name", ["beyond-diagonal", "language-models"])
+def test_a_comparison_refuses_results_of_another_protocol(monkeypatch, name):
     def refuse(*arguments, **options):
         raise ValueError("results of another protocol")
 
-    monkeypatch.setattr(module.beyond_diagonal, "comparison", refuse)
-    result = run("beyond-diagonal")
+    monkeypatch.setattr(getattr(module, name.replace("-", "_")), "comparison", refuse)
+    result = run(name)
     assert result.exit_code == 2
     assert "another protocol" in result.stderr

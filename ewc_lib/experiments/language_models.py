@@ -1,0 +1,337 @@
+r"""A small language model that has learned English documentation and goes on with Python source.
+
+All weights are trained, plainly or with a penalty, or low-rank adapters are. What counts is the
+*perplexity* on held-out bytes of both texts, :math:`\exp` of the mean of
+:math:`-\log p(x_t \mid x_{<t})`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache, partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from ewc_lib.continual import train
+from ewc_lib.ewc import EWC
+from ewc_lib.experiments.models import GPT2
+from ewc_lib.experiments.protocols import RESULTS
+from ewc_lib.experiments.report import interval
+from ewc_lib.experiments.store import Run, run_all
+from ewc_lib.experiments.strengths import decades, held_out
+from ewc_lib.experiments.texts import VOCABULARY, Text, documentation, sequences, source_code
+from ewc_lib.regularizers import L2, AdapterEWC, Regularizer, add_adapters
+
+__all__ = [
+    "METHODS",
+    "PROTOCOL",
+    "adaptable",
+    "comparison",
+    "flat",
+    "language_model",
+    "learn",
+    "log_likelihood",
+    "table",
+    "texts",
+]
+
+METHODS = "none", "L2", "EWC", "LoRA", "LoRA, EWC", "joint"
+"""Plain training; with a penalty; only adapters; adapters with a penalty; both texts at once."""
+
+PROTOCOL: Mapping[str, Any] = {
+    "width": 128,
+    "layers": 2,
+    "heads": 4,
+    "length": 128,
+    "rank": 8,
+    "steps_a": 1500,
+    "steps_b": 400,
+    "batch": 16,
+    "rate": 3e-3,
+    "kind": "sketch",
+    "grids": {"L2": decades(-4, 0), "EWC": decades(-3, 1), "LoRA, EWC": decades(-3, 1)},
+}
+"""Every text is learned by Adam; full training takes the proximal step of its penalty."""
+
+
+def texts(length: int) -> tuple[Text, Text]:
+    """Return documentation and source code, as many sequences of each.
+
+    Parameters
+    ----------
+    length
+        Bytes of a sequence.
+    """
+    english = sequences(documentation(), length)
+    n = len(english.train[0]) + len(english.test[0])
+    return english, sequences(source_code(), length, n)
+
+
+def language_model(protocol: Mapping[str, Any], seed: int) -> GPT2:
+    """Return a network that has learned nothing yet.
+
+    Parameters
+    ----------
+    protocol
+        ``width``, ``layers``, ``heads`` and ``length``, as in :data:`PROTOCOL`.
+    seed
+        Of the weights; the global random state is left as it was.
+    """
+    shape = {name: protocol[name] for name in ("width", "layers", "heads", "length")}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT2(VOCABULARY, **shape)
+
+
+def adaptable(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers of the blocks: all but the head.
+
+    Examples
+    --------
+    >>> adaptable(GPT2(layers=1))[:2]
+    ['blocks.0.attention.project', 'blocks.0.attention.out']
+    """
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return [name for name in linear if name != "head"]
+
+
+class _ClassesSecond(nn.Module):
+    """A language model whose scores lie where ``cross_entropy`` looks for classes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Int64[Tensor, "N T"]) -> Float[Tensor, "N V T"]:
+        scores: Tensor = self.model(tokens)
+        return scores.mT
+
+
+def learn(
+    model: nn.Module,
+    data: tuple[Int64[Tensor, "N T"], Int64[Tensor, "N T"]],
+    protocol: Mapping[str, Any],
+    *,
+    steps: int,
+    seed: int,
+    regularizer: Regularizer | None = None,
+) -> None:
+    """Train on the mean cross-entropy of a byte, by Adam.
+
+    Parameters
+    ----------
+    model
+        Returns scores ``[N, T, V]``. Its parameters that require a gradient are trained.
+    data
+        Inputs and targets.
+    protocol
+        ``rate`` and ``batch``, as in :data:`PROTOCOL`.
+    steps
+        Number of updates.
+    seed
+        Of the order of the sequences.
+    regularizer
+        What holds on to an earlier text. If it has a proximal step, that is taken.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    train(
+        _ClassesSecond(model),
+        data,
+        steps=steps,
+        seed=seed,
+        regularizer=regularizer,
+        optimizer=torch.optim.Adam(trainable, lr=protocol["rate"], fused=True),
+        proximal=hasattr(regularizer, "proximal_step_"),
+        batch_size=protocol["batch"],
+        progress=False,
+    )
+
+
+@torch.no_grad()
+def log_likelihood(
+    model: nn.Module, data: tuple[Int64[Tensor, "N T"], Int64[Tensor, "N T"]]
+) -> float:
+    """Return the mean log-likelihood of a byte, in nats; ``exp`` of minus it is the perplexity.
+
+    Parameters
+    ----------
+    model
+        Returns scores ``[N, T, V]``.
+    data
+        Inputs and targets.
+
+    Examples
+    --------
+    >>> model = language_model({"width": 8, "layers": 1, "heads": 1, "length": 4}, seed=0)
+    >>> tokens = torch.tensor([[1, 2, 3, 4, 5]])
+    >>> 200 < math.exp(-log_likelihood(model, (tokens[:, :-1], tokens[:, 1:]))) < 300
+    True
+    """
+    batches = zip(*(part.split(64) for part in data), strict=True)
+    losses = [
+        F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum").item()
+        for x, y in batches
+    ]
+    return -math.fsum(losses) / data[1].numel()
+
+
+def comparison(
+    path: Path = RESULTS / "language_models.json",
+    *,
+    seeds: int = 3,
+    protocol: Mapping[str, Any] = PROTOCOL,
+    methods: Sequence[str] = METHODS,
+    workers: int = 1,
+    fresh: bool = False,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Learn documentation, then source code, with each method and strength.
+
+    Parameters
+    ----------
+    path
+        The JSON file; the same call goes on where it was stopped.
+    seeds
+        Each sets the initial weights and the order of the sequences.
+    protocol
+        Shape of the network, rank of the adapters, updates for each text, batch size, learning
+        rate, kind of the Fisher information, and strengths for each method.
+    methods, workers, fresh, progress
+        As in :func:`ewc_lib.experiments.beyond_diagonal.comparison`, with :data:`METHODS`.
+
+    Returns
+    -------
+    dict
+        As :func:`.run_all` returns it, one run for each method and seed; :func:`flat` reads it.
+
+    Raises
+    ------
+    ValueError
+        As :func:`.run_all`.
+    """
+    return run_all(
+        path,
+        partial(_play, protocol),
+        [{"method": method, "seed": seed} for seed, method in product(range(seeds), methods)],
+        experiment="language-models",
+        data="standard library",
+        protocol=protocol,
+        workers=workers,
+        fresh=fresh,
+        progress=progress,
+    )
+
+
+@lru_cache(maxsize=1)
+def _learned(protocol: str, seed: int) -> tuple[Text, Text, GPT2, float]:
+    """Return both texts, a network that has learned the first, and the seconds that took."""
+    settings = json.loads(protocol)
+    english, code = texts(settings["length"])
+    model = language_model(settings, seed)
+    start = time.perf_counter()
+    learn(model, english.train, settings, steps=settings["steps_a"], seed=seed)
+    return english, code, model, time.perf_counter() - start
+
+
+def _play(protocol: Mapping[str, Any], run: Run) -> dict[str, Any]:
+    """Learn documentation, then source code once for each strength."""
+    method, seed = run["method"], run["seed"]
+    english, code, learned, seconds_training = _learned(json.dumps(protocol), seed)
+    model = copy.deepcopy(learned)
+    if "LoRA" in method:
+        add_adapters(model, adaptable(model), protocol["rank"], seed=seed)
+    optimum = copy.deepcopy(model.state_dict())
+    start = time.perf_counter()
+    regularizer = _regularizer(method, model, protocol["kind"])
+    if regularizer is not None:
+        regularizer.consolidate(english.train)
+    seconds_consolidation = time.perf_counter() - start
+    data = code.train
+    if method == "joint":
+        x, y = (torch.cat(parts) for parts in zip(english.train, code.train, strict=True))
+        data = x, y
+    found: dict[str, list[float]] = {"documentation": [], "code": []}
+    strengths = protocol["grids"][method] if regularizer is not None else [0.0]
+    for strength in strengths:
+        model.load_state_dict(optimum)
+        if regularizer is not None:
+            regularizer.strength = strength
+        steps = protocol["steps_b"]
+        learn(model, data, protocol, steps=steps, seed=seed + 1, regularizer=regularizer)
+        found["documentation"].append(log_likelihood(model, english.test))
+        found["code"].append(log_likelihood(model, code.test))
+    return {
+        "strengths": list(strengths),
+        **{name: [round(value, 5) for value in values] for name, values in found.items()},
+        "before": [round(log_likelihood(learned, text.test), 5) for text in (english, code)],
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "sequences": len(english.train[0]),
+        "seconds_training": round(seconds_training, 2),
+        "seconds_consolidation": round(seconds_consolidation, 2),
+    }
+
+
+def _regularizer(method: str, model: nn.Module, kind: Any) -> EWC | L2 | AdapterEWC | None:
+    """Return what holds on to a text, its strength still 0."""
+    if method == "EWC":
+        return EWC(model, 0.0, kind=kind)
+    if method == "L2":
+        return L2(model, 0.0)
+    return AdapterEWC(model, 0.0, kind=kind) if method == "LoRA, EWC" else None
+
+
+def flat(result: Mapping[str, Any], **wanted: Any) -> list[Run]:
+    """Return one run for each method, seed and strength.
+
+    Parameters
+    ----------
+    result
+        As :func:`comparison` returns it.
+    **wanted
+        Settings that the runs must have, as ``method="EWC"``.
+
+    Returns
+    -------
+    list of dict
+        Each with the log-likelihood of a held-out byte of both texts, ``documentation`` and
+        ``code``, and their mean ``both``, in nats.
+    """
+    found = []
+    for run in result["runs"]:
+        if all(run[name] == value for name, value in wanted.items()):
+            columns = (run[name] for name in ("strengths", "documentation", "code"))
+            for strength, english, code in zip(*columns, strict=True):
+                settings = {"method": run["method"], "seed": run["seed"], "strength": strength}
+                outcome = {"documentation": english, "code": code, "both": (english + code) / 2}
+                found.append({**settings, **outcome})
+    return found
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Return perplexities of both texts, at strengths chosen by the other seeds, as text.
+
+    Parameters
+    ----------
+    result
+        As :func:`comparison` returns it, with at least two seeds.
+    """
+    methods = dict.fromkeys(run["method"] for run in result["runs"])
+    lines = [_line(method, flat(result, method=method)) for method in methods]
+    return "\n".join(["perplexity      documentation          code", *lines])
+
+
+def _line(method: str, runs: Iterable[Run]) -> str:
+    chosen = held_out(runs, "both")
+    columns = ([math.exp(-run[text]) for run in chosen] for text in ("documentation", "code"))
+    cells = (f"{sum(c) / len(c):6.2f} ± {interval(c):.2f}" for c in columns)
+    return f"{method:15} " + "   ".join(cells)

@@ -1,0 +1,275 @@
+"""Low-rank adapters and the penalty on the weights that they change, against formulas."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load, save
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ewc_lib import EWC, fisher_information
+from ewc_lib.regularizers import AdapterEWC, Regularizer, add_adapters
+from tests.regularizers.cases import DOUBLE, TIGHT, copies, gradients, learn, task
+from tests.scenarios import same, trace_of
+
+LAYERS = "0", "2"
+
+
+def plain(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).to(DOUBLE)
+
+
+def adapted(seed=0, rank=2):
+    model = plain(seed)
+    add_adapters(model, LAYERS, rank, seed=seed)
+    return model
+
+
+def shift(model, seed=0):
+    """Move the adapters, and nothing else."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += torch.randn(p.shape, generator=generator, dtype=DOUBLE) / 3
+
+
+def weights(model):
+    return {layer: model.get_submodule(layer).weight for layer in LAYERS}
+
+
+def test_a_network_with_new_adapters_computes_what_it_did():
+    x, _ = task()
+    assert torch.equal(adapted()(x), plain()(x))
+
+
+def test_only_the_adapters_are_trainable_and_have_the_given_rank():
+    model = adapted(rank=2)
+    shift(model)
+    trainable = {n.rsplit(".", 1)[1] for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {"A", "B"}
+    before = weights(plain())
+    for layer, weight in weights(model).items():
+        assert torch.linalg.matrix_rank(weight - before[layer]) == 2
+
+
+def test_removing_the_parametrization_leaves_the_update_in_the_weight():
+    model, (x, _) = adapted(), task()
+    shift(model)
+    expected = model(x)
+    for layer in LAYERS:
+        parametrize.remove_parametrizations(model.get_submodule(layer), "weight")
+    torch.testing.assert_close(model(x), expected, **TIGHT)
+    assert {name for name, _ in model.named_parameters()} == {
+        n for n, _ in plain().named_parameters()
+    }
+
+
+def test_the_first_values_follow_the_seed_and_leave_the_global_random_state_alone():
+    state = torch.get_rng_state()
+    one, again, other = adapted(0), adapted(0), plain(0)
+    add_adapters(other, LAYERS, 2, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(copies(one), copies(again))
+    assert not same(copies(one), copies(other))
+    bound = max(p.abs().max() for n, p in one.named_parameters() if n.endswith(".A"))
+    assert 0 < bound <= 3**-0.5
+
+
+@pytest.mark.parametrize(("layers", "rank"), [((), 2), (LAYERS, 0), (LAYERS, -1)])
+def test_no_layer_or_no_rank_is_refused_and_changes_nothing(layers, rank):
+    model = plain()
+    with pytest.raises(ValueError, match="adapters need layers and a positive rank"):
+        add_adapters(model, layers, rank)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_weight_without_two_dimensions_is_refused():
+    with pytest.raises(ValueError, match="two dimensions"):
+        add_adapters(nn.Sequential(nn.Conv1d(2, 3, 2)), ["0"], 1)
+
+
+def test_an_unknown_layer_is_refused():
+    with pytest.raises(AttributeError):
+        add_adapters(plain(), ["5"], 1)
+
+
+def test_the_penalty_is_that_of_ewc_at_the_merged_weights():
+    model, data = adapted(), task(classes=4)
+    held = AdapterEWC(model, 3.0)
+    held.consolidate(data)
+    shift(model)
+    merged = plain()
+    ewc = EWC(merged, 3.0, params=["0.weight", "2.weight"])
+    ewc.consolidate(data)
+    with torch.no_grad():
+        for layer, weight in weights(model).items():
+            merged.get_submodule(layer).weight.copy_(weight)
+    assert ewc.penalty().item() > 1e-3
+    torch.testing.assert_close(held.penalty(), ewc.penalty(), **TIGHT)
+
+
+def test_tasks_add_up_and_the_last_weights_are_the_anchor():
+    model = adapted()
+    held = AdapterEWC(model, 3.0)
+    held.consolidate(task(0, classes=4))
+    shift(model, 1)
+    held.consolidate(task(1, classes=4))
+    assert abs(held.penalty().item()) < 1e-14
+    anchor = {layer: w.detach().clone() for layer, w in weights(model).items()}
+    shift(model, 2)
+    moved = weights(model)
+    F = held.precision.diagonal()
+    terms = [
+        (F[f"{layer}.parametrizations.weight.original"] * (moved[layer] - anchor[layer]) ** 2).sum()
+        for layer in LAYERS
+    ]
+    torch.testing.assert_close(held.penalty(), 1.5 * sum(terms), **TIGHT)
+    assert held.n_tasks == 2
+    assert held.precision.n_samples == 40
+
+
+def test_it_is_a_regularizer_that_is_zero_before_the_first_task():
+    model = adapted()
+    held = AdapterEWC(model, 3.0)
+    assert isinstance(held, Regularizer)
+    assert held.penalty().item() == 0
+    held.add_gradient_()
+    assert all(g is None for g in gradients(model).values())
+
+
+def test_adding_the_gradient_equals_the_penalty_in_the_loss():
+    model = adapted()
+    held = AdapterEWC(model, 3.0)
+    held.consolidate(task(classes=4))
+    shift(model)
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    expected = torch.autograd.grad(held.penalty(), list(trainable.values()))
+    for p in trainable.values():
+        p.grad = torch.ones_like(p)
+    held.add_gradient_()
+    for p, gradient in zip(trainable.values(), expected, strict=True):
+        assert gradient.abs().max() > 1e-6
+        torch.testing.assert_close(p.grad, 1 + gradient, **TIGHT)
+
+
+def test_a_run_differs_from_the_plain_run_and_stays_nearer():
+    def run(strength):
+        model = adapted()
+        held = AdapterEWC(model, strength)
+        held.consolidate(task(0, classes=4))
+        before = {layer: w.detach().clone() for layer, w in weights(model).items()}
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+        learn(model, optimizer, held, task(1, classes=4), steps=40, finish=False)
+        F_ = held.precision.diagonal()
+        return sum(
+            (F_[f"{layer}.parametrizations.weight.original"] * (w - before[layer]) ** 2).sum()
+            for layer, w in weights(model).items()
+        ).item()
+
+    assert run(30.0) < 0.5 * run(0.0)
+
+
+def test_the_end_of_a_task_leaves_no_trace_in_the_model():
+    model = adapted()
+    held = AdapterEWC(model, 3.0)
+    before = trace_of(model)
+    held.consolidate(task(classes=4))
+    assert same(trace_of(model), before)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, _ in model.named_parameters() if n.endswith((".A", ".B"))
+    }
+
+
+def test_frozen_weights_are_frozen_again_if_the_fisher_information_fails():
+    model = adapted()
+    with pytest.raises(Exception, match=r"."):
+        AdapterEWC(model, 3.0, likelihood="gaussian").consolidate(task(classes=4))
+    assert not any(p.requires_grad for n, p in model.named_parameters() if n.endswith("original"))
+
+
+def test_a_restored_penalty_is_the_same():
+    model = adapted()
+    held = AdapterEWC(model, 3.0)
+    held.consolidate(task(classes=4))
+    shift(model)
+    again = AdapterEWC(copy.deepcopy(model), 3.0)
+    again.load_state_dict(load(save(held.state_dict())))
+    assert again.n_tasks == 1
+    assert again.penalty().item() > 0
+    assert torch.equal(again.penalty(), held.penalty())
+
+
+def test_a_state_of_another_network_is_refused_and_changes_nothing():
+    model = adapted()
+    held, other = AdapterEWC(model, 3.0), nn.Sequential(nn.Linear(3, 7)).to(DOUBLE)
+    held.consolidate(task(classes=4))
+    shift(model)
+    before = held.penalty().item()
+    add_adapters(other, ["0"], 1)
+    foreign = AdapterEWC(other, 3.0)
+    foreign.consolidate(task(classes=4))
+    with pytest.raises(ValueError, match="parameter"):
+        held.load_state_dict(foreign.state_dict())
+    assert held.penalty().item() == before > 0
+
+
+def test_a_state_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="not the state of AdapterEWC"):
+        AdapterEWC(adapted(), 3.0).load_state_dict({})
+
+
+def test_a_network_without_adapters_is_refused():
+    with pytest.raises(ValueError, match="no adapters"):
+        AdapterEWC(plain(), 1.0)
+
+
+def test_a_fisher_information_of_zero_warns():
+    model = adapted()
+    with torch.no_grad():
+        model[2].bias[0] = 1e4  # certain of the first class
+    with pytest.warns(RuntimeWarning, match="zero everywhere"):
+        AdapterEWC(model, 1.0).consolidate(task(classes=4))
+
+
+@pytest.mark.claim("thm-adapter-blind")
+def test_at_the_start_the_first_factor_has_no_fisher_information():
+    model = adapted()
+    diagonal = fisher_information(model, task(classes=4)).diagonal()
+    first = [value for name, value in diagonal.items() if name.endswith(".A")]
+    second = [value for name, value in diagonal.items() if name.endswith(".B")]
+    assert all(value.abs().max() == 0 for value in first)
+    assert all(value.max() > 0 for value in second)
+
+
+@pytest.mark.claim("eq-adapter-ewc")
+def test_ewc_of_the_factors_does_not_see_what_the_first_one_does():
+    model, data = adapted(), task(classes=4)
+    ewc, held = EWC(model, 3.0), AdapterEWC(model, 3.0)
+    ewc.consolidate(data)
+    held.consolidate(data)
+    shift(model)
+    of_factors, of_weights = ewc.penalty().item(), held.penalty().item()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(".A"):
+                p *= 10
+    assert ewc.penalty().item() == of_factors
+    torch.testing.assert_close(held.penalty().item(), 100 * of_weights)
+
+
+def test_the_loss_of_a_task_is_not_touched():
+    model = adapted()
+    x, y = task(classes=4)
+    held = AdapterEWC(model, 0.0)
+    held.consolidate((x, y))
+    F.cross_entropy(model(x), y).backward()
+    before = gradients(model)
+    held.before_step(x)
+    held.add_gradient_()
+    held.after_step()
+    assert same(gradients(model), before)
