@@ -92,6 +92,11 @@ def test_the_first_use_of_a_public_name_is_linked_to_the_reference(page: Path) -
     assert unlinked(page) == []
 
 
+def test_every_link_to_the_package_leads_to_an_entry_of_the_reference(page: Path) -> None:
+    links = set(LINK.findall(page.read_text("utf-8")))
+    assert not [link for link in links if not {id(o) for o in owners(link)} & documented().keys()]
+
+
 def test_links_are_found_by_the_object_and_not_by_its_spelling() -> None:
     import ewc_lib.likelihood
 
