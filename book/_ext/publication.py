@@ -27,6 +27,7 @@ def _add_address(app: Sphinx, config: Config) -> None:
         return
     owner, name = repository.split("/")
     config.ogp_site_url = f"https://{owner}.github.io/{name}/"
+    config.ogp_social_cards = {**config.ogp_social_cards, "enable": True}
     config.html_theme_options |= {
         "repository_url": f"https://github.com/{repository}",
         "repository_branch": os.environ.get("GITHUB_REF_NAME", "main"),

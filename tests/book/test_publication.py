@@ -34,7 +34,8 @@ def test_a_folder_without_git_has_no_repository(tmp_path: Path) -> None:
 
 def configured(monkeypatch: pytest.MonkeyPatch, folder: Path, repository: str) -> SimpleNamespace:
     monkeypatch.setenv("GITHUB_REPOSITORY", repository)
-    config = SimpleNamespace(html_theme_options={}, ogp_site_url="")
+    cards = {"enable": False, "image": "logo.png"}
+    config = SimpleNamespace(html_theme_options={}, ogp_site_url="", ogp_social_cards=cards)
     publication._add_address(SimpleNamespace(srcdir=folder), config)
     return config
 
@@ -47,6 +48,13 @@ def test_buttons_lead_to_the_repository_if_it_is_known(monkeypatch, tmp_path) ->
 
 def test_there_is_no_button_if_it_is_not_known(monkeypatch, tmp_path) -> None:
     assert configured(monkeypatch, tmp_path, "").html_theme_options == {}
+
+
+def test_pages_have_a_social_card_where_the_address_of_the_site_is_known(monkeypatch, tmp_path):
+    known = configured(monkeypatch, tmp_path, "a/b")
+    assert known.ogp_site_url == "https://a.github.io/b/"
+    assert known.ogp_social_cards == {"enable": True, "image": "logo.png"}
+    assert not configured(monkeypatch, tmp_path, "").ogp_social_cards["enable"]
 
 
 @pytest.mark.parametrize("made", [True, False])
