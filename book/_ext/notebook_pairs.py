@@ -5,15 +5,15 @@ text alone: a cell is named by what it says.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 
 import jupytext
 import nbformat
 import yaml
+from prose import BOOK
 from readable import readable
-
-BOOK = Path(__file__).parents[1]
 
 NOTE = """*A chapter of the book "Fisher Information and Elastic Weight Consolidation". It needs
 `ewc_lib`; where that is missing, as on Colab, begin with `%pip install git+` and the address of the
@@ -34,15 +34,28 @@ def opening() -> str:
     return f"{NOTE}\n\n$${macros}$$"
 
 
+def say_plainly(notebook: nbformat.NotebookNode, values: Mapping[str, float] | None = None) -> None:
+    """Begin a notebook with the note, and turn its text into plain Markdown.
+
+    Parameters
+    ----------
+    notebook
+        A chapter; changed in place.
+    values
+        What its cells have computed, by name.
+    """
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = readable(cell.source, values)
+    notebook.cells.insert(0, nbformat.v4.new_markdown_cell(opening()))
+
+
 def notebook_text(chapter: Path) -> str:
     """Return the text of the notebook that belongs beside ``chapter``."""
     notebook = jupytext.read(chapter)
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"]}
     notebook.nbformat_minor = 5
-    notebook.cells.insert(0, nbformat.v4.new_markdown_cell(opening()))
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            cell.source = readable(cell.source)
+    say_plainly(notebook)
     seen: Counter[str] = Counter()
     for cell in notebook.cells:
         name = sha256(cell.source.encode()).hexdigest()[:12]

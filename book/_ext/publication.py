@@ -15,8 +15,7 @@ from typing import Any
 
 import nbformat
 from docutils import nodes
-from notebook_pairs import opening
-from readable import readable
+from notebook_pairs import say_plainly
 from sphinx.application import Sphinx
 from sphinx.config import Config
 
@@ -85,11 +84,8 @@ def _write_notebooks(app: Sphinx, error: Exception | None) -> None:
     if error or app.builder.format != "html":
         return
     for executed in _executed(app).rglob("*.ipynb"):
-        notebook, values = nbformat.read(executed, as_version=4), _computed(executed)
-        for cell in notebook.cells:
-            if cell.cell_type == "markdown":
-                cell.source = readable(cell.source, values)
-        notebook.cells.insert(0, nbformat.v4.new_markdown_cell(opening()))
+        notebook = nbformat.read(executed, as_version=4)
+        say_plainly(notebook, _computed(executed))
         offered = Path(app.outdir) / "_sources" / executed.relative_to(_executed(app))
         offered.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, offered)

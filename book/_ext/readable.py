@@ -8,11 +8,9 @@ they are known, and stand as ⟨name⟩ where they are not.
 import re
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 
+from prose import BOOK
 from pybtex.database import BibliographyData, parse_file
-
-BOOK = Path(__file__).parents[1]
 
 _OPEN = re.compile(r"^(?P<fence>`{3,}|:{3,})\{(?P<name>[\w:-]+)\}\s*(?P<title>.*)$")
 _OPTION = re.compile(r"^:[\w-]+:")
@@ -69,7 +67,7 @@ def _words(role: str, content: str, values: Mapping[str, float]) -> str:
     """Return what a link shows."""
     shown, target = _split(content)
     if role == "glue:text":
-        name, _, form = content.partition(":")
+        name, _, form = content.rpartition("::")[2].partition(":")
         return format(values[name], form) if name in values else f"⟨{name}⟩"
     if role == "eq":
         return f"({content})"

@@ -67,3 +67,7 @@ def test_citations_become_names_and_years() -> None:
 
 def test_a_notebook_begins_with_the_macros_of_its_formulas() -> None:
     assert r"\newcommand{\KL}{\operatorname{KL}}" in opening()
+
+
+def test_a_number_of_another_chapter_keeps_its_own_name() -> None:
+    assert readable("{glue:text}`score.md::share:.0%`") == "⟨share⟩"
