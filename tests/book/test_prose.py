@@ -97,3 +97,11 @@ def test_blanks_keep_every_place() -> None:
     text = "a $b$ `c`\nd"
     assert blank(text, "`c`") == "a $b$    \nd"
     assert blank_math(text) == "a     `c`\nd"
+
+
+@pytest.mark.parametrize("page", pages(), ids=page_name)
+def test_the_code_of_every_solution_is_executed(page: Path) -> None:
+    solved = [
+        p for p in parts(page.read_text("utf-8")) if p.kind == "code" and "solution" in p.inside
+    ]
+    assert [part.line for part in solved if part.name != "code-cell"] == []
