@@ -53,6 +53,14 @@ def test_every_image_has_a_text(page: Page) -> None:
     assert page.images_without_text == []
 
 
+def test_every_page_says_in_its_description_what_it_is_about(page: Page) -> None:
+    description = page.meta["description"]
+    assert page.meta["og:description"] == description
+    assert len(description) > 50
+    others = [read(other).meta["description"] for other in PAGES]
+    assert others.count(description) == 1
+
+
 def test_no_style_sheet_loads_from_elsewhere() -> None:
     pattern = re.compile(r"""(?:@import\s+|url\()\s*["']?(?:https?:)?//""")
     sheets = [sheet for sheet in SITE.rglob("*.css") if pattern.search(sheet.read_text("utf-8"))]
