@@ -56,7 +56,7 @@ class EWCDR(ImportancePenalty):
 
     References
     ----------
-    "Elastic Weight Consolidation Done Right", 2026, arXiv 2603.18596: "logits reversal".
+    Liu and Chang 2026, arXiv 2603.18596: "logits reversal".
 
     Examples
     --------
