@@ -158,9 +158,12 @@ def test_a_bar_counts_the_runs(start, capfd, monkeypatch):
 
 
 SCRIPT = """
+import signal
 import time
 from pathlib import Path
 from ewc_lib.experiments.store import run_all
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
 def slow(run):
     if run["seed"]:
@@ -178,9 +181,13 @@ def test_a_run_that_was_stopped_keeps_what_was_finished(stop, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL
     )
-    file, deadline = tmp_path / "x.json", time.monotonic() + 60
-    while not file.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(stop)
-    assert process.wait(timeout=60) != 0
+    try:
+        file, deadline = tmp_path / "x.json", time.monotonic() + 300
+        while not file.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(stop)
+        assert process.wait(timeout=50) != 0  # the run itself takes 60 seconds
+    finally:
+        process.kill()
+        process.wait()
     assert [run["seed"] for run in load(file)["runs"]] == [0]
