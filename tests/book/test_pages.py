@@ -53,12 +53,12 @@ def test_every_image_has_a_text(page: Page) -> None:
     assert page.images_without_text == []
 
 
-def test_every_page_says_in_its_description_what_it_is_about(page: Page) -> None:
-    description = page.meta["description"]
-    assert page.meta["og:description"] == description
-    assert len(description) > 50
-    others = [read(other).meta["description"] for other in PAGES]
-    assert others.count(description) == 1
+def test_every_page_of_the_book_has_a_description_of_its_own() -> None:
+    written = [read(path).meta for path in PAGES if SITE / "book" in path.parents]
+    descriptions = [meta["description"] for meta in written]
+    assert len(set(descriptions)) == len(descriptions) > 15
+    assert all(meta["og:description"] == meta["description"] for meta in written)
+    assert min(map(len, descriptions)) > 50
 
 
 def test_no_style_sheet_loads_from_elsewhere() -> None:
