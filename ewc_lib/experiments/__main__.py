@@ -168,12 +168,11 @@ def overhead_command(
         typer.echo(f"{row.form:10} {row.tasks:3} tasks  {row.share:+.1%} of a plain step")
 
 
-def _add_comparison(name: str, module: ModuleType, seeds: int, description: str) -> None:
+def _add_comparison(name: str, module: ModuleType, default: int, description: str) -> None:
     """Add the command of an experiment that needs no images from elsewhere."""
-    standard = seeds
 
     def command(
-        seeds: Annotated[int, typer.Option(min=2, help="Seeds of each row.")] = standard,
+        seeds: Annotated[int, typer.Option(min=2, help="Seeds of each row.")] = default,
         out: Annotated[
             Path, typer.Option(metavar="DIR", help="The folder of results.", show_default="book")
         ] = RESULTS,

@@ -341,7 +341,7 @@ H100 = Accelerator("H100 SXM", 989.4e12, 494.7e12, 0.4, 3.35e12, 80e9, 50e9)
 """NVIDIA (2023), dense: bfloat16, TF32 and HBM3.
 
 The network of 400 Gbit/s for each accelerator is that of Llama 3, and so is the utilisation, of
-38 to 41 % on 16,384 of them (Grattafiori et al. 2024, section 3.3 and table 4).
+38 to 41 % on 16,384 of them (Grattafiori et al. 2024, table 4).
 """
 
 TOKENS_PER_PARAMETER = 20

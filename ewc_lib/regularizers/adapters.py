@@ -183,12 +183,13 @@ class AdapterEWC(FunctionPenalty):
         RuntimeWarning
             If it is zero everywhere, so that nothing would be protected.
         """
-        frozen = [p for n, p in self.model.named_parameters() if n in self._weights()]
+        names = list(self._weights())
+        frozen = [self.model.get_parameter(name) for name in names]
         for parameter in frozen:
             parameter.requires_grad_(True)
         try:
             new = fisher_information(
-                self.model, data, self.likelihood, kind=self.kind, params=list(self._weights())
+                self.model, data, self.likelihood, kind=self.kind, params=names
             )
         finally:
             for parameter in frozen:

@@ -1,6 +1,5 @@
 """The reader of the pages tells prose, formulas and code apart."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -106,12 +105,3 @@ def test_the_code_of_every_solution_is_executed(page: Path) -> None:
         p for p in parts(page.read_text("utf-8")) if p.kind == "code" and "solution" in p.inside
     ]
     assert [part.line for part in solved if part.name != "code-cell"] == []
-
-
-@pytest.mark.parametrize("page", pages(), ids=page_name)
-def test_no_caption_cites(page: Path) -> None:
-    """LaTeX cannot set a citation within a caption; the text beside the figure can cite."""
-    captions = re.findall(
-        r"^    caption: (.*?)(?=^  image:|^---)", page.read_text("utf-8"), re.MULTILINE | re.DOTALL
-    )
-    assert [caption for caption in captions if "{cite" in caption] == []
