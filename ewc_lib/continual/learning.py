@@ -20,7 +20,7 @@ from ewc_lib._progress import progress as show_progress
 from ewc_lib.continual._checkpoint import plain, restore, save
 from ewc_lib.continual.metrics import accuracy
 from ewc_lib.continual.streams import Source, Stream
-from ewc_lib.continual.training import train
+from ewc_lib.continual.training import adam, train
 from ewc_lib.regularizers.protocol import Regularizer
 
 __all__ = ["Learned", "learn"]
@@ -56,7 +56,7 @@ def learn(
     *,
     steps: int | None = None,
     epochs: int | None = None,
-    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = torch.optim.Adam,
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = adam,
     reset_optimizer: bool = False,
     batch_size: int = 128,
     proximal: bool = False,
@@ -80,7 +80,8 @@ def learn(
         Updates, or passes over the data, for each task: exactly one of them. A pass is rounded
         up to whole batches.
     optimizer
-        Makes the optimizer from the parameters.
+        Makes the optimizer from the parameters; by default Adam with its usual learning rate
+        of 1e-3.
     reset_optimizer
         Whether each task begins with a new optimizer. By default its moments are kept, as van de
         Ven (2025) does.

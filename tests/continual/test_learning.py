@@ -44,7 +44,7 @@ def test_a_stream_is_its_tasks_trained_one_after_another(digits):
     stream = permuted(digits, 2, seed=0)
     model, other = network(stream), network(stream)
     learned = learn(stream, model, seed=3, **QUICK)
-    optimizer = torch.optim.Adam(other.parameters())
+    optimizer = torch.optim.Adam(other.parameters(), fused=True)
     for t, task in enumerate(stream):
         seed = 3 * 1_000_003 + t
         train(other, task.train, optimizer=optimizer, seed=seed, **QUICK)
