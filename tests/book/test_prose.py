@@ -105,3 +105,15 @@ def test_the_code_of_every_solution_is_executed(page: Path) -> None:
         p for p in parts(page.read_text("utf-8")) if p.kind == "code" and "solution" in p.inside
     ]
     assert [part.line for part in solved if part.name != "code-cell"] == []
+
+
+@pytest.mark.parametrize("page", pages(), ids=page_name)
+def test_code_that_is_shown_fits_its_column(page: Path) -> None:
+    columns = 87  # of a wide window; on a narrow one code scrolls
+    shown = [
+        part
+        for part in parts(page.read_text("utf-8"))
+        if part.kind == "code" and "hide-input" not in part.text
+    ]
+    lines = [line for part in shown for line in part.text.splitlines()]
+    assert [line for line in lines if len(line) > columns] == []
