@@ -38,7 +38,7 @@ book: $(INSTALLED) ## Execute the chapters and build the book; any warning is an
 .PHONY: pdf
 pdf: $(INSTALLED) ## Build the book as a PDF; needs XeLaTeX (see CONTRIBUTING)
 	$(BIN)/jupyter-book build . --builder latex -W --keep-going
-	cd $(PAPER) && max_print_line=1000 latexmk -xelatex -quiet -halt-on-error ewc_lib.tex
+	max_print_line=1000 $(MAKE) --directory $(PAPER) PDFLATEX='latexmk -xelatex -quiet -halt-on-error'
 	! grep -aE '(eference|Citation) .* undefined|Missing character' $(PAPER)/ewc_lib.log
 	@echo "The book on paper: $(CURDIR)/$(PAPER)/ewc_lib.pdf"
 
