@@ -115,8 +115,9 @@ def _grid(protocol: Protocol, seeds: int, _: Sequence[Run]) -> Iterable[Run]:
 
 
 def _around_the_best(protocol: Protocol, seeds: int, finished: Sequence[Run]) -> Iterable[Run]:
-    """Yield the decades around the best strength of each variant, for all seeds."""
-    first = [run for run in finished if run["seed"] < protocol["grid_seeds"]]
+    """Yield the decades around the strength of the grid that is best for its seeds, for all seeds."""
+    grid, few = protocol["grid"], range(protocol["grid_seeds"])
+    first = [run for run in finished if run["strength"] in grid and run["seed"] in few]
     tops = {
         variant: best(points([r for r in first if r["variant"] == variant], "accuracy")).strength
         for variant in VARIANTS

@@ -21,6 +21,15 @@ def test_fisher_variants_has_a_grid_and_the_decades_around_the_best(tmp_path):
     assert sum(r["variant"] == "none" for r in result["runs"]) == 1
 
 
+def test_the_best_strength_of_the_grid_stays_when_its_neighbours_are_known():
+    protocol, (grid, around) = {"grid": [1.0, 1e2, 1e4], "grid_seeds": 2}, FISHER_VARIANTS.stages
+    first = [{**r, "accuracy": float(r["strength"] == 1e2)} for r in grid(protocol, 2, [])]
+    asked = list(around(protocol, 3, first))
+    assert {r["strength"] for r in asked} == {10.0, 100.0, 1000.0}
+    finished = [*first, *({**r, "accuracy": r["strength"] / 100} for r in asked)]
+    assert list(around(protocol, 3, finished)) == asked
+
+
 def test_squared_batch_means_are_what_many_implementations_compute():
     model = mlp((3, 4, 2), 0).double()
     generator = torch.Generator().manual_seed(0)
