@@ -115,7 +115,7 @@ def _grid(protocol: Protocol, seeds: int, _: Sequence[Run]) -> Iterable[Run]:
 
 
 def _around_the_best(protocol: Protocol, seeds: int, finished: Sequence[Run]) -> Iterable[Run]:
-    """Yield the decades around the strength of the grid that is best for its seeds, for all seeds."""
+    """Yield the decades around the best strength of the grid of each variant, for all seeds."""
     grid, few = protocol["grid"], range(protocol["grid_seeds"])
     first = [run for run in finished if run["strength"] in grid and run["seed"] in few]
     tops = {
