@@ -45,7 +45,7 @@ def forgetting(
     strengths: Iterable[float],
     seeds: Iterable[int],
     structures: Iterable[Structure] = ("diagonal",),
-    steps: int = 690,
+    steps: int = 460,
     progress: bool | None = None,
 ) -> list[Outcome]:
     """Train on a task, then on the same images with permuted pixels, for each strength and seed.
@@ -63,7 +63,7 @@ def forgetting(
     structures
         Structures of the Fisher information to try.
     steps
-        Updates on each task, by Adam with batches of 64. The default is 30 passes over the
+        Updates on each task, by Adam with batches of 64. The default is 20 passes over the
         training part of the digits.
     progress
         True or False; by default a bar appears in terminals and notebooks after two seconds.
