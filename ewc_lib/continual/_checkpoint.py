@@ -7,12 +7,14 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ewc_lib._heads import MultiHead
-from ewc_lib.regularizers.protocol import Regularizer
+
+if TYPE_CHECKING:
+    from ewc_lib.regularizers.protocol import Regularizer
 
 
 def plain(value: Any) -> Any:

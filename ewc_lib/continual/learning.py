@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,9 @@ from ewc_lib.continual._checkpoint import plain, restore, save
 from ewc_lib.continual.metrics import accuracy
 from ewc_lib.continual.streams import Source, Stream
 from ewc_lib.continual.training import adam, train
-from ewc_lib.regularizers.protocol import Regularizer
+
+if TYPE_CHECKING:
+    from ewc_lib.regularizers.protocol import Regularizer
 
 __all__ = ["Learned", "learn"]
 

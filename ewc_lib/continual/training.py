@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ewc_lib._progress import progress as show_progress
-from ewc_lib.regularizers.protocol import Regularizer
+
+if TYPE_CHECKING:
+    from ewc_lib.regularizers.protocol import Regularizer
 
 __all__ = ["mlp", "train"]
 
