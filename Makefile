@@ -11,6 +11,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SITE := _build/html
 PAPER := _build/latex
+PAGES := $(SITE)/.complete
+DATA := _build/data
+SOURCES := _config.yml _toc.yml $(wildcard $(PAPER)/ewc_lib.pdf) $(shell find book ewc_lib tests \
+	-type f ! -name '*.pyc' ! -name '*.ipynb' ! -path '*/.*')
+PYTEST := $(BIN)/pytest tests ewc_lib --doctest-modules --numprocesses auto --dist loadgroup
 
 # The networks here are small: threads that wait for each other cost more than they give.
 export OMP_NUM_THREADS ?= 1
@@ -25,15 +30,35 @@ help: ## Show this list
 # Python compiles what it imports; to compile all that is installed would take as long again.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the tested versions into $(VENV): about two minutes"
+	@while sleep 15 &>/dev/null; do echo "... installing"; done & trap "kill $$!" EXIT; \
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[book,test,dev]'
-	touch $@
+	@touch $@
+
+.PHONY: install
+install: $(INSTALLED) ## Install what the other targets need into .venv
+
+.PHONY: execute
+execute: $(INSTALLED) ## Execute the chapters that have changed, by nbmake
+	$(BIN)/python book/_ext/execution.py
 
 .PHONY: book
-book: $(INSTALLED) ## Execute the chapters and build the book; any warning is an error
+book: $(PAGES) ## Execute what has changed and build the book; any warning is an error
+	@echo "The book: $(CURDIR)/$(SITE)/index.html"
+
+$(PAGES): $(INSTALLED) $(SOURCES) $(DATA)
+	$(BIN)/python book/_ext/execution.py
 	rm -rf $(SITE)
 	$(BIN)/jupyter-book build . -W --all --keep-going
-	$(BIN)/pytest --quiet tests/book/test_pages.py tests/book/test_browser.py
-	@echo "The book: $(CURDIR)/$(SITE)/index.html"
+	@touch $@
+
+# Changes when another data set is named.
+$(DATA): FORCE
+	@mkdir -p $(@D)
+	@cmp -s $@ <<<"$${EWC_DATA:-}" || cat >$@ <<<"$${EWC_DATA:-}"
+
+.PHONY: FORCE
+FORCE:
 
 .PHONY: pdf
 pdf: $(INSTALLED) ## Build the book as a PDF; needs XeLaTeX (see CONTRIBUTING)
@@ -43,10 +68,17 @@ pdf: $(INSTALLED) ## Build the book as a PDF; needs XeLaTeX (see CONTRIBUTING)
 	@echo "The book on paper: $(CURDIR)/$(PAPER)/ewc_lib.pdf"
 
 .PHONY: test
-test: lint ## Check the code, run all tests with coverage, then every notebook
-	$(BIN)/pytest tests ewc_lib --doctest-modules --cov
-	$(BIN)/pytest --nbmake book
-	@echo "All checks passed: code, tests, doctests, notebooks."
+test: lint $(PAGES) ## Check the code, execute the chapters, run the tests, look at the pages
+	$(PYTEST)
+	@echo "All checks passed: code, chapters, pages, tests, doctests."
+
+.PHONY: test-all
+test-all: lint $(PAGES) ## The same with the slow tests
+	$(PYTEST) -m ""
+
+.PHONY: coverage
+coverage: $(PAGES) ## Run all tests and measure which lines of the package they reach
+	$(PYTEST) -m "" --cov
 
 .PHONY: lint
 lint: $(INSTALLED) ## Check style, types, import rules and metadata
@@ -60,6 +92,10 @@ lint: $(INSTALLED) ## Check style, types, import rules and metadata
 .PHONY: notebooks
 notebooks: $(INSTALLED) ## Write the notebook beside each chapter
 	$(BIN)/python book/_ext/notebook_pairs.py
+
+.PHONY: figures
+figures: $(INSTALLED) ## Draw the figures of the README again
+	EWC_FIGURES=$(CURDIR)/book/figures $(BIN)/pytest --nbmake book/foundations/ewc.ipynb
 
 .PHONY: links
 links: $(INSTALLED) ## Check the external links (needs a network)
