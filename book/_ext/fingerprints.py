@@ -44,19 +44,21 @@ def ingredients(code: str) -> list[Path]:
 
 def modules(code: str) -> set[str]:
     """Return the modules of the package that some code imports, directly or not."""
-    graph, found, waiting = _imports(), set[str](), list(_named(code))
+    known, found, waiting = _imports().modules, set[str](), list(_named(code))
     while waiting:
         module = waiting.pop()
-        if module in graph.modules and module not in found:
+        if module in known and module not in found:
             found.add(module)
+            # A package hands out what it names for type checkers, when it is asked for it.
+            graph = _imports(for_types=_source(module).name == "__init__.py")
             waiting += graph.find_modules_directly_imported_by(module)
             waiting.append(module.rpartition(".")[0])  # a package is imported before its modules
     return found
 
 
 @cache
-def _imports() -> grimp.ImportGraph:
-    return grimp.build_graph("ewc_lib", exclude_type_checking_imports=True, cache_dir=None)
+def _imports(for_types: bool = False) -> grimp.ImportGraph:
+    return grimp.build_graph("ewc_lib", exclude_type_checking_imports=not for_types, cache_dir=None)
 
 
 def _named(code: str) -> Iterator[str]:
