@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from prose import BOOK, Part, page_name, parts
+from prose import BOOK, Part, code_of, page_name, parts
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
@@ -117,16 +117,6 @@ def _comments(cell: Part) -> Iterator[tuple[int, list[str]]]:
     for number, line in enumerate(cell.text.splitlines(), 1):
         if match := _CHECKS.match(line):
             yield number, [label.strip() for label in match["labels"].split(",")]
-
-
-def code_of(cell: Part) -> str:
-    """Return the code of a cell without its options, on the lines where it was."""
-    lines, start = cell.text.splitlines(), 0
-    if lines[:1] == ["---"]:
-        start = lines.index("---", 1) + 1
-    while start < len(lines) and lines[start].startswith(":"):
-        start += 1
-    return "\n" * start + "\n".join(lines[start:])
 
 
 def _has_assertion(code: str, after: int) -> bool:

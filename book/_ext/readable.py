@@ -8,14 +8,12 @@ they are known, and stand as ⟨name⟩ where they are not.
 import re
 from collections.abc import Mapping
 from functools import cache
+from textwrap import indent
 
-from prose import BOOK
+from prose import BOOK, Part, blocks, inline, page_name, parts
 from pybtex.database import BibliographyData, parse_file
 
-_OPEN = re.compile(r"^(?P<fence>`{3,}|:{3,})\{(?P<name>[\w:-]+)\}\s*(?P<title>.*)$")
-_OPTION = re.compile(r"^:[\w-]+:")
-_ROLE = re.compile(r"\{(?P<role>[a-z:]+)\}`(?P<content>[^`]+)`")
-_TITLED = re.compile(r"^[`:]{3,}\{(?:prf:)?(\w+)\}[ ]*(.*)\n:label:[ ]*([\w-]+)[ ]*$", re.MULTILINE)
+_BEFORE = re.compile(r".*?(?=`{3}|:{3}|~{3}|\$\$)")
 _END = {"prf:proof": "∎", "solution": "\n</details>", "solution-end": "\n</details>"}
 
 
@@ -29,33 +27,50 @@ def readable(text: str, values: Mapping[str, float] | None = None) -> str:
     values
         What the cells have computed, by the names that the text uses.
     """
-    text = re.sub(r"^\([\w-]+\)=\n", "", _without_directives(text), flags=re.MULTILINE)
-    text = re.sub(r"\$\$[ ]*\(([\w-]+)\)[ ]*$", r"\\tag{\1}\n$$", text, flags=re.MULTILINE)
-    return _ROLE.sub(lambda match: _words(match["role"], match["content"], values or {}), text)
-
-
-def _without_directives(text: str) -> str:
-    lines: list[str] = []
-    opened: list[tuple[str, str]] = []
-    options = False
-    for line in text.splitlines():
-        if found := _OPEN.match(line):
-            opened.append((found["fence"], found["name"]))
-            lines.append(_heading(found["name"], found["title"]))
-            options = True
-        elif opened and line.rstrip() == opened[-1][0]:
-            lines.append(_END.get(opened.pop()[1], ""))
-            options = False
-        elif not (options and _OPTION.match(line)):
-            lines.append(line)
-            options = False
+    lines = text.splitlines()
+    for part in reversed(blocks(text)):
+        place = slice(part.lines.start - 1, part.lines.stop - 1)
+        lines[place] = _plain(part, "\n".join(lines[place]), values or {})
     return "\n".join(lines)
+
+
+def _plain(part: Part, source: str, values: Mapping[str, float]) -> list[str]:
+    """Return what stands for the lines of a part."""
+    if part.kind in {"heading", "text"}:
+        return [_without_roles(source, values)]
+    if part.kind == "unseen":
+        return []
+    if part.kind == "open":
+        return [_instead(source, _without_roles(_heading(part.name, part.text), values))]
+    if part.kind == "close":
+        return [_instead(source, _END.get(part.name, ""))]
+    if part.kind == "math" and (part.label or part.name):
+        tag = f"\\tag{{{part.label}}}\n" if part.label else ""
+        return [_instead(source, f"$$\n{part.text}\n{tag}$$")]
+    return [source]
+
+
+def _instead(source: str, shown: str) -> str:
+    """Put a text where a source stands: in a list, for example, or in a quotation."""
+    before = _BEFORE.match(source)[0]
+    margin = re.sub("[^>]", " ", before)
+    return before + indent(shown, margin).removeprefix(margin)
+
+
+def _without_roles(text: str, values: Mapping[str, float]) -> str:
+    for token, place in reversed(inline(text, "myst_role")):
+        content = text[place].partition("`")[2].strip("`")
+        shown = _words(token.meta["name"], content, values)
+        text = text[: place.start] + shown + text[place.stop :]
+    return text
 
 
 def _heading(name: str, title: str) -> str:
     kind = name.removeprefix("prf:")
     if name in ("solution", "solution-start"):
         return "<details><summary>Solution</summary>\n"
+    if not name:  # a box with a class and no more
+        return ""
     if name in ("admonition", "solution-end"):
         return f"**{title}.**\n" if title else ""
     if kind == "proof":
@@ -93,15 +108,18 @@ def _split(content: str) -> tuple[str, str]:
 @cache
 def _titles() -> dict[str, str]:
     """Return what stands for a label or a page: its kind and title."""
-    found = {}
+    found = dict[str, str]()
     for page in sorted(BOOK.rglob("*.md")):
-        text = page.read_text(encoding="utf-8")
-        heading = re.search(r"^# (.*)$", text, re.MULTILINE)
-        for name in (page.stem, f"/book/{page.relative_to(BOOK).with_suffix('')}"):
-            found[name] = f"“{heading[1]}”" if heading else name
-        for kind, title, label in _TITLED.findall(text):
-            found[label] = f"the {kind} “{title}”" if title else f"the {kind}"
+        whole = parts(page.read_text(encoding="utf-8"))
+        title = next((part.text for part in whole if part.kind == "heading"), page.stem)
+        found |= dict.fromkeys((page.stem, f"/book/{page_name(page)}"), f"“{title}”")
+        found |= {part.label: _result(part) for part in whole if part.kind == "open" and part.label}
     return found
+
+
+def _result(part: Part) -> str:
+    kind = part.name.removeprefix("prf:").removesuffix("-start")
+    return f"the {kind} “{part.text}”" if part.text else f"the {kind}"
 
 
 @cache

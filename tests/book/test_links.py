@@ -12,8 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from claims import code_of
-from prose import BOOK, Part, page_name, pages, parts
+from prose import BOOK, Part, code_of, page_name, pages, parts
 
 LINK = re.compile(r"\{(?:func|class|meth)\}`(?:[^`<]*<)?~?(ewc_lib[\w.]*)")
 

@@ -49,6 +49,37 @@ def test_a_labelled_formula_gets_a_tag_that_links_show() -> None:
     assert shown == "$$\nx = 1\n\\tag{eq-x}\n$$\n\nBy (eq-x) it is so."
 
 
+def test_a_formula_of_a_directive_gets_its_tag_too() -> None:
+    assert readable("```{math}\n:label: eq-x\n\nx\n```") == "$$\nx\n\\tag{eq-x}\n$$"
+
+
+def test_boxes_stay_in_the_list_or_the_quotation_that_holds_them() -> None:
+    listed = "* ~~~{prf:proof}\n  By {eq}`eq-x`.\n\n  $$\n  x\n  $$ (eq-y)\n  ~~~\n* B"
+    quoted = "> :::{prf:proof}\n> Clear.\n> :::"
+    shown = "* *Proof.*\n  By (eq-x).\n\n  $$\n  x\n  \\tag{eq-y}\n  $$\n  ∎\n* B"
+    assert readable(listed) == shown
+    assert readable(quoted) == "> *Proof.*\n> Clear.\n> ∎"
+
+
+def test_nested_boxes_lose_their_options_and_keep_their_ends() -> None:
+    myst = "::::{prf:proof}\n:::{note} N\n---\nclass: tip\n---\nA\n::: \n::::"
+    assert readable(myst) == "*Proof.*\n**Note (N).**\nA\n\n∎"
+
+
+def test_code_is_left_as_it_is() -> None:
+    code = "````python\n```{note}\n(a)=\n$$ (eq-a)\n```\n````\n\nand `` {eq}`a` ``."
+    assert readable(code) == code
+
+
+def test_the_end_of_a_solution_may_stand_in_another_cell() -> None:
+    shown = [readable(f"```{{solution-{place}}}\n```") for place in ("start", "end")]
+    assert shown == ["<details><summary>Solution</summary>\n\n", "\n\n</details>"]
+
+
+def test_labels_and_comments_are_not_shown() -> None:
+    assert readable("(sec-a)=\n# A\n% to do\nB") == "# A\nB"
+
+
 def test_computed_numbers_are_filled_in_where_they_are_known() -> None:
     text = "It is {glue:text}`share:.1%`, or {glue:text}`other:.2f`."
     assert readable(text, {"share": 0.123}) == "It is 12.3%, or ⟨other⟩."
