@@ -1,100 +1,232 @@
-"""Repairs of the generated pages, each for one defect of the theme or of an extension."""
+"""Repairs of the generated pages, each for one defect of the theme or of an extension.
+
+A repair that finds nothing to do has lost its reason and should go: the build fails and names it.
+Only a build that began without pages can say so, as that of `make book` does. Any other one may
+write a part of the pages and leave the rest, where the repairs have been and find nothing again.
+
+A page is parsed, and written as it was but for its repairs: a browser sees the same elements,
+attributes, spaces and texts. Names such as `viewBox` lose their capitals, which HTML gives back.
+"""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
+from bs4 import BeautifulSoup, Tag
+from bs4.formatter import HTMLFormatter
 from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
 
 
-def _lines(signature: re.Match[str]) -> str:
-    """Turn the parameters of a long signature, set as a list without terms, into plain lines."""
-    lines = signature[0].replace("<dd>", '<span class="sig-line">').replace("</dd>", "</span>")
-    return lines.replace("<dl>", "").replace("</dl>", "")
+@dataclass
+class Page:
+    """A page, and where it is."""
+
+    path: Path
+    tree: BeautifulSoup
 
 
-_REPAIRS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
-    # The accessible name of a control must contain the text that it shows (WCAG 2.5.3).
-    (re.compile(r'(<button class="btn search-button-field[^>]*?)\s+aria-label="[^"]*"'), r"\1"),
-    (re.compile(r'<summary aria-label="Toggle hidden content">'), "<summary>"),
-    (
-        re.compile(
-            r'(<button class="btn btn-sm nav-link[^>]*theme-switch-button[^>]*?)'
-            r'\s+aria-label="([^"]*)"([^>]*>)'
-        ),
-        r'\1\3<span class="visually-hidden">\2</span>',
-    ),
-    # A list holds list items; the role that docutils gives them is deprecated (WCAG 1.3.1).
-    (re.compile(r'role="doc-biblioentry"'), 'role="listitem"'),
-    # A definition list needs terms (WCAG 1.3.1).
-    (re.compile(r'<dl>\n(?:<dd><em class="sig-param">.*</dd>\n)+</dl>'), _lines),
-    # The empty corner of a table heads nothing.
-    (re.compile(r'<th class="head(?: [^"]*)?">\s*(?:<p></p>)?</th>'), "<td></td>"),
-    # Everything on a page belongs to a landmark.
-    (
-        re.compile(r'<div id="pst-primary-sidebar"'),
-        '<div id="pst-primary-sidebar" role="region" aria-label="Book"',
-    ),
-    # Jupyter Book always loads Thebe, which needs a network and a server that nobody runs here.
-    (re.compile(r"<script>const THEBE_JS_URL[^<]*</script>"), ""),
-    (re.compile(r'<script [^>]*src="[^"]*sphinx-thebe\.js[^"]*"></script>'), ""),
-    (re.compile(r'<script type="text/x-thebe-config">[^<]*</script>'), ""),
-    (re.compile(r"<script>kernelName = '[^']*'</script>"), ""),
-    (re.compile(r'<link [^>]*href="[^"]*sphinx-thebe\.css[^"]*" />'), ""),
-    # Where the address of the site is unknown, this tag holds a path that leads nowhere.
-    (re.compile(r'<meta property="og:url" content="(?!https?://)[^"]*" />\n?'), ""),
+# A repair returns whether a page needed it.
+Repair = Callable[[Page], bool]
+
+
+def name_search_by_its_text(page: Page) -> bool:
+    """The accessible name of a control contains the text that it shows (WCAG 2.5.3)."""
+    return _drop_label(page, "button.search-button-field[aria-label]")
+
+
+def name_folds_by_their_text(page: Page) -> bool:
+    """As above: a fold shows what it holds."""
+    return _drop_label(page, 'summary[aria-label="Toggle hidden content"]')
+
+
+def name_theme_switch_within(page: Page) -> bool:
+    """As above: the switch shows its state, so the name stands beside it, unseen."""
+    found = _select(page, "button.theme-switch-button[aria-label]")
+    for button in found:
+        name = page.tree.new_tag("span", attrs={"class": "visually-hidden"})
+        name.string = button["aria-label"]
+        button.insert(0, name)
+        del button["aria-label"]
+    return bool(found)
+
+
+def list_references_as_items(page: Page) -> bool:
+    """A list holds list items; the role that docutils gives them is deprecated (WCAG 1.3.1)."""
+    found = _select(page, 'div[role="doc-biblioentry"]')
+    for entry in found:
+        entry["role"] = "listitem"
+    return bool(found)
+
+
+def set_parameters_in_lines(page: Page) -> bool:
+    """A definition list needs terms, which that of a long signature lacks (WCAG 1.3.1)."""
+    found = [names for names in page.tree("dl", class_=None) if _is_signature(names)]
+    for names in found:
+        for parameter in names("dd", recursive=False):
+            parameter.name, parameter["class"] = "span", "sig-line"
+        names.unwrap()
+    return bool(found)
+
+
+def name_the_region_of_the_sidebar(page: Page) -> bool:
+    """Everything on a page belongs to a landmark."""
+    found = _select(page, "div#pst-primary-sidebar:not([role])")
+    for sidebar in found:
+        sidebar["role"], sidebar["aria-label"] = "region", "Book"
+    return bool(found)
+
+
+def drop_path_that_is_no_address(page: Page) -> bool:
+    """Where the address of the site is not known, the tag holds a path that leads nowhere."""
+    return _drop(page, 'meta[property="og:url"]:not([content^="http"])')
+
+
+def drop_dead_links_of_viewer(page: Page) -> bool:
+    """The source viewer links objects that are documented under another name, or not at all."""
+    found = [link for link in _select(page, "a.viewcode-back") if _is_dead(link, page.path)]
+    for link in found:
+        link.decompose()
+    return bool(found)
+
+
+def _select(page: Page, selector: str) -> list[Tag]:
+    """Return the tags that a selector names; its first word, a kind of tag, makes it fast."""
+    kind = re.match(r"\w+", selector)[0]
+    return [tag for tag in page.tree(kind) if tag.css.match(selector)]
+
+
+def _drop_label(page: Page, selector: str) -> bool:
+    found = _select(page, selector)
+    for control in found:
+        del control["aria-label"]
+    return bool(found)
+
+
+def _drop(page: Page, selector: str) -> bool:
+    found = _select(page, selector)
+    for tag in found:
+        tag.decompose()
+    return bool(found)
+
+
+def _is_signature(names: Tag) -> bool:
+    parameters = names.find_all(recursive=False)
+    return bool(parameters) and all(
+        tag.name == "dd" and tag.find("em", class_="sig-param", recursive=False)
+        for tag in parameters
+    )
+
+
+def _is_dead(link: Tag, viewer: Path) -> bool:
+    target, _, anchor = link["href"].partition("#")
+    return anchor not in _anchors((viewer.parent / target).resolve())
+
+
+@cache
+def _anchors(path: Path) -> frozenset[str]:
+    return frozenset(re.findall(r'\sid="([^"]*)"', path.read_text("utf-8")))
+
+
+# Jupyter Book always loads Thebe, which needs a network and a server that nobody runs here.
+THEBE = [
+    'script:-soup-contains("THEBE_JS_URL")',
+    'script[src*="sphinx-thebe.js"]',
+    'script[type="text/x-thebe-config"]',
+    'script:-soup-contains("kernelName =")',
+    'link[href*="sphinx-thebe.css"]',
 ]
+REPAIRS: dict[str, Repair] = {
+    repair.__name__: repair
+    for repair in (
+        name_search_by_its_text,
+        name_folds_by_their_text,
+        name_theme_switch_within,
+        list_references_as_items,
+        set_parameters_in_lines,
+        name_the_region_of_the_sidebar,
+        drop_path_that_is_no_address,
+        drop_dead_links_of_viewer,
+    )
+} | {f"drop {selector}": partial(_drop, selector=selector) for selector in THEBE}
 
 
-# Links that the source viewer writes for objects which are documented under another name.
-_VIEWER_LINK = re.compile(
-    r'<a class="viewcode-back" href="([^"#]*)#([^"]*)">\[docs\]</a>'
-    r'|<li><a href="([^"]*)">builtins</a></li>'
-)
+def _unused(site: Path, loaded: set[str]) -> dict[str, list[Path]]:
+    """Return the files that no page needs, by their kinds."""
+    static = site / "_static"
+    bundles = (static / "mathjax").glob("*-*.js")
+    return {
+        "templates, left unrendered by the themes, full of dead links": [
+            *static.glob("*webpack-macros.html")
+        ],
+        "bundles of MathJax that no page loads": [b for b in bundles if b.name not in loaded],
+        "maps, which only debuggers of scripts read": [*static.rglob("*.map")],
+    }
 
 
-def _drop_dead_links(viewer: Path) -> None:
-    """Drop the links of one page of the source viewer that lead nowhere."""
+class _AsWritten(HTMLFormatter):
+    """Leaves attributes in their order."""
 
-    def keep(link: re.Match[str]) -> str:
-        page, anchor, module = link.groups()
-        if module:
-            alive = (viewer.parent / module).exists()
-        else:
-            alive = f'id="{anchor}"' in (viewer.parent / page).read_text("utf-8")
-        return link[0] if alive else ""
-
-    viewer.write_text(_VIEWER_LINK.sub(keep, viewer.read_text("utf-8")), "utf-8")
+    def attributes(self, tag: Tag) -> Iterable[tuple[str, str]]:
+        return tag.attrs.items()
 
 
-def _drop_unused(site: Path, loaded: set[str]) -> None:
-    """Drop the bundles of MathJax that no page loads, and what only debuggers of scripts read."""
-    for bundle in (site / "_static" / "mathjax").glob("*-*.js"):
-        if f"mathjax/{bundle.name}" not in loaded:
-            bundle.unlink()
-    for source_map in (site / "_static").rglob("*.map"):
-        source_map.unlink()
+_AS_WRITTEN = _AsWritten(HTMLFormatter.REGISTRY["minimal"].entity_substitution)
 
 
-def _repair(app: Sphinx, error: Exception | None) -> None:
-    if error or app.builder.format != "html":
-        return
+def read(path: Path) -> Page:
+    """Read a page with all of its spaces."""
+    text, whole = path.read_text("utf-8"), {"html"}
+    tree = BeautifulSoup(
+        text, "html.parser", multi_valued_attributes=None, preserve_whitespace_tags=whole
+    )
+    return Page(path, tree)
+
+
+def write(page: Page) -> None:
+    """Write a page back."""
+    page.path.write_text(page.tree.decode(formatter=_AS_WRITTEN), "utf-8")
+
+
+def repair(site: Path) -> dict[str, bool]:
+    """Repair all pages of a site, and drop its unused files; return what found something to do."""
+    found, loaded = dict.fromkeys(REPAIRS, False), set[str]()
+    for path in site.rglob("*.html"):
+        if "_static" not in path.relative_to(site).parts:
+            page = read(path)
+            scripts = [tag.get("src", "") for tag in page.tree("script")]
+            loaded |= {script.rpartition("/")[2].partition("?")[0] for script in scripts}
+            needed = {name: repaired(page) for name, repaired in REPAIRS.items()}
+            if any(needed.values()):
+                write(page)
+                found |= {name: True for name in needed if needed[name]}
+    for kind, files in _unused(site, loaded).items():
+        found[kind] = bool(files)
+        for file in files:
+            file.unlink()
+    return found
+
+
+def _begin(app: Sphinx) -> None:
+    """Repair the pages when they are written; note whether there are any before."""
     site = Path(app.outdir)
-    for template in (site / "_static").glob("*webpack-macros.html"):
-        template.unlink()  # left unrendered by the themes, full of dead links
-    loaded = set[str]()
-    for page in site.rglob("*.html"):
-        text = repaired = page.read_text("utf-8")
-        loaded |= set(re.findall(r"mathjax/[\w-]+\.js", text))
-        for defect, repair in _REPAIRS:
-            repaired = defect.sub(repair, repaired)
-        if repaired != text:
-            page.write_text(repaired, "utf-8")
-    _drop_unused(site, loaded)
-    for viewer in (site / "_modules").rglob("*.html"):
-        _drop_dead_links(viewer)
+    if app.builder.format == "html":
+        app.connect("build-finished", partial(_finish, whole=not any(site.rglob("*.html"))))
+
+
+def _finish(app: Sphinx, error: Exception | None, whole: bool) -> None:
+    if error:
+        return
+    found = repair(Path(app.outdir))
+    if app.config.ogp_site_url:  # then the tags hold addresses
+        del found[drop_path_that_is_no_address.__name__]
+    needless = [name for name in found if not found[name]]
+    if whole and needless:
+        raise ExtensionError(f"no page needs these repairs: {', '.join(needless)}")
 
 
 def setup(app: Sphinx) -> dict[str, object]:
-    app.connect("build-finished", _repair)
+    app.connect("builder-inited", _begin)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
