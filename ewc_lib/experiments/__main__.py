@@ -13,17 +13,21 @@ from ewc_lib.experiments import beyond_diagonal, language_models, report
 from ewc_lib.experiments.cost_report import RESULT, table
 from ewc_lib.experiments.fisher_cost import fisher_cost, profile
 from ewc_lib.experiments.fisher_variants import FISHER_VARIANTS
+from ewc_lib.experiments.folders import OUTPUT
 from ewc_lib.experiments.laplace_50 import LAPLACE_50
 from ewc_lib.experiments.models import BENCHMARKS
 from ewc_lib.experiments.overhead import overhead, overheads
 from ewc_lib.experiments.peers import CONTESTANTS
 from ewc_lib.experiments.permuted_mnist import PERMUTED_MNIST
-from ewc_lib.experiments.protocols import RESULTS, Experiment, measure
+from ewc_lib.experiments.protocols import Experiment, measure
 from ewc_lib.experiments.split_mnist import SPLIT_MNIST
 from ewc_lib.experiments.stability import STABILITY
 
 EXPERIMENTS = (SPLIT_MNIST, FISHER_VARIANTS, PERMUTED_MNIST, STABILITY, LAPLACE_50)
 """All experiments on streams of tasks."""
+
+FOLDER = "book/results in a checkout, elsewhere ./results"
+"""What the help says of :data:`.OUTPUT`."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -46,8 +50,8 @@ def fisher_cost_command(
     repetitions: Annotated[int, typer.Option(min=1, help="Runs of each contestant.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 2,
     output: Annotated[
-        Path, typer.Option(help="The file to write.", show_default=f"{RESULT.name} of the book")
-    ] = RESULT,
+        Path, typer.Option(help="The file to write.", show_default=f"{RESULT.name} in {FOLDER}")
+    ] = OUTPUT / RESULT.name,
     only: Annotated[
         list[str] | None,
         typer.Option(
@@ -123,8 +127,8 @@ def _add_command(experiment: Experiment) -> None:
             str, typer.Option(help="cpu, cuda, ...; auto takes an accelerator if there is one.")
         ] = "auto",
         out: Annotated[
-            Path, typer.Option(metavar="DIR", help="The folder of results.", show_default="book")
-        ] = RESULTS,
+            Path, typer.Option(metavar="DIR", help="The folder of results.", show_default=FOLDER)
+        ] = OUTPUT,
         workers: Annotated[
             int | None,
             typer.Option(min=1, help="Processes of one thread; by default one for each core."),
@@ -157,8 +161,8 @@ def _add_command(experiment: Experiment) -> None:
 def overhead_command(
     rounds: Annotated[int, typer.Option(min=4, help="Steps of each form.")] = 200,
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="The folder of results.", show_default="book")
-    ] = RESULTS,
+        Path, typer.Option(metavar="DIR", help="The folder of results.", show_default=FOLDER)
+    ] = OUTPUT,
 ) -> None:
     """Time that the penalty adds to a training step, after one task and after fifty.
 
@@ -174,8 +178,8 @@ def _add_comparison(name: str, module: ModuleType, default: int, description: st
     def command(
         seeds: Annotated[int, typer.Option(min=2, help="Seeds of each row.")] = default,
         out: Annotated[
-            Path, typer.Option(metavar="DIR", help="The folder of results.", show_default="book")
-        ] = RESULTS,
+            Path, typer.Option(metavar="DIR", help="The folder of results.", show_default=FOLDER)
+        ] = OUTPUT,
         workers: Annotated[int, typer.Option(min=1, help="Processes of one thread.")] = 1,
         fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the file holds.")] = False,
     ) -> None:

@@ -29,7 +29,7 @@ from ewc_lib import data
 from ewc_lib.continual import accuracy, mlp, permute_pixels, train
 from ewc_lib.data import Images
 from ewc_lib.ewc import EWC
-from ewc_lib.experiments.protocols import RESULTS
+from ewc_lib.experiments.folders import OUTPUT
 from ewc_lib.experiments.report import interval
 from ewc_lib.experiments.store import Run, run_all
 from ewc_lib.experiments.strengths import held_out
@@ -193,7 +193,7 @@ class HeldPredictions:
 
 
 def comparison(
-    path: Path = RESULTS / "beyond_diagonal.json",
+    path: Path = OUTPUT / "beyond_diagonal.json",
     *,
     seeds: int = 10,
     protocol: Mapping[str, Any] = PROTOCOL,

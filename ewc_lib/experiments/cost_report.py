@@ -16,13 +16,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ewc_lib import plot
-from ewc_lib.experiments.provenance import PACKAGE
+from ewc_lib.experiments.folders import RESULTS
 
 __all__ = ["RESULT", "Fit", "Row", "figure", "fits", "load", "rows", "table"]
 
 Entry: TypeAlias = dict[str, Any]
 
-RESULT = PACKAGE.parent / "book" / "results" / "fisher_cost.json"
+RESULT = RESULTS / "fisher_cost.json"
 """Where the book finds its numbers."""
 
 KINDS = ("empirical", "sketch", "sampled", "exact")

@@ -24,6 +24,7 @@ from torch import nn
 
 from ewc_lib._progress import progress as show_progress
 from ewc_lib.experiments.cost_report import RESULT, Entry, load
+from ewc_lib.experiments.folders import OUTPUT
 from ewc_lib.experiments.models import BENCHMARKS, SEED, Batches, Benchmark
 from ewc_lib.experiments.peers import CONTESTANTS, Contestant, Contestants, error, plain_pass
 from ewc_lib.experiments.provenance import differences, provenance
@@ -56,7 +57,7 @@ FEWEST = 16
 
 
 def fisher_cost(
-    path: Path = RESULT,
+    path: Path = OUTPUT / RESULT.name,
     sections: Iterable[str] = (),
     *,
     benchmarks: Mapping[str, Benchmark] = BENCHMARKS,

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from ewc_lib.ewc import EWC
+from ewc_lib.experiments.folders import OUTPUT
 from ewc_lib.experiments.language import (
     adaptable,
     language_model,
@@ -29,7 +30,6 @@ from ewc_lib.experiments.language import (
     texts,
 )
 from ewc_lib.experiments.models import GPT2
-from ewc_lib.experiments.protocols import RESULTS
 from ewc_lib.experiments.report import interval
 from ewc_lib.experiments.store import Run, run_all
 from ewc_lib.experiments.strengths import decades, held_out
@@ -62,7 +62,7 @@ training and of adapters are not on one scale: Adam rescales a gradient, and no 
 
 
 def comparison(
-    path: Path = RESULTS / "language_models.json",
+    path: Path = OUTPUT / "language_models.json",
     *,
     seeds: int = 3,
     protocol: Mapping[str, Any] = PROTOCOL,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ewc_lib._progress import progress as show_progress
 from ewc_lib.continual import mlp
 from ewc_lib.ewc import EWC
-from ewc_lib.experiments.protocols import RESULTS
+from ewc_lib.experiments.folders import OUTPUT
 from ewc_lib.experiments.provenance import provenance
 from ewc_lib.experiments.store import save
 
@@ -47,7 +47,7 @@ class Overhead(NamedTuple):
 
 
 def overhead(
-    path: Path = RESULTS / "overhead.json",
+    path: Path = OUTPUT / "overhead.json",
     *,
     tasks: Sequence[int] = (1, 50),
     rounds: int = 200,

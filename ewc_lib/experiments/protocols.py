@@ -24,7 +24,7 @@ from ewc_lib.continual import (
 )
 from ewc_lib.data import Images
 from ewc_lib.ewc import EWC
-from ewc_lib.experiments.provenance import PACKAGE
+from ewc_lib.experiments.folders import OUTPUT, RESULTS
 from ewc_lib.experiments.store import Run, load, run_all
 from ewc_lib.regularizers import (
     EWCDR,
@@ -42,9 +42,6 @@ __all__ = ["METHODS", "RESULTS", "Experiment", "Protocol", "measure", "outcome",
 
 Protocol: TypeAlias = Mapping[str, Any]
 """What all runs of an experiment share, plain values for JSON."""
-
-RESULTS = PACKAGE.parent / "book" / "results"
-"""Where the book finds its numbers."""
 
 METHODS: dict[str, Callable[[nn.Module, float, int], Regularizer | None]] = {
     "none": lambda model, strength, seed: None,
@@ -108,7 +105,7 @@ def measure(
     preset: str | None = None,
     root: str | None = None,
     seeds: int | None = None,
-    out: Path = RESULTS,
+    out: Path = OUTPUT,
     device: str = "auto",
     workers: int | None = None,
     fresh: bool = False,

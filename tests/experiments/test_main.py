@@ -51,6 +51,12 @@ def test_by_default_everything_is_measured_for_the_book(calls):
     assert calls == [((RESULT, ()), options)]
 
 
+@pytest.mark.parametrize("name", ["fisher-cost", "split-mnist", "overhead", "language-models"])
+def test_help_says_where_an_installed_package_writes(name):
+    words = run(name, "--help").output.replace("│", "").split()
+    assert "book/results in a checkout, elsewhere ./results" in " ".join(words)
+
+
 def test_options_reach_the_measurement(calls):
     options = ("--repetitions", "3", "--threads", "1", "--fresh", "--output", "x.json")
     only = ("--only", "ewc_lib", "--only", "loop")
