@@ -4,10 +4,15 @@ The argument in four steps, one module each: :mod:`ewc_lib.likelihood`, :mod:`ew
 :mod:`ewc_lib.fisher`, :mod:`ewc_lib.ewc`.
 """
 
+from importlib import metadata as _metadata
+
 from ewc_lib.ewc import EWC
 from ewc_lib.fisher import Bernoulli, Categorical, Fisher, Gaussian, Poisson, fisher_information
 
-__version__ = "0.1.0"
+try:
+    __version__ = _metadata.version("ewc_lib")
+except _metadata.PackageNotFoundError:  # a checkout on the path that was not installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "EWC",

@@ -1,8 +1,13 @@
 """The files around the package agree with one another, and with what is there."""
 
 import re
+import runpy
 import subprocess
+import sys
+import tarfile
 import tomllib
+import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -10,6 +15,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+import ewc_lib
+from ewc_lib.experiments import folders
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,6 +45,12 @@ def constraints() -> dict[str, Version]:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(name): Version(version) for name, version in pairs}
+
+
+def releases() -> list[tuple[str, str]]:
+    """Return version and date of each release in the changelog."""
+    text = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    return re.findall(r"^## \[([\d.]+)\] - (\d{4}-\d\d-\d\d)$", text, re.MULTILINE)
 
 
 def tracked_files() -> list[Path]:
@@ -103,7 +117,67 @@ def test_both_lists_of_macros_define_the_same_macros() -> None:
 
 
 def test_the_version_is_the_same_everywhere() -> None:
-    assert read_yaml("CITATION.cff")["version"] == project()["version"]
+    assert read_yaml("CITATION.cff")["version"] == project()["version"] == ewc_lib.__version__
+
+
+def test_the_package_does_not_repeat_its_version() -> None:
+    version = project()["version"]
+    sources = sorted((ROOT / "ewc_lib").rglob("*.py"))
+    assert [path.name for path in sources if f'"{version}"' in path.read_text("utf-8")] == []
+
+
+def test_a_checkout_that_is_not_installed_can_be_imported(monkeypatch) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    names = runpy.run_path(str(ROOT / "ewc_lib" / "__init__.py"))
+    assert names["__version__"] == "0+unknown"
+
+
+def test_the_newest_release_of_the_changelog_is_the_cited_version() -> None:
+    citation = read_yaml("CITATION.cff")
+    version, date = releases()[0]
+    assert (version, date) == (citation["version"], str(citation["date-released"]))
+
+
+def test_the_changelog_goes_from_the_newest_release_to_the_oldest() -> None:
+    versions = [Version(version) for version, _ in releases()]
+    assert versions == sorted(set(versions), reverse=True)
+
+
+def test_the_changelog_has_the_headings_of_its_form() -> None:
+    headings = re.findall(r"^## (.*)", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert [h for h in headings if h != "[Unreleased]"] == [f"[{v}] - {d}" for v, d in releases()]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a wheel that was built from the source distribution."""
+    folder = tmp_path_factory.mktemp("dist")
+    build(ROOT, "sdist", folder)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as sources:
+        sources.extractall(folder, filter="data")
+    build(folder / archive.name.removesuffix(".tar.gz"), "wheel", folder)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def build(tree: Path, target: str, folder: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(folder)]
+    subprocess.run(command, cwd=tree, capture_output=True, check=True)
+
+
+def test_the_wheel_has_the_package_and_the_results_of_the_book(built: Path) -> None:
+    here = {path.name: path.read_bytes() for path in (ROOT / "book" / "results").glob("*.json")}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "ewc_lib").rglob("*.py")}
+    with zipfile.ZipFile(built) as wheel:
+        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        inside = f"{folders.__package__.replace('.', '/')}/results/"
+        packed = {n.removeprefix(inside): wheel.read(n) for n in names if n.startswith(inside)}
+    assert packed == here
+    assert {n for n in names if not n.startswith(inside)} == modules | {"ewc_lib/py.typed"}
 
 
 def test_each_public_module_has_its_tests() -> None:
