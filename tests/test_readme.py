@@ -33,3 +33,7 @@ def test_every_local_link_and_picture_exists():
 def test_the_commands_are_targets_of_the_makefile():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     assert set(re.findall(r"`?make ([a-z]+)", README)) <= targets
+
+
+if __name__ == "__main__":
+    exec(python_block(), {})
