@@ -118,10 +118,11 @@ def test_what_is_released_is_what_was_installed_and_tried() -> None:
 
 def test_the_oldest_versions_are_those_that_the_package_allows() -> None:
     (install,) = (r for r in steps(workflow("checks")["jobs"]["oldest"], "run") if "pip" in r)
-    needed = [Requirement(line) for line in project()["dependencies"]]
+    extras = project()["optional-dependencies"]
+    needed = [*project()["dependencies"], *extras["experiments"], *extras["transformers"]]
     lowest = {
         f"{requirement.name}=={bound.version}.*"
-        for requirement in needed
+        for requirement in map(Requirement, needed)
         for bound in requirement.specifier
         if bound.operator == ">="
     }
