@@ -4,14 +4,17 @@ The argument in four steps, one module each: :mod:`ewc_lib.likelihood`, :mod:`ew
 :mod:`ewc_lib.fisher`, :mod:`ewc_lib.ewc`.
 """
 
-from importlib import metadata as _metadata
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-from ewc_lib.ewc import EWC
-from ewc_lib.fisher import Bernoulli, Categorical, Fisher, Gaussian, Poisson, fisher_information
+if TYPE_CHECKING:
+    from ewc_lib.ewc import EWC
+    from ewc_lib.fisher import Bernoulli, Categorical, Fisher, Gaussian, Poisson, fisher_information
 
 try:
-    __version__ = _metadata.version("ewc_lib")
-except _metadata.PackageNotFoundError:  # a checkout on the path that was not installed
+    __version__ = metadata.version("ewc_lib")
+except metadata.PackageNotFoundError:  # a checkout on the path that was not installed
     __version__ = "0+unknown"
 
 __all__ = [
@@ -24,3 +27,17 @@ __all__ = [
     "__version__",
     "fisher_information",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """Import a public name or a module when it is first asked for: PyTorch takes seconds."""
+        if name in __all__:
+            home = import_module("ewc_lib.ewc" if name == "EWC" else "ewc_lib.fisher")
+            return getattr(home, name)
+        if find_spec(f"ewc_lib.{name}"):
+            return import_module(f"ewc_lib.{name}")
+        raise AttributeError(f"module 'ewc_lib' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
