@@ -1,30 +1,54 @@
-"""The measured tables of the book, from the command line."""
+"""The measured tables of the book, from the command line.
+
+A command imports what it measures when it runs, so that help comes at once. What the help says
+about other modules therefore stands here a second time.
+"""
 
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ewc_lib.experiments import beyond_diagonal, language_models, report
-from ewc_lib.experiments.cost_report import RESULT, table
-from ewc_lib.experiments.fisher_cost import fisher_cost, profile
-from ewc_lib.experiments.fisher_variants import FISHER_VARIANTS
 from ewc_lib.experiments.folders import OUTPUT
-from ewc_lib.experiments.laplace_50 import LAPLACE_50
-from ewc_lib.experiments.models import BENCHMARKS
-from ewc_lib.experiments.overhead import overhead, overheads
-from ewc_lib.experiments.peers import CONTESTANTS
-from ewc_lib.experiments.permuted_mnist import PERMUTED_MNIST
-from ewc_lib.experiments.protocols import Experiment, measure
-from ewc_lib.experiments.split_mnist import SPLIT_MNIST
-from ewc_lib.experiments.stability import STABILITY
 
-EXPERIMENTS = (SPLIT_MNIST, FISHER_VARIANTS, PERMUTED_MNIST, STABILITY, LAPLACE_50)
-"""All experiments on streams of tasks."""
+if TYPE_CHECKING:
+    from ewc_lib.experiments.protocols import Experiment
+
+SECTIONS = ("mlp", "cnn", "cnn-norms", "transformer", "gpt2", "linearity")
+"""What ``fisher-cost`` measures."""
+
+LIBRARIES = (
+    "ewc_lib",
+    "nngeometry",
+    "BackPACK",
+    "curvlinops",
+    "laplace",
+    "laplace (BackPACK)",
+    "ASDL",
+    "opacus",
+    "torch.func",
+    "loop",
+)
+"""The libraries that it compares."""
+
+STREAMS = {
+    "split-mnist": "Five tasks of two digits, in the task-, domain- and class-incremental "
+    "scenario.",
+    "fisher-variants": "Task-incremental split MNIST with six importances, each over many "
+    "strengths.",
+    "permuted-mnist": "Ten tasks with permuted pixels; presets of several publications.",
+    "stability": "Five permuted tasks at strengths from 0.1 to 1e12, with SGD and with Adam.",
+    "laplace-50": "Fifty permuted tasks: diagonal against Kronecker-factored precision.",
+}
+"""The experiments on streams of tasks, by name, and what each is about."""
+
+PRESETS = {"permuted-mnist": ("small", "three-scenarios", "kirkpatrick", "zenke", "digits")}
+"""The protocols of the experiments that have more than MNIST and its demonstration."""
 
 FOLDER = "book/results in a checkout, elsewhere ./results"
 """What the help says of :data:`.OUTPUT`."""
@@ -41,7 +65,17 @@ def main() -> None:
     """
 
 
-@app.command("fisher-cost", epilog=f"Sections: {', '.join(BENCHMARKS)}, linearity.")
+def experiment(name: str) -> Experiment:
+    """Import an experiment on a stream of tasks."""
+    found: Experiment = getattr(_module(name), name.replace("-", "_").upper())
+    return found
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(f"ewc_lib.experiments.{name.replace('-', '_')}")
+
+
+@app.command("fisher-cost", epilog=f"Sections: {', '.join(SECTIONS)}.")
 def fisher_cost_command(
     sections: Annotated[
         list[str] | None,
@@ -50,14 +84,14 @@ def fisher_cost_command(
     repetitions: Annotated[int, typer.Option(min=1, help="Runs of each contestant.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 2,
     output: Annotated[
-        Path, typer.Option(help="The file to write.", show_default=f"{RESULT.name} in {FOLDER}")
-    ] = OUTPUT / RESULT.name,
+        Path, typer.Option(help="The file to write.", show_default=f"fisher_cost.json in {FOLDER}")
+    ] = OUTPUT / "fisher_cost.json",
     only: Annotated[
         list[str] | None,
         typer.Option(
             metavar="LIBRARY",
             help="Measure only this one; may be given several times. By default all of "
-            f"{', '.join(CONTESTANTS)}.",
+            f"{', '.join(LIBRARIES)}.",
         ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the file holds.")] = False,
@@ -83,18 +117,22 @@ def fisher_cost_command(
     Set OMP_WAIT_POLICY=PASSIVE in the environment. Otherwise threads that wait for each other
     burn the cores that others need, and the times mean little.
     """
+    from ewc_lib.experiments import cost_report, fisher_cost
+    from ewc_lib.experiments.models import BENCHMARKS
+    from ewc_lib.experiments.peers import CONTESTANTS
+
     try:
         if profiled is not None:
             model, kind = profiled
             if model not in BENCHMARKS:
                 raise ValueError(f"unknown model {model!r}; there are {', '.join(BENCHMARKS)}")
-            typer.echo(profile(BENCHMARKS[model], kind, threads))
+            typer.echo(fisher_cost.profile(BENCHMARKS[model], kind, threads))
             return
         if os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
             typer.echo("Warning: OMP_WAIT_POLICY=PASSIVE is not set; times may be wrong.", err=True)
         if unknown := set(only or ()) - set(CONTESTANTS):
             raise ValueError(f"unknown {unknown}; there are {', '.join(CONTESTANTS)}")
-        result = fisher_cost(
+        result = fisher_cost.fisher_cost(
             output,
             sections or (),
             contestants={name: CONTESTANTS[name] for name in only or CONTESTANTS},
@@ -104,10 +142,10 @@ def fisher_cost_command(
         )
     except ValueError as problem:
         raise typer.BadParameter(str(problem)) from problem
-    typer.echo(table(result))
+    typer.echo(cost_report.table(result))
 
 
-def _add_command(experiment: Experiment) -> None:
+def _add_command(name: str, summary: str) -> None:
     def command(
         preset: Annotated[
             str | None,
@@ -135,9 +173,11 @@ def _add_command(experiment: Experiment) -> None:
         ] = None,
         fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the file holds.")] = False,
     ) -> None:
+        from ewc_lib.experiments import protocols, report
+
         try:
-            result = measure(
-                experiment,
+            result = protocols.measure(
+                experiment(name),
                 preset=preset,
                 root=data,
                 seeds=seeds,
@@ -153,8 +193,8 @@ def _add_command(experiment: Experiment) -> None:
             raise typer.Exit(130) from None
         typer.echo(report.table(result))
 
-    presets = f"Presets: {', '.join(experiment.protocols)}."
-    app.command(experiment.name, help=f"{experiment.summary}\n\n{RESUMED}", epilog=presets)(command)
+    presets = f"Presets: {', '.join(PRESETS.get(name, ('mnist', 'digits')))}."
+    app.command(name, help=f"{summary}\n\n{RESUMED}", epilog=presets)(command)
 
 
 @app.command("overhead")
@@ -168,11 +208,13 @@ def overhead_command(
 
     Takes about a minute on one core.
     """
+    from ewc_lib.experiments.overhead import overhead, overheads
+
     for row in overheads(overhead(out / "overhead.json", rounds=rounds)):
         typer.echo(f"{row.form:10} {row.tasks:3} tasks  {row.share:+.1%} of a plain step")
 
 
-def _add_comparison(name: str, module: ModuleType, default: int, description: str) -> None:
+def _add_comparison(name: str, default: int, description: str) -> None:
     """Add the command of an experiment that needs no images from elsewhere."""
 
     def command(
@@ -183,6 +225,8 @@ def _add_comparison(name: str, module: ModuleType, default: int, description: st
         workers: Annotated[int, typer.Option(min=1, help="Processes of one thread.")] = 1,
         fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the file holds.")] = False,
     ) -> None:
+
+        module = _module(name)
         path = out / f"{name.replace('-', '_')}.json"
         try:
             result = module.comparison(path, seeds=seeds, workers=workers, fresh=fresh)
@@ -196,14 +240,12 @@ def _add_comparison(name: str, module: ModuleType, default: int, description: st
 
 _add_comparison(
     "beyond-diagonal",
-    beyond_diagonal,
     10,
     "Two tasks of digits with every structure of the Fisher information, over many strengths.\n\n"
     "Takes about half an hour on one core.",
 )
 _add_comparison(
     "language-models",
-    language_models,
     3,
     "A small language model learns documentation, then source code, with and without penalties "
     "and adapters.\n\nTakes about an hour on one core.",
@@ -215,8 +257,8 @@ RESUMED = (
     "takes less than a minute, and its results are marked as such."
 )
 
-for _experiment in EXPERIMENTS:
-    _add_command(_experiment)
+for _name, _summary in STREAMS.items():
+    _add_command(_name, _summary)
 
 
 if __name__ == "__main__":

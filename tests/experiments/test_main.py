@@ -1,15 +1,20 @@
 import json
 import runpy
+import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from ewc_lib.experiments import __main__ as module
+from ewc_lib.experiments import fisher_cost, protocols
 from ewc_lib.experiments.cost_report import RESULT
+from ewc_lib.experiments.models import BENCHMARKS
 from ewc_lib.experiments.peers import CONTESTANTS
 from ewc_lib.experiments.permuted_mnist import PERMUTED_MNIST
+from ewc_lib.experiments.protocols import Experiment
 from tests.experiments.cases import run as cut
 
 EMPTY = {"sections": {}}
@@ -24,7 +29,7 @@ def calls(monkeypatch):
         found.append((arguments, options))
         return EMPTY
 
-    monkeypatch.setattr(module, "fisher_cost", record)
+    monkeypatch.setattr(fisher_cost, "fisher_cost", record)
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     return found
 
@@ -39,10 +44,54 @@ def test_help_lists_the_experiments():
     assert "fisher-cost" in result.output
 
 
+def words(*arguments):
+    """Return what the command prints, without frames and line breaks."""
+    return " ".join(run(*arguments).output.replace("│", "").split())
+
+
+@pytest.mark.parametrize("command", [[], ["fisher-cost"], ["beyond-diagonal"], ["stability"]])
+def test_help_imports_nothing_that_measures(command):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "ewc_lib.experiments", *command, "--help"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "Usage: python -m ewc_lib.experiments" in done.stdout
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "typer" in imported
+    heavy = {"torch", "numpy", "scipy", "sklearn", "seaborn", "pandas", "matplotlib", "joblib"}
+    assert not heavy & imported
+
+
 def test_help_names_the_sections_and_the_wait_policy():
-    words = " ".join(run("fisher-cost", "--help").output.split())
-    assert "mlp, cnn, cnn-norms, transformer, gpt2, linearity" in words
-    assert "OMP_WAIT_POLICY=PASSIVE" in words
+    told = words("fisher-cost", "--help")
+    assert f"Sections: {', '.join(BENCHMARKS)}, linearity." in told
+    assert "OMP_WAIT_POLICY=PASSIVE" in told
+
+
+def test_help_names_the_libraries_and_the_file():
+    told = words("fisher-cost", "--help")
+    assert f"By default all of {', '.join(CONTESTANTS)}." in told
+    assert f"({RESULT.name} of the book)" in told
+
+
+@pytest.mark.parametrize("name", module.STREAMS)
+def test_help_says_of_an_experiment_what_it_says_itself(name):
+    experiment = module.experiment(name)
+    assert experiment.name == name
+    assert module.STREAMS[name] == experiment.summary
+    told = words(name, "--help")
+    assert experiment.summary in told
+    assert f"Presets: {', '.join(experiment.protocols)}." in told
+
+
+def test_every_experiment_has_its_command():
+    files = [path.stem for path in Path(module.__file__).parent.glob("[!_]*.py")]
+    found = (vars(import_module(f"ewc_lib.experiments.{name}")).values() for name in files)
+    known = {value.name for values in found for value in values if isinstance(value, Experiment)}
+    assert known == set(module.STREAMS)
 
 
 def test_by_default_everything_is_measured_for_the_book(calls):
@@ -94,7 +143,9 @@ def test_an_unknown_model_is_named(calls):
 
 
 def test_a_profile_is_printed_and_nothing_is_measured(calls, monkeypatch):
-    monkeypatch.setattr(module, "profile", lambda model, kind, threads: f"{model.title} {kind}")
+    monkeypatch.setattr(
+        fisher_cost, "profile", lambda model, kind, threads: f"{model.title} {kind}"
+    )
     result = run("fisher-cost", "--profile", "cnn", "sketch")
     assert result.output == "CNN sketch\n"
     assert calls == []
@@ -113,7 +164,7 @@ def test_the_package_runs_as_a_command(monkeypatch, capsys):
 
 
 def test_the_command_runs_a_demonstration(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "measure", lambda e, **o: cut(e, tmp_path))
+    monkeypatch.setattr(protocols, "measure", lambda e, **o: cut(e, tmp_path))
     result = CliRunner().invoke(module.app, ["permuted-mnist"])
     assert result.exit_code == 0
     assert "demonstration" in result.output
@@ -132,7 +183,7 @@ def test_what_goes_wrong_is_told_in_a_sentence(problem, code, text, monkeypatch)
     def fails(experiment, **options):
         raise problem
 
-    monkeypatch.setattr(module, "measure", fails)
+    monkeypatch.setattr(protocols, "measure", fails)
     result = CliRunner().invoke(module.app, ["stability"])
     assert result.exit_code == code
     assert text in result.output + result.stderr
@@ -141,7 +192,7 @@ def test_what_goes_wrong_is_told_in_a_sentence(problem, code, text, monkeypatch)
 def test_options_reach_the_experiment(monkeypatch):
     asked = []
     empty = {"experiment": "x", "data": "mnist", "runs": []}
-    monkeypatch.setattr(module, "measure", lambda e, **o: asked.append((e, o)) or empty)
+    monkeypatch.setattr(protocols, "measure", lambda e, **o: asked.append((e, o)) or empty)
     options = "--preset zenke --data copy --seeds 3 --device cpu --out here --workers 2 --fresh"
     assert CliRunner().invoke(module.app, ["permuted-mnist", *options.split()]).exit_code == 0
     ((experiment, found),) = asked
@@ -155,7 +206,7 @@ def test_options_reach_the_experiment(monkeypatch):
 @pytest.mark.parametrize("name", ["beyond-diagonal", "language-models"])
 def test_a_comparison_writes_its_file_and_prints_its_table(monkeypatch, tmp_path, name):
     seen = []
-    comparing = getattr(module, name.replace("-", "_"))
+    comparing = import_module(f"ewc_lib.experiments.{name.replace('-', '_')}")
 
     def record(path, **options):
         seen.append((path, options))
@@ -175,7 +226,8 @@ def test_a_comparison_refuses_results_of_another_protocol(monkeypatch, name):
     def refuse(*arguments, **options):
         raise ValueError("results of another protocol")
 
-    monkeypatch.setattr(getattr(module, name.replace("-", "_")), "comparison", refuse)
+    comparing = import_module(f"ewc_lib.experiments.{name.replace('-', '_')}")
+    monkeypatch.setattr(comparing, "comparison", refuse)
     result = run(name)
     assert result.exit_code == 2
     assert "another protocol" in result.stderr

@@ -11,12 +11,10 @@ from ewc_lib.experiments.permuted_mnist import PERMUTED_MNIST
 from ewc_lib.experiments.protocols import METHODS, measure, outcome
 from tests.experiments.cases import run
 
-EXPERIMENTS = {e.name: e for e in command.EXPERIMENTS}
 
-
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", command.STREAMS)
 def test_the_demonstration_and_the_protocol_differ_in_size_only(name):
-    experiment = EXPERIMENTS[name]
+    experiment = command.experiment(name)
     first, digits = next(iter(experiment.protocols.values())), experiment.protocols["digits"]
     assert first.keys() == digits.keys()
     assert experiment.file("digits").endswith("_digits.json")
