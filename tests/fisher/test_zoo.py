@@ -1,10 +1,13 @@
 """Right on every model of the zoo, however the data are cut, and by the path it deserves."""
 
+from functools import cache
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from torch import nn
 
-from ewc_lib import fisher_information
+from ewc_lib import Fisher, fisher_information
 from tests.scenarios import BATCH_SIZES, N, Scenario, definition, relative_error, same, trace_of
 from tests.zoo import (
     PATHS,
@@ -22,7 +25,28 @@ from tests.zoo import (
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 
 KINDS = ("exact", "empirical")
-CUTS = [(size,) for size in BATCH_SIZES] + [(1, N)]
+CUTS = {"exact": [(N,), (1, N)], "empirical": [*((size,) for size in BATCH_SIZES), (1, N)]}
+"""The batches that the data are cut into: the first sizes, of which the last is repeated.
+
+The exact kind goes the same way for each of its columns, so half of the cuts are enough for it.
+"""
+
+
+class Run(NamedTuple):
+    """What was found for each cut, and what the model was before and afterwards."""
+
+    found: dict[tuple[int, ...], Fisher]
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+
+@cache
+def run(name, kind):
+    """Measure the diagonal of an entry once for all tests."""
+    case = ZOO[name]()
+    before = trace_of(case.model)
+    found = {sizes: measure(case, *sizes, kind=kind) for sizes in CUTS[kind]}
+    return Run(found, before, trace_of(case.model))
 
 
 def tolerance(name):
@@ -32,11 +56,25 @@ def tolerance(name):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ZOO)
 def test_the_diagonal_is_that_of_one_observation_at_a_time(name, kind):
-    case, expected = ZOO[name](), zoo_truth(name).diagonal(kind)
-    for sizes in CUTS:
-        found = measure(case, *sizes, kind=kind)
+    expected = zoo_truth(name).diagonal(kind)
+    for sizes, found in run(name, kind).found.items():
         assert error(found.diagonal(), expected) < tolerance(name), sizes
         assert found.n_samples == N
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ZOO)
+def test_no_parameter_takes_a_slower_path_than_it_should(name, kind):
+    """In single precision, rounding may look like a mistake if there is one observation only."""
+    for sizes in CUTS[kind] if name not in SINGLE_PRECISION else [(N,)]:
+        assert not slower_than_expected(name, run(name, kind).found[sizes].paths), sizes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ZOO)
+def test_no_trace_is_left(name, kind):
+    _, before, after = run(name, kind)
+    assert same(after, before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -44,19 +82,6 @@ def test_the_diagonal_is_that_of_one_observation_at_a_time(name, kind):
 def test_the_whole_matrix_is_that_of_one_observation_at_a_time(name, kind):
     found = measure(ZOO[name](), kind=kind, structure="dense").to_dense()
     assert relative_error(found, zoo_truth(name).dense(kind)) < tolerance(name)
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_no_parameter_takes_a_slower_path_than_it_should(name):
-    assert not slower_than_expected(name, measure(ZOO[name](), kind="empirical").paths)
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_no_trace_is_left(name):
-    case = ZOO[name]()
-    before = trace_of(case.model)
-    measure(case, 7, kind="empirical")
-    assert same(trace_of(case.model), before)
 
 
 def test_expected_paths_are_those_of_entries():
