@@ -11,11 +11,10 @@ from tests.regularizers.cases import METHODS, network, task
 from tests.scenarios import N, relative_error
 from tests.zoo import SINGLE_PRECISION, ZOO, error, measure, slower_than_expected, zoo_truth
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
-    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
-]
+if not torch.cuda.is_available():
+    pytest.skip("this machine has no CUDA device", allow_module_level=True)
 
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 
 HELD = [name for name in ZOO if name.startswith(("positions_looked_up", "embedding_bag_with_off"))]
 """Entries that hold a plain tensor, which does not move with a model."""
