@@ -178,6 +178,10 @@ class Checks:
         group = dist.new_group([0, self.ranks - 1])
         return fisher_information(self.model, (self.x, self.y), group=group).state_dict()
 
+    def first_rank_alone(self):
+        group = dist.new_group([0])
+        return fisher_information(self.model, (self.x, self.y), group=group).state_dict()
+
     def sharded(self):
         def shard(model):
             fully_shard(model.mix)
@@ -186,9 +190,8 @@ class Checks:
         return self._sharded(shard)
 
     def sharded_and_replicated(self):
-        if self.ranks < 4:
-            return None
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        shape = 2, self.ranks // 2
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
         return self._sharded(lambda model: fully_shard(model, mesh=mesh))
 
     def _sharded(self, shard):

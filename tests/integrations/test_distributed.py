@@ -45,7 +45,11 @@ def start(tmp_path_factory):
     return start
 
 
-@pytest.fixture(params=[2, 4])
+FOUR = pytest.param(4, marks=pytest.mark.slow)
+"""Two ranks meet in the same ways; of four, one has no data and some are in the middle."""
+
+
+@pytest.fixture(params=[2, FOUR])
 def ranks(request, start):
     return start(request.param)
 
@@ -92,7 +96,6 @@ def merged(ranks, own):
     )
 
 
-@pytest.mark.slow
 class TestManyProcesses:
     @pytest.mark.parametrize(("kind", "structure"), CASES)
     def test_every_rank_has_what_one_process_finds_in_all_data(self, ranks, kind, structure):
@@ -197,14 +200,19 @@ class TestManyProcesses:
         for results in ranks[1:-1]:
             assert "is not in the group" in results["some_of_the_ranks"]
 
+    def test_a_rank_outside_the_group_is_refused(self, ranks):
+        model, x, y = images()
+        first, *others = [results["first_rank_alone"] for results in ranks]
+        own = part(0, len(ranks))
+        assert_same(Fisher.from_state_dict(first), in_one_process(model, (x[own], y[own])))
+        assert all("is not in the group" in error for error in others)
 
-@pytest.mark.slow
+
 @pytest.mark.filterwarnings("ignore:vmap cannot follow Words:RuntimeWarning")
 class TestShardedParameters:
-    @pytest.fixture(params=[(2, "sharded"), (4, "sharded"), (4, "sharded_and_replicated")])
-    def found(self, request, start):
-        count, check = request.param
-        return everywhere(start(count), check)
+    @pytest.fixture(params=["sharded", "sharded_and_replicated"])
+    def found(self, request, ranks):
+        return everywhere(ranks, request.param)
 
     def test_they_have_a_diagonal_that_is_sharded_in_the_same_way(self, found):
         assert all(rank["placed like the parameters"] for rank in found)
