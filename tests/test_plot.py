@@ -1,5 +1,4 @@
-import subprocess
-import sys
+import runpy
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -18,12 +17,10 @@ def restore_style():
 
 
 def test_importing_changes_no_setting():
-    code = (
-        "import matplotlib as mpl; before = dict(mpl.rcParams);"
-        "import seaborn; middle = dict(mpl.rcParams);"
-        "import ewc_lib.plot; assert dict(mpl.rcParams) == middle"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    mpl.rcdefaults()
+    before = dict(mpl.rcParams)
+    runpy.run_path(plot.__file__)
+    assert dict(mpl.rcParams) == before
 
 
 def test_style_makes_figures_transparent_and_text_grey():
