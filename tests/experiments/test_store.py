@@ -174,7 +174,6 @@ run_all(Path("x.json"), slow, [{"seed": 0}, {"seed": 1}], experiment="x", data="
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_was_stopped_keeps_what_was_finished(stop, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
