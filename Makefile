@@ -15,7 +15,7 @@ PAGES := $(SITE)/.complete
 DATA := _build/data
 SOURCES := _config.yml _toc.yml $(wildcard $(PAPER)/ewc_lib.pdf) $(shell find book ewc_lib tests \
 	-type f ! -name '*.pyc' ! -name '*.ipynb' ! -path '*/.*')
-PYTEST := $(BIN)/pytest tests ewc_lib --doctest-modules --numprocesses auto --dist loadgroup
+PYTEST := $(BIN)/pytest tests ewc_lib --doctest-modules --numprocesses auto
 
 # The networks here are small: threads that wait for each other cost more than they give.
 export OMP_NUM_THREADS ?= 1

@@ -104,7 +104,12 @@ def _run(notebooks: list[Path], workers: int) -> bool:
     """Run notebooks in their place by nbmake, with a sign of life now and then."""
     command = [sys.executable, "-m", "pytest", "--nbmake", "--overwrite", "--verbose"]
     command += [f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}"]
-    command += [f"--numprocesses={workers}", "--maxschedchunk=1", *map(str, notebooks)]
+    command += [
+        f"--numprocesses={workers}",
+        "--dist=load",
+        "--maxschedchunk=1",
+        *map(str, notebooks),
+    ]
     quiet = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
     start = time.monotonic()
     with subprocess.Popen(command, cwd=ROOT, env=quiet | os.environ) as process:
