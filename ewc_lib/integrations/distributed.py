@@ -29,6 +29,8 @@ from ewc_lib._model import select_parameters
 from ewc_lib.distributions import OutputDistribution
 from ewc_lib.fisher import BlockDiagonal, Diagonal, EigenKronecker, Fisher, LowRank
 
+__all__ = ["all_reduce", "fisher_information"]
+
 NOT_LINEAR = "eigenkronecker", "lowrank"
 """Structures that those of parts of the data do not add up to."""
 

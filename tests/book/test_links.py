@@ -9,10 +9,12 @@ import ast
 import importlib
 import re
 from functools import cache
+from inspect import isroutine
 from pathlib import Path
 
 import pytest
-from prose import BOOK, Part, code_of, page_name, pages, parts
+from prose import Part, code_of, page_name, pages, parts
+from reference import entries
 
 LINK = re.compile(r"\{(?:func|class|meth)\}`(?:[^`<]*<)?~?(ewc_lib[\w.]*)")
 
@@ -28,10 +30,9 @@ def resolve(dotted: str) -> object:
 
 @cache
 def documented() -> dict[int, str]:
-    """Return the names of the reference, by the identity of their objects."""
-    text = (BOOK / "reference" / "api.md").read_text("utf-8")
-    names = re.findall(r"^\.\. auto(?:function|class):: ([\w.]+)", text, re.MULTILINE)
-    return {id(resolve(name)): name for name in names}
+    """Return the functions and classes of the reference, by the identity of their objects."""
+    found = [(entry.value, entry.name) for entry in entries().values()]
+    return {id(value): name for value, name in found if isinstance(value, type) or isroutine(value)}
 
 
 def imported(cells: list[Part]) -> dict[str, object]:
