@@ -42,6 +42,14 @@ def name_folds_by_their_text(page: Page) -> bool:
     return _drop_label(page, 'summary[aria-label="Toggle hidden content"]')
 
 
+def name_folds_of_the_contents(page: Page) -> bool:
+    """A control needs a name (WCAG 4.1.2), and this one shows an arrow alone."""
+    found = _select(page, "summary:not([aria-label]):has(> span.toctree-toggle)")
+    for summary in found:
+        summary["aria-label"] = "Pages below"
+    return bool(found)
+
+
 def name_theme_switch_within(page: Page) -> bool:
     """As above: the switch shows its state, so the name stands beside it, unseen."""
     found = _select(page, "button.theme-switch-button[aria-label]")
@@ -143,6 +151,7 @@ REPAIRS: dict[str, Repair] = {
     for repair in (
         name_search_by_its_text,
         name_folds_by_their_text,
+        name_folds_of_the_contents,
         name_theme_switch_within,
         list_references_as_items,
         set_parameters_in_lines,

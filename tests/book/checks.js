@@ -1,6 +1,27 @@
 // What the tests ask a page in the browser. Playwright puts this into each page before its own scripts.
 
+// Each page is a first visit: nothing stored by another one decides how it looks.
+if (location.protocol === "file:") localStorage.clear();
+
+const themes = new Set();
+new MutationObserver(() => themes.add(document.documentElement.dataset.theme))
+  .observe(document, { subtree: true, attributeFilter: ["data-theme"] });
+
 window.checks = {
+  // Whether the page has had another theme while it loaded.
+  flashes(theme) {
+    const other = theme === "dark" ? "light" : "dark";
+    return themes.has(other) ? [`it was ${other} at first`] : [];
+  },
+
+  // The theme of the page, once it follows a change of the system and of the window. A page of the book marks what
+  // scrolls, for the keyboard, 300 ms after the window or the text has changed.
+  async settle() {
+    await new Promise((next) => requestAnimationFrame(() => requestAnimationFrame(next)));
+    await new Promise((next) => setTimeout(next, 400));
+    return document.documentElement.dataset.theme;
+  },
+
   // Formulas that the reader sees as TeX: not set, set as an error, or left in the text.
   untypeset() {
     const found = [...document.querySelectorAll(".math")].filter((m) => !m.querySelector("mjx-container"));
@@ -25,8 +46,8 @@ window.checks = {
     return [`${page.scrollWidth} > ${page.clientWidth}`, ...guilty.slice(0, 8).map((e) => e.outerHTML.slice(0, 80))];
   },
 
-  // Keep one token of each kind of code, and formulas as empty boxes. axe looks at each element, and nine in ten
-  // are tokens that look like another one, or glyphs of MathJax, whose text axe cannot see.
+  // Keep one token of each kind of code, formulas as empty boxes, and no shapes of pictures. axe looks at each
+  // element, and nine in ten are tokens that look like another one, or glyphs and lines, which axe cannot see.
   thin() {
     const seen = new Set();
     for (const token of document.querySelectorAll("pre span, dt.sig span")) {
@@ -34,10 +55,12 @@ window.checks = {
       if (!token.id && seen.has(kind)) token.replaceWith(...token.childNodes);
       else seen.add(kind);
     }
+    document.querySelectorAll("svg :is(use, path, defs)").forEach((shape) => shape.remove());
     const formulas = [...document.querySelectorAll("mjx-container > mjx-math")];
     const boxes = formulas.map((formula) => formula.getBoundingClientRect());
     formulas.forEach((formula, i) => {
       formula.replaceChildren();
+      formula.parentElement.querySelector("math")?.replaceChildren();
       const size = { width: `${boxes[i].width}px`, height: `${boxes[i].height}px` };
       Object.assign(formula.style, { display: "inline-block", ...size });
     });

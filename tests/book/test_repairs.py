@@ -21,6 +21,10 @@ EXAMPLES = {
         '<summary aria-label="Toggle hidden content"><span>Show code</span></summary>',
         "<summary><span>Show code</span></summary>",
     ),
+    "name_folds_of_the_contents": (
+        '<summary><span class="toctree-toggle"><i></i></span></summary>',
+        '<summary aria-label="Pages below"><span class="toctree-toggle"><i></i></span></summary>',
+    ),
     "name_theme_switch_within": (
         '<button class="theme-switch-button a" aria-label="Color mode"><i></i></button>',
         '<button class="theme-switch-button a"><span class="visually-hidden">Color mode</span>'
