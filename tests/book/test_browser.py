@@ -37,27 +37,29 @@ FIRST = SITE / "index.html"  # leads on to the introduction
 READ = [page for page in PAGES if page != FIRST]
 
 
+MADE = "_modules", "api"  # folders of pages that are made from modules
+
+
 def kind(page: Path) -> str:
     """Return what a page has in common with those that are made in the same way."""
     if page in chapters():
         return "chapter"
-    return next((folder for folder in ("_modules", "api") if folder in page.parts), "")
+    return next((folder for folder in MADE if folder in page.parts), "")
 
 
 def visits_to(pages: list[Path]) -> Iterator[Visit]:
-    """Yield a visit to each page, by all readers where it stands for its kind.
+    """Yield a visit to each page, by all readers to the first one of each kind.
 
-    Elsewhere one reader comes, the next to the next page; to a chapter two that share nothing.
+    Later ones are alike if they were made from modules: one reader comes, the next to the next
+    page. To a page that somebody wrote, two come that share neither theme nor width.
     """
     seen = Counter[str]()
     for page in pages:
         turn = seen[kind(page)] % len(READERS)
         is_first, seen[kind(page)] = not seen[kind(page)], seen[kind(page)] + 1
         readers = (*READERS[turn:], *READERS[:turn])
-        if kind(page) == "chapter" and not is_first:
-            readers = READERS[turn], READERS[-1 - turn]
-        elif kind(page) and not is_first:
-            readers = readers[:1]
+        if not is_first:
+            readers = readers[:1] if kind(page) in MADE else (READERS[turn], READERS[-1 - turn])
         yield Visit(page, readers)
 
 
@@ -81,8 +83,8 @@ def test_every_kind_of_page_is_loaded_and_seen_by_every_reader() -> None:
     assert all(len(READERS) in map(len, readers) for readers in seen.values())
 
 
-def test_every_chapter_is_seen_in_both_themes_and_at_both_widths() -> None:
-    for visit in visits_to(chapters()):
+def test_every_written_page_is_seen_in_both_themes_and_at_both_widths() -> None:
+    for visit in (visit for visit in visits_to(READ) if kind(visit.page) not in MADE):
         for choice in zip(*visit.readers, strict=True):
             assert len(set(choice)) == 2
 
@@ -164,71 +166,82 @@ const range = document.querySelector("input"), bar = document.querySelector("rec
 range.addEventListener("input", () => bar.setAttribute("width", 9 + 9 * range.value));
 </script>"""
 LIGHT, DARK = READERS[0], READERS[-1]
+ADDRESS = "https://example.org/picture.png"
+DIM = '<p class="dim">Dim.</p><style>html[data-theme="dark"] .dim { color: #333; }</style>'
+LATE = """<script>document.documentElement.dataset.theme = "light"</script>
+<script>setTimeout(follow)</script>"""
+STUBBORN = """<script>dark.onchange = null;
+document.documentElement.dataset.theme = "light"</script>"""
+PLANTED: dict[str, tuple[str, tuple[Reader, ...]]] = {
+    "good": (SLIDER + MOVES, READERS),
+    "bad request": (
+        f'<img src="{ADDRESS}" alt=""><script>console.error("planted")</script>',
+        READERS,
+    ),
+    "raw formula": (r'<p>Is $x^2$ <span class="math">\\(y\\)</span>.</p>', READERS),
+    "mute picture": ('<img src="data:,">', READERS),
+    "dead slider": (SLIDER, READERS),
+    "wide": ('<p style="width: 700px">Wide.</p>', READERS),
+    "dim, loaded light": (DIM, READERS),
+    "dim, loaded dark": (DIM, READERS[::-1]),
+    "stubborn": (STUBBORN, (LIGHT, DARK)),
+    "late": (LATE, (DARK,)),
+}
 
 
-def visit_to(folder: Path, content: str, readers: tuple[Reader, ...] = READERS) -> Visit:
-    page = folder / "page.html"
-    page.write_text(PAGE.format(content))
-    (visit,) = visit_all([Visit(page, readers)])
-    return visit
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Visit]:
+    """Return the visits to pages with one planted defect each, and to one without."""
+    folder = tmp_path_factory.mktemp("planted")
+    visits = {}
+    for defect, (content, readers) in PLANTED.items():
+        visits[defect] = Visit(folder / f"{defect}.html", readers)
+        visits[defect].page.write_text(PAGE.format(content))
+    visit_all(visits.values())
+    return visits
 
 
-def test_a_good_page_is_found_good(tmp_path: Path) -> None:
-    visit = visit_to(tmp_path, SLIDER + MOVES)
+def test_a_good_page_is_found_good(planted: dict[str, Visit]) -> None:
+    visit = planted["good"]
     assert visit == Visit(visit.page, sliders=1, loaded={visit.page})
 
 
-def test_a_request_to_the_network_and_an_error_are_found(tmp_path: Path) -> None:
-    address = "https://example.org/picture.png"
-    visit = visit_to(
-        tmp_path, f'<img src="{address}" alt=""><script>console.error("planted")</script>'
-    )
-    assert visit.external == [address]
-    assert {"planted", f"not loaded: {address}"} <= set(visit.errors)
+def test_a_request_to_the_network_and_an_error_are_found(planted: dict[str, Visit]) -> None:
+    assert planted["bad request"].external == [ADDRESS]
+    assert {"planted", f"not loaded: {ADDRESS}"} <= set(planted["bad request"].errors)
 
 
-def test_formulas_that_are_not_set_are_found(tmp_path: Path) -> None:
-    visit = visit_to(tmp_path, r'<p>Is $x^2$ <span class="math">\(y\)</span>.</p>')
-    assert len(visit.untypeset) == 3  # the two formulas, one of which is also left in the text
+def test_formulas_that_are_not_set_are_found(planted: dict[str, Visit]) -> None:
+    # Two formulas, one of which is also left in the text.
+    assert len(planted["raw formula"].untypeset) == 3
 
 
-def test_a_page_that_cannot_be_read_aloud_is_found_by_every_reader(tmp_path: Path) -> None:
-    visit = visit_to(tmp_path, '<img src="data:,">')
-    found = {reader for reader, text in visit.violations if text.startswith("image-alt")}
-    assert found == set(READERS)
+def test_a_picture_without_a_text_is_found_by_every_reader(planted: dict[str, Visit]) -> None:
+    found = planted["mute picture"].violations
+    assert {reader for reader, text in found if text.startswith("image-alt")} == set(READERS)
 
 
-def test_a_slider_that_moves_nothing_is_found_by_every_reader(tmp_path: Path) -> None:
-    assert {reader for reader, _ in visit_to(tmp_path, SLIDER).dead_sliders} == set(READERS)
+def test_a_slider_that_moves_nothing_is_found_by_every_reader(planted: dict[str, Visit]) -> None:
+    assert {reader for reader, _ in planted["dead slider"].dead_sliders} == set(READERS)
 
 
-def test_a_page_that_is_too_wide_on_a_phone_alone_is_found_there_alone(tmp_path: Path) -> None:
-    visit = visit_to(tmp_path, '<p style="width: 700px">Wide.</p>')
-    assert {reader.width for reader, _ in visit.too_wide} == {375}
+def test_a_page_too_wide_for_a_phone_is_found_there_alone(planted: dict[str, Visit]) -> None:
+    found = {reader for reader, _ in planted["wide"].too_wide}
+    assert found == {reader for reader in READERS if reader.width == 375}
 
 
-@pytest.mark.parametrize("first", READERS)
-def test_text_that_is_illegible_in_the_dark_alone_is_found_there_alone(
-    tmp_path: Path, first: Reader
+@pytest.mark.parametrize("defect", ["dim, loaded light", "dim, loaded dark"])
+def test_text_illegible_in_the_dark_is_found_there_alone(
+    planted: dict[str, Visit], defect: str
 ) -> None:
-    readers = (first, *(reader for reader in READERS if reader != first))
-    visit = visit_to(
-        tmp_path,
-        '<p class="dim">Dim.</p><style>html[data-theme="dark"] .dim { color: #333; }</style>',
-        readers,
-    )
-    found = {reader for reader, text in visit.violations if text.startswith("color-contrast")}
-    assert found == {reader for reader in READERS if reader.theme == "dark"}
+    found = planted[defect].violations
+    dim = {reader for reader, text in found if text.startswith("color-contrast")}
+    assert dim == {reader for reader in READERS if reader.theme == "dark"}
 
 
-def test_a_page_that_does_not_follow_the_theme_is_found(tmp_path: Path) -> None:
-    stubborn = (
-        '<script>dark.onchange = null; document.documentElement.dataset.theme = "light"</script>'
-    )
-    assert visit_to(tmp_path, stubborn, (LIGHT, DARK)).errors == ["the page is light, not dark"]
+def test_a_page_that_does_not_follow_the_theme_is_found(planted: dict[str, Visit]) -> None:
+    assert planted["stubborn"].errors == ["the page is light, not dark"]
 
 
-def test_a_page_that_is_dark_too_late_is_found(tmp_path: Path) -> None:
-    late = """<script>document.documentElement.dataset.theme = "light"</script>
-    <script>setTimeout(follow)</script>"""
-    assert "it was light at first" in visit_to(tmp_path, late, (DARK,)).errors
+def test_a_page_that_is_dark_too_late_is_found(planted: dict[str, Visit]) -> None:
+    assert planted["late"].errors == ["it was light at first"]
