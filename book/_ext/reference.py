@@ -44,8 +44,9 @@ def public_modules() -> Iterator[ModuleType]:
 
 
 def public_names(module: ModuleType) -> list[str]:
-    """Return the names that a module lists, in the order in which it defines them."""
-    return [name for name in vars(module) if name in module.__all__ and name[0] != "_"]
+    """Return the names that a module lists, in the order in which it defines or lists them."""
+    order = dict.fromkeys([*vars(module), *module.__all__])
+    return [name for name in order if name in module.__all__ and name[0] != "_"]
 
 
 @cache
@@ -55,8 +56,9 @@ def entries() -> dict[tuple[str, int], Entry]:
     values = {}
     for module in public_modules():
         for name in public_names(module):
-            values[name, id(vars(module)[name])] = vars(module)[name]
-            lists[name, id(vars(module)[name])].append(module.__name__)
+            value = getattr(module, name)
+            values[name, id(value)] = value
+            lists[name, id(value)].append(module.__name__)
     return {key: _entry(key[0], values[key], lists[key]) for key in lists}
 
 
@@ -69,7 +71,7 @@ def _entry(name: str, value: object, modules: list[str]) -> Entry:
 
 def entries_of(module: ModuleType) -> list[Entry]:
     """Return the entries of all names that a module lists, wherever they have their place."""
-    return [entries()[name, id(vars(module)[name])] for name in public_names(module)]
+    return [entries()[name, id(getattr(module, name))] for name in public_names(module)]
 
 
 def _documented_members(owner: type) -> list[str]:
