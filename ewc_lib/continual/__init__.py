@@ -19,6 +19,7 @@ from ewc_lib.continual.streams import (
     rotated,
     split,
 )
+from ewc_lib.continual.together import Together, learn_together
 from ewc_lib.continual.training import mlp, train
 
 __all__ = [
@@ -27,12 +28,14 @@ __all__ = [
     "Scenario",
     "Stream",
     "Task",
+    "Together",
     "accuracy",
     "average_accuracy",
     "backward_transfer",
     "forgetting",
     "forward_transfer",
     "learn",
+    "learn_together",
     "learning_accuracy",
     "mlp",
     "permute_pixels",

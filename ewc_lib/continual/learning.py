@@ -155,7 +155,7 @@ def learn(
     if path is not None and path.exists():
         found = Learned(**restore(path, configuration, model, current, regularizer))
     else:
-        found = _untrained(stream, model)
+        found = untrained(stream, model)
     start = len(found.seconds_training)
     for t in show_progress(range(start, len(stream)), stream.name, progress):
         if reset_optimizer and t:
@@ -163,7 +163,7 @@ def learn(
         training, consolidation = _learn_task(stream, t, model, regularizer, current, **options)
         found.seconds_training.append(training)
         found.seconds_consolidation.append(consolidation)
-        _test(stream, model, t, found.accuracies)
+        fill_row(stream, model, t, found.accuracies)
         if path is not None:
             save(path, configuration, model, current, regularizer, vars(found))
     model.outputs = stream.outputs(len(stream) - 1, after=len(stream) - 1)
@@ -223,7 +223,7 @@ def _learn_task(
     seed: int,
 ) -> tuple[float, float]:
     """Return the seconds of training and consolidation; the data of the task are let go."""
-    task, own_seed = stream[t], 1_000_003 * seed + t
+    task, own_seed = stream[t], task_seed(seed, t)
     x, y = (tensor.to(_device(model)) for tensor in task.train)
     if steps is None:
         assert epochs is not None
@@ -243,18 +243,25 @@ def _learn_task(
     )
     trained = time.perf_counter()
     if regularizer is not None:
-        regularizer.consolidate(_some(x, y, n_samples, own_seed))
+        regularizer.consolidate(some(x, y, n_samples, own_seed))
     return trained - begin, time.perf_counter() - trained
 
 
-def _some(x: Tensor, y: Tensor, n: int | None, seed: int) -> tuple[Tensor, Tensor]:
+def task_seed(seed: int, t: int) -> int:
+    """Return the seed of a task of a stream, another for each."""
+    return 1_000_003 * seed + t
+
+
+def some(x: Tensor, y: Tensor, n: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Return all observations, or as many drawn at random."""
     if n is None or n >= len(x):
         return x, y
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n].to(x.device)
     return x[rows], y[rows]
 
 
-def _untrained(stream: Stream, model: MultiHead) -> Learned:
+def untrained(stream: Stream, model: MultiHead) -> Learned:
+    """Return what is known before the first task."""
     T = len(stream)
     nothing = torch.full((T + 1, T), math.nan, dtype=torch.float64)
     found = Learned(nothing[1:].clone(), nothing[0].clone())
@@ -263,8 +270,8 @@ def _untrained(stream: Stream, model: MultiHead) -> Learned:
     return found
 
 
-def _test(stream: Stream, model: MultiHead, after: int, R: Float[Tensor, "T T"]) -> None:
-    """Fill a row of the matrix."""
+def fill_row(stream: Stream, model: MultiHead, after: int, R: Float[Tensor, "T T"]) -> None:
+    """Test on the tasks so far and on the next one."""
     for t in range(min(len(stream), after + 2)):
         if t <= after or stream.scenario != "class":
             R[after, t] = _accuracy(stream, model, t, after)

@@ -124,7 +124,7 @@ def train(
         regularizer.before_task()
     losses = []
     model.train()
-    drawn = _batches(len(x), batch_size, steps, seed)
+    drawn = batches(len(x), batch_size, steps, seed)
     bar = show_progress(drawn, "training", progress, total=steps)
     with _seeded(seed, x.device):
         for done, rows in enumerate(bar, start=1):
@@ -156,7 +156,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _batches(n: int, size: int, steps: int, seed: int) -> Iterator[Int[Tensor, " B"]]:
+def batches(n: int, size: int, steps: int, seed: int) -> Iterator[Int[Tensor, " B"]]:
     """Yield the rows of each batch; all rows come once before one comes again."""
     generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
     for _ in range(steps):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
+from typing import Any, NamedTuple
 
-from ewc_lib._progress import progress as show_progress
-from ewc_lib.continual import accuracy, mlp, permute_pixels, train
+from torch import nn
+
+from ewc_lib.continual import Together, accuracy, mlp, permute_pixels
 from ewc_lib.data import Images
 from ewc_lib.ewc import EWC
-from ewc_lib.fisher.estimate import Structure
+from ewc_lib.fisher.estimate import Structure, fisher_information
 
 __all__ = ["Outcome", "Summary", "forgetting", "summarise"]
 
@@ -59,7 +61,8 @@ def forgetting(
     strengths
         Values of the strength; 0 is plain training.
     seeds
-        Each sets the initial weights, the order of the data and the permutation.
+        Each sets the initial weights, the order of the data and the permutation. The networks of
+        all seeds, and then those of all seeds and strengths, are trained at once.
     structures
         Structures of the Fisher information to try.
     steps
@@ -80,30 +83,39 @@ def forgetting(
     >>> [run.strength for run in runs]
     [0.0, 100.0]
     """
-    strengths, structures, outcomes = list(strengths), list(structures), []
-    for seed in show_progress(list(seeds), "forgetting", progress):
-        task_b = permute_pixels(images, seed + 1000)
-        model = mlp((images.n_features, *hidden, images.n_classes), seed)
-        train(model, images.train, steps=steps, seed=seed, progress=False)
-        optimum = copy.deepcopy(model.state_dict())
-        for structure in structures:
-            model.load_state_dict(optimum)
-            ewc = EWC(model, strength=0.0, structure=structure)
-            ewc.consolidate(images.train, progress=False)
-            for strength in strengths:
-                model.load_state_dict(optimum)
-                ewc.strength = strength
-                train(
-                    model,
-                    task_b.train,
-                    steps=steps,
-                    seed=seed + 1,
-                    regularizer=ewc,
-                    progress=False,
-                )
-                scores = accuracy(model, images.test), accuracy(model, task_b.test)
-                outcomes.append(Outcome(structure, strength, seed, *scores))
+    strengths, seeds, outcomes = list(strengths), list(seeds), []
+    sizes = (images.n_features, *hidden, images.n_classes)
+    learned_a = [mlp(sizes, seed) for seed in seeds]
+    options: dict[str, Any] = {"steps": steps, "progress": progress}
+    Together(learned_a).train([images.train] * len(seeds), seeds=seeds, **options)
+    permuted = {seed: permute_pixels(images, seed + 1000) for seed in seeds}
+    for structure in structures:
+        penalties = [
+            penalty
+            for model in learned_a
+            for penalty in _penalties(model, images, structure, strengths)
+        ]
+        runs = list(zip(product(seeds, strengths), penalties, strict=True))
+        Together([penalty.model for penalty in penalties], penalties).train(
+            [permuted[seed].train for (seed, _), _ in runs],
+            seeds=[seed + 1 for (seed, _), _ in runs],
+            **options,
+        )
+        for (seed, strength), penalty in runs:
+            scores = [accuracy(penalty.model, task.test) for task in (images, permuted[seed])]
+            outcomes.append(Outcome(structure, strength, seed, *scores))
     return outcomes
+
+
+def _penalties(
+    model: nn.Module, images: Images, structure: Structure, strengths: Iterable[float]
+) -> Iterator[EWC]:
+    """Yield a penalty for each strength, all with one precision and each with its own network."""
+    fisher = fisher_information(model, images.train, structure=structure, progress=False)
+    for strength in strengths:
+        ewc = EWC(copy.deepcopy(model), strength, structure=structure)
+        ewc.remember(fisher)
+        yield ewc
 
 
 def summarise(outcomes: Iterable[Outcome]) -> list[Summary]:
