@@ -104,7 +104,11 @@ class Together:
             If a proximal step is due and a precision is not diagonal.
         """
         stiffness, anchors = self._springs()
-        alone = [p for p in self.penalties if p and not isinstance(p.precision, Diagonal | None)]
+        alone = [
+            i
+            for i, penalty in enumerate(self.penalties)
+            if penalty is not None and not isinstance(penalty.precision, Diagonal | None)
+        ]
         if alone and self.proximal:
             raise ValueError("networks make proximal steps together only with diagonal precisions")
         orders = [
@@ -117,14 +121,14 @@ class Together:
                 torch.stack([own[i][part] for own, part in zip(data, rows, strict=True)])
                 for i in (0, 1)
             )
-            self.optimizer.zero_grad(set_to_none=False)  # the networks hold parts of the gradients
+            self.optimizer.zero_grad()
             outputs = vmap(self._outputs)(self.parameters, x)
             loss = F.cross_entropy(outputs.flatten(0, 1), y.flatten(), reduction="sum")
             (loss / batch_size).backward()  # the sum over networks of their mean losses
             if not self.proximal:
                 self._add_gradients_(stiffness, anchors)
-                for penalty in alone:
-                    penalty.add_gradient_()
+                for i in alone:
+                    self._add_gradient_of_(i)
             self.optimizer.step()
             if self.proximal:
                 self._proximal_step_(stiffness, anchors)
@@ -150,6 +154,15 @@ class Together:
             assert stack.grad is not None
             stack.grad.addcmul_(stiffness[name], stack - anchors[name])
 
+    def _add_gradient_of_(self, i: int) -> None:
+        """Let a penalty add to the parts of the gradient that belong to its network."""
+        for name, parameter in self.models[i].named_parameters():
+            gradient = self.parameters[name].grad
+            parameter.grad = None if gradient is None else gradient[i]
+        penalty = self.penalties[i]
+        assert penalty is not None
+        penalty.add_gradient_()
+
     @torch.no_grad()
     def _proximal_step_(self, stiffness: Vector, anchors: Vector) -> None:
         rate = self.optimizer.param_groups[0]["lr"]
@@ -164,9 +177,8 @@ def _stack(models: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
     stacks = {}
     for name in owned[0]:
         stack = nn.Parameter(torch.stack([own[name].detach() for own in owned]))
-        stack.grad = torch.zeros_like(stack)
-        for own, value, gradient in zip(owned, stack.data, stack.grad, strict=True):
-            own[name].data, own[name].grad = value, gradient
+        for own, part in zip(owned, stack.data, strict=True):
+            own[name].data = part
         stacks[name] = stack
     return stacks
 

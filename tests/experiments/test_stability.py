@@ -1,5 +1,8 @@
+import pytest
+
+from ewc_lib import data
 from ewc_lib.experiments.protocols import measure
-from ewc_lib.experiments.stability import STABILITY
+from ewc_lib.experiments.stability import STABILITY, play_together
 from tests.experiments.cases import short
 
 
@@ -15,3 +18,17 @@ def test_stability_tells_runs_that_diverge_from_others(tmp_path):
         ("proximal", 1e12): False,
     }
     assert {r["accuracy"] is None for r in result["runs"] if r["diverged"]} == {True}
+
+
+def test_runs_at_once_end_as_those_one_after_another():
+    images, protocol = data.digits(), short(STABILITY, steps=30, tasks=3).protocols["digits"]
+    protocol["grid"] = [0.1, 100.0, 1e12]
+    found = play_together(images, protocol, seeds=2)
+    assert len(found) == 2 * 2 * 3 * 2
+    for run in found:
+        alone = STABILITY.play(images, protocol, "cpu", run)
+        assert run["diverged"] == alone["diverged"]
+        # rounding may move images over the border between two classes
+        assert run["accuracy"] == pytest.approx(alone["accuracy"], abs=0.02, nan_ok=True)
+    diverged = {(r["optimizer"], r["form"], r["strength"]) for r in found if r["diverged"]}
+    assert diverged == {("SGD", "gradient", 1e12)}
