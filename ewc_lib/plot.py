@@ -5,8 +5,10 @@ Nothing happens at import; a chapter calls :func:`use_style` once.
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 __all__ = ["ellipse", "save", "use_style"]
+
+REPOSITORY = Path(__file__).parents[1]
 
 GREY = "#787878"
 """Text and axes: a contrast of at least 4.2 against white and against the dark page."""
@@ -90,18 +95,44 @@ def ellipse(
     axes.plot(x, y, **style)
 
 
-def save(figure: Figure, name: str) -> None:
-    """Write a figure for the README, if the build asks for it by ``$EWC_FIGURES``.
+def save(figure: Figure, name: str, numbers: Mapping[str, tuple[float, float]]) -> None:
+    """Write a figure for the README if ``$EWC_FIGURES`` asks for it; else see that it is current.
+
+    The numbers are kept in the picture. Training rounds differently on every machine, so they are
+    current if they are within two standard errors.
 
     Parameters
     ----------
     figure
         What to write.
     name
-        File name without its ending; a PNG with a white ground is written.
+        File name without its ending; a PNG with a white ground is written. ``$EWC_FIGURES`` is
+        its folder, seen from the repository.
+    numbers
+        What the figure shows: values with their standard errors.
+
+    Raises
+    ------
+    ValueError
+        If the picture in the repository shows other numbers. Outside of it there is no picture.
     """
     folder = os.environ.get("EWC_FIGURES")
+    path = REPOSITORY / (folder or "book/figures") / f"{name}.png"
     if folder:
-        path = Path(folder) / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
+        metadata = {"Software": None, "Numbers": json.dumps(numbers)}
+        figure.savefig(path, dpi=150, facecolor="white", metadata=metadata)
+    elif path.exists():
+        _check_numbers(path, numbers)
+
+
+def _check_numbers(path: Path, numbers: Mapping[str, tuple[float, float]]) -> None:
+    with Image.open(path) as picture:
+        known = json.loads(picture.info.get("Numbers", "{}"))
+    stale = known.keys() ^ numbers.keys() or {
+        key
+        for key, (value, error) in known.items()
+        if not abs(numbers[key][0] - value) <= 2 * error
+    }
+    if stale:
+        raise ValueError(f"{path} shows other numbers for {sorted(stale)}: run `make figures`")

@@ -56,12 +56,51 @@ def test_the_ellipse_holds_the_given_share_of_a_gaussian(probability):
     assert outline.contains_points(points).mean() == pytest.approx(probability, abs=0.01)
 
 
-def test_save_writes_only_where_the_build_asks_for_it(tmp_path, monkeypatch):
-    figure, _ = plt.subplots()
+SHOWN = {"a": (0.5, 0.01), "b": (0.9, 0.02)}
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "REPOSITORY", tmp_path)
     monkeypatch.delenv("EWC_FIGURES", raising=False)
-    monkeypatch.chdir(tmp_path)
-    plot.save(figure, "result")
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setenv("EWC_FIGURES", str(tmp_path / "figures"))
-    plot.save(figure, "result")
-    assert (tmp_path / "figures" / "result.png").read_bytes().startswith(b"\x89PNG")
+    return tmp_path
+
+
+@pytest.fixture
+def written(repository, monkeypatch):
+    figure, _ = plt.subplots()
+    with monkeypatch.context() as asked:
+        asked.setenv("EWC_FIGURES", "book/figures")
+        plot.save(figure, "result", SHOWN)
+    return figure
+
+
+def test_save_writes_only_where_the_build_asks_for_it(repository, monkeypatch):
+    figure, _ = plt.subplots()
+    plot.save(figure, "result", SHOWN)
+    assert not list(repository.iterdir())
+    monkeypatch.setenv("EWC_FIGURES", str(repository / "elsewhere"))
+    plot.save(figure, "result", SHOWN)
+    assert (repository / "elsewhere" / "result.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_figure_with_the_same_numbers_is_current_and_not_written_again(repository, written):
+    before = (repository / "book" / "figures" / "result.png").read_bytes()
+    written.gca().plot([0, 1])
+    plot.save(written, "result", {"a": (0.515, 0.02), "b": (0.87, 0.02)})
+    assert (repository / "book" / "figures" / "result.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("numbers", "stale"),
+    [
+        ({**SHOWN, "a": (0.53, 0.5)}, "['a']"),
+        ({**SHOWN, "b": (float("nan"), 0.02)}, "['b']"),
+        ({"a": (0.5, 0.01)}, "['b']"),
+        ({**SHOWN, "c": (0.5, 0.01)}, "['c']"),
+    ],
+)
+def test_a_figure_that_shows_other_numbers_is_stale(written, numbers, stale):
+    with pytest.raises(ValueError, match="run `make figures`") as problem:
+        plot.save(written, "result", numbers)
+    assert stale in str(problem.value)
