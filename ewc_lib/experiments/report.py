@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from ewc_lib.experiments.published import Published, published
 
@@ -79,7 +79,7 @@ def interval(values: list[float], confidence: float = 0.95) -> float:
     n = len(values)
     if n < 2:
         return math.nan
-    quantile = float(student.ppf(0.5 + confidence / 2, n - 1))
+    quantile = float(stdtrit(n - 1, 0.5 + confidence / 2))
     return quantile * statistics.stdev(values) / math.sqrt(n)
 
 
