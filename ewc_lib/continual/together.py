@@ -138,21 +138,27 @@ class Together:
         return found
 
     def _springs(self) -> tuple[Vector, Vector]:
-        """Return strength times precision, and anchors; where no diagonal holds, it is zero."""
-        anchors = {name: stack.detach().clone() for name, stack in self.parameters.items()}
-        stiffness = {name: torch.zeros_like(anchor) for name, anchor in anchors.items()}
+        """Return strength times precision, and anchors, of the diagonal penalties if there are any.
+
+        Where no penalty holds, the stiffness is zero.
+        """
+        stiffness: Vector = {}
+        anchors: Vector = {}
         for i, penalty in enumerate(self.penalties):
             if penalty is not None and isinstance(penalty.precision, Diagonal):
                 for name, anchor in penalty.anchor.items():
-                    anchors[name][i] = anchor
-                    stiffness[name][i] = penalty.strength * penalty.precision.values[name]
+                    stack = self.parameters[name].detach()
+                    anchors.setdefault(name, stack.clone())[i] = anchor
+                    pull = penalty.strength * penalty.precision.values[name]
+                    stiffness.setdefault(name, torch.zeros_like(stack))[i] = pull
         return stiffness, anchors
 
     @torch.no_grad()
     def _add_gradients_(self, stiffness: Vector, anchors: Vector) -> None:
-        for name, stack in self.parameters.items():
+        for name, pull in stiffness.items():
+            stack = self.parameters[name]
             assert stack.grad is not None
-            stack.grad.addcmul_(stiffness[name], stack - anchors[name])
+            stack.grad.addcmul_(pull, stack - anchors[name])
 
     def _add_gradient_of_(self, i: int) -> None:
         """Let a penalty add to the parts of the gradient that belong to its network."""
@@ -166,9 +172,9 @@ class Together:
     @torch.no_grad()
     def _proximal_step_(self, stiffness: Vector, anchors: Vector) -> None:
         rate = self.optimizer.param_groups[0]["lr"]
-        for name, stack in self.parameters.items():
-            pull = rate * stiffness[name]
-            stack.lerp_(anchors[name], 1 / (1 + 1 / pull))
+        for name, pull in stiffness.items():
+            share = 1 / (1 + 1 / (rate * pull))  # 0 where nothing pulls, and 1 at most
+            self.parameters[name].lerp_(anchors[name], share)
 
 
 def _stack(models: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
