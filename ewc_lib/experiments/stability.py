@@ -36,7 +36,8 @@ def _all(protocol: Protocol, seeds: int, _: Sequence[Run]) -> Iterable[Run]:
 
 
 def _optimizer(protocol: Protocol, name: str) -> Callable[..., torch.optim.Optimizer]:
-    return partial({"SGD": torch.optim.SGD, "Adam": torch.optim.Adam}[name], lr=protocol["optimizers"][name])
+    algorithm = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam}[name]
+    return partial(algorithm, lr=protocol["optimizers"][name])
 
 
 def _play(images: Images, protocol: Protocol, device: str, run: Run) -> dict[str, Any]:
