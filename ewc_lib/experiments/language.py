@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ewc_lib.continual import train
 from ewc_lib.experiments.models import GPT2
 from ewc_lib.experiments.texts import VOCABULARY, Text, documentation, sequences, source_code
+from ewc_lib.fisher import fisher_information
 from ewc_lib.regularizers import Regularizer
 
 __all__ = ["adaptable", "language_model", "learn", "log_likelihood", "texts", "token_trace"]
@@ -153,7 +154,8 @@ def token_trace(model: nn.Module, data: tuple[Int64[Tensor, "N T"], Int64[Tensor
     model
         Returns logits ``[N, T, V]``.
     data
-        Inputs and targets. Each token takes a backward pass of its own.
+        Inputs and targets. Each token is an observation of its own: its sequence, with all other
+        targets ignored.
 
     Examples
     --------
@@ -162,10 +164,11 @@ def token_trace(model: nn.Module, data: tuple[Int64[Tensor, "N T"], Int64[Tensor
     >>> token_trace(model, (tokens[:, :-1], tokens[:, 1:])) > 0
     True
     """
-    parameters = list(model.parameters())
-    squares = []
-    for x, y in zip(*data, strict=True):
-        for loss in F.cross_entropy(model(x[None])[0], y, reduction="none"):
-            gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
-            squares.append(sum(g.square().sum().item() for g in gradients))
-    return math.fsum(squares) / len(data[0])
+
+    def each_alone() -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in zip(*data, strict=True):
+            alone = torch.eye(len(y), dtype=torch.bool, device=y.device)
+            yield x.expand(len(y), -1), y.where(alone, -100)
+
+    tokens = fisher_information(model, each_alone(), kind="empirical", progress=False)
+    return data[1].shape[1] * tokens.trace().item()
