@@ -44,6 +44,7 @@ __all__ = [
     "damped",
     "divergence",
     "flat",
+    "learned_step",
     "table",
 ]
 
@@ -293,6 +294,44 @@ def _play(protocol: Mapping[str, Any], run: Run) -> dict[str, Any]:
         found["divergence"].append(divergence(model, task_a.x_train, displacement).item())
     rounded = {name: [float(f"{x:.5g}") for x in values] for name, values in found.items()}
     return {"strengths": list(strengths), **rounded}
+
+
+def learned_step(
+    model: nn.Module,
+    task: tuple[Tensor, Tensor],
+    *,
+    rate: float,
+    regularizer: EWC | None = None,
+    **options: Any,
+) -> Vector:
+    """Return how far SGD on a task moves the parameters, and put them back.
+
+    Parameters
+    ----------
+    model
+        A classifier.
+    task
+        Inputs and labels.
+    rate
+        The learning rate.
+    regularizer
+        What holds on to an earlier task, by its proximal step.
+    **options
+        ``steps``, ``seed`` and others of :func:`ewc_lib.continual.train`.
+
+    Examples
+    --------
+    >>> task = torch.ones(8, 3), torch.zeros(8, dtype=torch.long)
+    >>> step = learned_step(mlp((3, 2), seed=0), task, rate=0.1, steps=5, seed=0)
+    >>> bool(step["0.bias"][0] > 0)  # towards the label
+    True
+    """
+    start = copy.deepcopy(model.state_dict())
+    optimizer = SGD(model.parameters(), lr=rate)
+    train(model, task, regularizer=regularizer, optimizer=optimizer, proximal=True, **options)
+    step = {name: p.detach() - start[name] for name, p in model.named_parameters()}
+    model.load_state_dict(start)
+    return step
 
 
 OUTCOMES = "accuracy_a", "accuracy_b", "expected", "parabola", "divergence"

@@ -14,6 +14,7 @@ from ewc_lib.experiments.beyond_diagonal import (
     damped,
     divergence,
     flat,
+    learned_step,
     table,
 )
 from ewc_lib.experiments.strengths import left_out
@@ -41,6 +42,27 @@ def moved(model, displacement):
     with torch.no_grad():
         for name, p in model.named_parameters():
             p += displacement[name]
+
+
+def test_a_learned_step_is_the_way_of_sgd_and_the_model_is_put_back():
+    model, (x, y) = classifier()
+    before = [p.clone() for p in model.parameters()]
+    found = learned_step(model, (x, y), rate=0.1, steps=1, seed=0, batch_size=len(x))
+    assert all(map(torch.equal, before, model.parameters()))
+    loss = torch.nn.functional.cross_entropy(model(x), y)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    for step_of, gradient in zip(found.values(), gradients, strict=True):
+        torch.testing.assert_close(step_of, -0.1 * gradient)
+
+
+def test_a_learned_step_is_shorter_where_an_earlier_task_is_held():
+    model, task = classifier()
+    ewc = EWC(model, strength=100.0)
+    ewc.consolidate(task)
+    other = task[0], task[1].flip(0)
+    options = {"rate": 0.1, "steps": 50, "seed": 0}
+    free, held = (learned_step(model, other, regularizer=r, **options) for r in (None, ewc))
+    assert ewc.precision.quadratic(held) < 0.5 * ewc.precision.quadratic(free)
 
 
 def test_the_divergence_is_that_of_the_probabilities():
