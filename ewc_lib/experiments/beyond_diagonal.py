@@ -327,7 +327,7 @@ def learned_step(
     True
     """
     start = copy.deepcopy(model.state_dict())
-    optimizer = SGD(model.parameters(), lr=rate)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     train(model, task, regularizer=regularizer, optimizer=optimizer, proximal=True, **options)
     step = {name: p.detach() - start[name] for name, p in model.named_parameters()}
     model.load_state_dict(start)
