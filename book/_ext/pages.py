@@ -100,6 +100,14 @@ def drop_dead_links_of_viewer(page: Page) -> bool:
     return bool(found)
 
 
+def drop_module_without_a_page(page: Page) -> bool:
+    """The list of the source viewer names the home of types that no module of ours defines."""
+    found = _select(page, 'a[href="builtins.html"]')
+    for link in found:
+        link.parent.decompose()
+    return bool(found)
+
+
 def _select(page: Page, selector: str) -> list[Tag]:
     """Return the tags that a selector names; its first word, a kind of tag, makes it fast."""
     kind = re.match(r"\w+", selector)[0]
@@ -158,6 +166,7 @@ REPAIRS: dict[str, Repair] = {
         name_the_region_of_the_sidebar,
         drop_path_that_is_no_address,
         drop_dead_links_of_viewer,
+        drop_module_without_a_page,
     )
 } | {f"drop {selector}": partial(_drop, selector=selector) for selector in THEBE}
 

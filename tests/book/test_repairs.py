@@ -49,6 +49,10 @@ EXAMPLES = {
         '<i id="b"></i><a class="viewcode-back" href="page.html#a">[docs]</a>',
         '<i id="b"></i>',
     ),
+    "drop_module_without_a_page": (
+        '<ul><li><a href="a.html">a</a></li><li><a href="builtins.html">builtins</a></li></ul>',
+        '<ul><li><a href="a.html">a</a></li></ul>',
+    ),
     f"drop {THEBE[0]}": ('<script>const THEBE_JS_URL = "https://a.b"; f()</script>', ""),
     f"drop {THEBE[1]}": ('<script async src="_static/sphinx-thebe.js?v=1"></script>', ""),
     f"drop {THEBE[2]}": ('<script type="text/x-thebe-config">{"a": "<b>"}</script>', ""),

@@ -74,7 +74,7 @@ def test_help_names_the_sections_and_the_wait_policy():
 def test_help_names_the_libraries_and_the_file():
     told = words("fisher-cost", "--help")
     assert f"By default all of {', '.join(CONTESTANTS)}." in told
-    assert f"({RESULT.name} of the book)" in told
+    assert f"({RESULT.name} in {module.FOLDER})" in told
 
 
 @pytest.mark.parametrize("name", module.STREAMS)
