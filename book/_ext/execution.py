@@ -155,10 +155,14 @@ def write_down() -> None:
     """Write down how long the chapters took that are in the cache."""
     from ewc_lib.experiments.provenance import provenance
 
-    seconds = {r.uri: round(r.data["execution_seconds"], 1) for r in cached().list_cache_records()}
-    result = {"seconds": dict(sorted(seconds.items()))}
-    result["provenance"] = provenance(seeds=[], wall_seconds=sum(seconds.values()))
-    SECONDS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    store, seconds = cached(), {}
+    for chapter in chapters():
+        record = _record(store, nbformat.reads(notebook_text(chapter), as_version=4))
+        if record is not None:
+            seconds[page_name(chapter)] = round(record.data["execution_seconds"], 1)
+    origin = provenance(seeds=[], wall_seconds=sum(seconds.values()))
+    text = json.dumps({"seconds": seconds, "provenance": origin}, indent=1)
+    SECONDS.write_text(text + "\n", encoding="utf-8")
 
 
 def main() -> int:
