@@ -46,7 +46,7 @@ def execute() -> bool:
     order = sorted(waiting, key=lambda chapter: -expected_seconds(chapter))
     workers = min(len(order), os.cpu_count() or 1)
     about = sum(map(expected_seconds, order)) / workers
-    _say(f"Executing {len(order)} chapters, {workers} at a time: about {about:.0f} seconds")
+    _say(f"Executing {len(order)} chapters, {workers} at a time: {about:.0f} seconds or more")
     with TemporaryDirectory() as folder:
         copies = {chapter: Path(folder) / f"{chapter.stem}.ipynb" for chapter in order}
         for chapter, copy in copies.items():
