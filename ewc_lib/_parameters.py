@@ -13,6 +13,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 Params: TypeAlias = Tensor | dict[str, Tensor]
 """A vector ``[P]`` or named tensors, for example those of a network."""
 
+Vector: TypeAlias = dict[str, Tensor]
+"""One tensor for each parameter, by name."""
+
 Data: TypeAlias = Any
 """A tensor ``[N, ...]`` or a (nested) tuple or dict of tensors with a common first axis."""
 

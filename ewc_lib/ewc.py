@@ -14,8 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ewc_lib._model import Selection
-from ewc_lib.distributions import OutputDistribution
+from ewc_lib._selecting import Selection
 from ewc_lib.fisher.estimate import Structure, fisher_information
 from ewc_lib.fisher.output import Kind
 from ewc_lib.fisher.structures import (
@@ -26,6 +25,7 @@ from ewc_lib.fisher.structures import (
     LowRank,
     check_shapes,
 )
+from ewc_lib.likelihood.outputs import OutputDistribution
 from ewc_lib.quadratic import QuadraticPenalty
 
 __all__ = ["EWC"]

@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ewc_lib._model import Selection, select_parameters
-from ewc_lib.fisher.structures import Diagonal, Fisher, Vector, check_shapes
+from ewc_lib._parameters import Vector
+from ewc_lib._selecting import Selection, select_parameters
+from ewc_lib.fisher.structures import Diagonal, Fisher, check_shapes
 from ewc_lib.fisher.structures.base import decode, encode, under
 
 __all__ = ["QuadraticPenalty"]
@@ -163,7 +164,8 @@ class QuadraticPenalty:
         if self._precision is None or self.strength == 0:
             return
         parameters = self._parameters()
-        self._check(parameters)
+        self._check_shapes(parameters)
+        self._follow(next(iter(parameters.values())).device)
         rates = _rates(optimizer, parameters)
         if isinstance(self._precision, Diagonal):
             shares = self._shares(rates)
@@ -273,15 +275,15 @@ class QuadraticPenalty:
             kept = self._kept_scaled = self._precision, factor, factor * self._precision
         return kept[2]
 
-    def _check(self, parameters: dict[str, nn.Parameter]) -> None:
-        """Move to the device of the parameters; raise a ValueError if they are others."""
-        self._follow(next(iter(parameters.values())).device)
+    def _check_shapes(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Raise a ValueError if the parameters are others than those of the anchor."""
         shapes = {name: value.shape for name, value in self._anchor.items()}
         check_shapes(shapes, {name: p.shape for name, p in parameters.items()})
 
     def _displacement(self, parameters: dict[str, nn.Parameter]) -> Vector:
         """Parameters minus anchor, in the precision of the anchor."""
-        self._check(parameters)
+        self._check_shapes(parameters)
+        self._follow(next(iter(parameters.values())).device)
         return {
             name: p.to(self._anchor[name].dtype) - self._anchor[name]
             for name, p in parameters.items()

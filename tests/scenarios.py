@@ -21,10 +21,10 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from ewc_lib import fisher_information
-from ewc_lib.distributions import Gaussian, OutputDistribution
 from ewc_lib.fisher.definitions import every_label, score_covariance
 from ewc_lib.fisher.structures import Fisher
 from ewc_lib.likelihood import network_log_prob
+from ewc_lib.likelihood.outputs import Gaussian, OutputDistribution
 
 N = 8
 CLASSES = 3

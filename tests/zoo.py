@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from ewc_lib import Categorical, Fisher, Gaussian, fisher_information
-from ewc_lib.distributions import output_distribution
+from ewc_lib.likelihood.outputs import output_distribution
 from tests.scenarios import CLASSES, HiddenLinear, N, Scenario, slow_path_allowed
 
 WORDS = 5

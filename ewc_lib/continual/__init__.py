@@ -1,6 +1,5 @@
 """Tasks one after another: streams, a training loop, metrics."""
 
-from ewc_lib._heads import MultiHead
 from ewc_lib.continual.learning import Learned, learn
 from ewc_lib.continual.metrics import (
     accuracy,
@@ -21,6 +20,7 @@ from ewc_lib.continual.streams import (
 )
 from ewc_lib.continual.together import Together, learn_together
 from ewc_lib.continual.training import mlp, train
+from ewc_lib.heads import MultiHead
 
 __all__ = [
     "Learned",

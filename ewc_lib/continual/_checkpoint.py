@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ewc_lib._heads import MultiHead
+from ewc_lib.heads import MultiHead
 
 if TYPE_CHECKING:
     from ewc_lib.regularizers.protocol import Regularizer

@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ewc_lib._heads import MultiHead, all_outputs
-from ewc_lib._model import evaluating
+from ewc_lib._calling import evaluating
 from ewc_lib._progress import progress as show_progress
 from ewc_lib.continual._checkpoint import plain, restore, save
 from ewc_lib.continual.metrics import accuracy
 from ewc_lib.continual.streams import Source, Stream
 from ewc_lib.continual.training import adam, train
+from ewc_lib.heads import MultiHead, all_outputs
 
 if TYPE_CHECKING:
     from ewc_lib.regularizers.protocol import Regularizer

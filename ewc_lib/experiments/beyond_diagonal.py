@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ewc_lib import data
+from ewc_lib._parameters import Vector
 from ewc_lib.continual import accuracy, mlp, permute_pixels, train
 from ewc_lib.data import Images
 from ewc_lib.ewc import EWC
@@ -34,7 +35,6 @@ from ewc_lib.experiments.report import interval
 from ewc_lib.experiments.store import Run, run_all
 from ewc_lib.experiments.strengths import held_out
 from ewc_lib.fisher import Dense, MatrixFree, fisher_information
-from ewc_lib.fisher.structures import Vector
 
 __all__ = [
     "METHODS",

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ewc_lib.experiments.models import Batches
-from ewc_lib.fisher.factors import MAX_VECTOR
+from ewc_lib.fisher.sums.kronecker import MAX_VECTOR
 
 __all__ = [
     "H100",

@@ -1,9 +1,8 @@
 """The Fisher information: two definitions, one fast estimate, and what can be done with it."""
 
-from ewc_lib.distributions import Bernoulli, Categorical, Gaussian, Poisson
 from ewc_lib.fisher.definitions import every_label, negative_expected_hessian, score_covariance
 from ewc_lib.fisher.estimate import fisher_information
-from ewc_lib.fisher.product import MatrixFree
+from ewc_lib.fisher.matrix_free import MatrixFree
 from ewc_lib.fisher.structures import (
     BlockDiagonal,
     Dense,
@@ -13,6 +12,7 @@ from ewc_lib.fisher.structures import (
     Kronecker,
     LowRank,
 )
+from ewc_lib.likelihood.outputs import Bernoulli, Categorical, Gaussian, Poisson
 
 __all__ = [
     "Bernoulli",

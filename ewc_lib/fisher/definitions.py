@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.func import grad, jacrev
 from torch.utils._pytree import tree_map
 
-from ewc_lib._model import forward, untouched
+from ewc_lib._calling import forward, untouched
 from ewc_lib._parameters import Data, Params, count, ravel
-from ewc_lib.distributions import OutputDistribution, output_distribution
-from ewc_lib.likelihood import LogProb, check_log_prob, per_observation
-from ewc_lib.score import scores
+from ewc_lib.likelihood.definition import LogProb, check_log_prob, per_observation
+from ewc_lib.likelihood.outputs import OutputDistribution, output_distribution
+from ewc_lib.score.definition import scores
 
 __all__ = ["every_label", "negative_expected_hessian", "score_covariance"]
 

@@ -8,13 +8,21 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import nn
 
-from ewc_lib._model import Selection, select_parameters
-from ewc_lib.distributions import OutputDistribution, output_distribution
-from ewc_lib.fisher.factors import EigenKroneckerSum, KroneckerSum
-from ewc_lib.fisher.output import KINDS, Kind
-from ewc_lib.fisher.passes import Passes
+from ewc_lib._selecting import Selection, select_parameters
+from ewc_lib.fisher.output import KINDS, Kind, columns
 from ewc_lib.fisher.structures import Fisher
-from ewc_lib.fisher.sums import BlockSum, DenseSum, DiagonalSum, LowRankSum, Sum
+from ewc_lib.fisher.sums import (
+    BlockSum,
+    DenseSum,
+    DiagonalSum,
+    EigenKroneckerSum,
+    KroneckerSum,
+    LowRankSum,
+    ParameterSpace,
+    Sum,
+)
+from ewc_lib.likelihood.outputs import OutputDistribution, output_distribution
+from ewc_lib.score.network import NetworkScores
 
 Structure: TypeAlias = Literal[
     "diagonal",
@@ -153,48 +161,43 @@ def fisher_information(
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
     parameters = select_parameters(model, params)
-    passes = Passes(model, parameters, output_distribution(likelihood))
-    generator = generator or torch.Generator(passes.device).manual_seed(0)
+    distribution = output_distribution(likelihood)
+    network = NetworkScores(model, parameters, distribution)
+    generator = generator or torch.Generator(network.device).manual_seed(0)
 
     def accumulate(total: Sum) -> Fisher:
-        for run in passes.over(data, n_samples, progress):
-            total.add(run, run.columns(kind, draws, generator))
-            del run  # and with it the graph, before the next one grows
-        return total.mean(kind, passes.paths())
+        for batch in network.over(data, n_samples, progress):
+            target = batch.batch.target
+            total.add(batch, columns(kind, distribution, batch.output, target, draws, generator))
+            del batch  # and with it the graph, before the next one grows
+        return total.mean(kind, network.paths())
 
-    options = parameters, dtype, None if device is None else torch.device(device)
-    with passes.leaving_no_trace():
+    space = ParameterSpace(parameters, dtype, None if device is None else torch.device(device))
+    with network.leaving_no_trace():
         if structure == "eigenkronecker":
             start = generator.get_state()
-            factors = KroneckerSum(*options)
+            factors = KroneckerSum(space)
             accumulate(factors)
             generator.set_state(start)
-            return accumulate(EigenKroneckerSum(*options, factors))
-        return accumulate(_sum(structure, *options, rank))
+            return accumulate(EigenKroneckerSum(space, factors))
+        return accumulate(_sum(structure, space, rank))
 
 
-def _sum(
-    structure: Structure,
-    parameters: dict[str, nn.Parameter],
-    dtype: torch.dtype | None,
-    device: torch.device | None,
-    rank: int,
-) -> Sum:
+def _sum(structure: Structure, space: ParameterSpace, rank: int) -> Sum:
     """Return the sum that a structure needs."""
-    options = parameters, dtype, device
     match structure:
         case "diagonal":
-            return DiagonalSum(*options)
+            return DiagonalSum(space)
         case "block":
-            return BlockSum(*options, groups=[[name] for name in parameters])
+            return BlockSum(space, groups=[[name] for name in space.parameters])
         case "module":
-            return BlockSum(*options, groups=by_module(parameters))
+            return BlockSum(space, groups=by_module(space.parameters))
         case "dense":
-            return DenseSum(*options)
+            return DenseSum(space)
         case "lowrank":
-            return LowRankSum(*options, rank)
+            return LowRankSum(space, rank)
         case _:
-            return KroneckerSum(*options, reduce=structure == "kronecker-reduce")
+            return KroneckerSum(space, reduce=structure == "kronecker-reduce")
 
 
 def by_module(names: Iterable[str]) -> list[list[str]]:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ewc_lib.distributions import Bernoulli, Categorical, Gaussian, OutputDistribution, Poisson
+from ewc_lib.likelihood.outputs import Bernoulli, Categorical, Gaussian, OutputDistribution, Poisson
 
 Kind: TypeAlias = Literal["exact", "sketch", "sampled", "empirical"]
 KINDS: tuple[str, ...] = get_args(Kind)

@@ -25,9 +25,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ewc_lib import fisher
-from ewc_lib._model import select_parameters
-from ewc_lib.distributions import OutputDistribution
+from ewc_lib._selecting import select_parameters
 from ewc_lib.fisher import BlockDiagonal, Diagonal, EigenKronecker, Fisher, LowRank
+from ewc_lib.likelihood.outputs import OutputDistribution
 
 __all__ = ["all_reduce", "fisher_information"]
 

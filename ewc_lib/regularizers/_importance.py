@@ -8,8 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ewc_lib.fisher.structures import Diagonal, Vector
+from ewc_lib._parameters import Vector
+from ewc_lib.fisher.structures import Diagonal
 from ewc_lib.quadratic import QuadraticPenalty
+from ewc_lib.score.memory import sum_dtype
 
 
 class ImportancePenalty(QuadraticPenalty):
@@ -36,19 +38,14 @@ class ImportancePenalty(QuadraticPenalty):
 
     def _zeros(self) -> Vector:
         """Return one zero for each parameter, in float32 where the parameter has half of it."""
-        return {name: torch.zeros_like(p, dtype=sum_type(p)) for name, p in self._detached()}
+        return {name: torch.zeros_like(p, dtype=sum_dtype(p)) for name, p in self._detached()}
 
     def _copy(self) -> Vector:
         """Copy the parameters, in the precision of sums."""
-        return {name: p.to(sum_type(p), copy=True) for name, p in self._detached()}
+        return {name: p.to(sum_dtype(p), copy=True) for name, p in self._detached()}
 
     def _detached(self) -> list[tuple[str, Tensor]]:
         return [(name, p.detach()) for name, p in self._parameters().items()]
-
-
-def sum_type(parameter: Tensor) -> torch.dtype:
-    """Return the dtype in which sums are kept: never less than float32."""
-    return torch.promote_types(parameter.dtype, torch.float32)
 
 
 def warn_if_zero(trace: Tensor, importance: str, why: str, stacklevel: int) -> None:

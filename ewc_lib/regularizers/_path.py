@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ewc_lib._model import Selection
-from ewc_lib.fisher.structures import Vector, check_shapes
+from ewc_lib._parameters import Vector
+from ewc_lib._selecting import Selection
+from ewc_lib.fisher.structures import check_shapes
 from ewc_lib.fisher.structures.base import under
 from ewc_lib.regularizers._importance import ImportancePenalty
 

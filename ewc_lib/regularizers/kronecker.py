@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ewc_lib._model import Selection
-from ewc_lib.distributions import OutputDistribution
+from ewc_lib._selecting import Selection
 from ewc_lib.fisher.estimate import fisher_information
 from ewc_lib.fisher.output import Kind
 from ewc_lib.fisher.structures import Fisher
+from ewc_lib.likelihood.outputs import OutputDistribution
 from ewc_lib.quadratic import QuadraticPenalty
 from ewc_lib.regularizers._importance import warn_if_zero
 

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ewc_lib._batches import batches
-from ewc_lib._heads import all_outputs, read
 from ewc_lib.fisher.structures import check_shapes
 from ewc_lib.fisher.structures.base import under
+from ewc_lib.heads import all_outputs, read
 from ewc_lib.regularizers._function import FunctionPenalty, contains, no_step
 
 __all__ = ["LwF"]

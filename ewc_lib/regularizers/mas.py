@@ -13,8 +13,10 @@ from torch.func import grad, vmap
 from torch.utils._pytree import tree_map
 
 from ewc_lib._batches import batches
-from ewc_lib._model import check_modules, forward, untouched
-from ewc_lib.fisher.structures import Diagonal, Vector
+from ewc_lib._calling import forward, untouched
+from ewc_lib._checking import check_modules
+from ewc_lib._parameters import Vector
+from ewc_lib.fisher.structures import Diagonal
 from ewc_lib.regularizers._importance import ImportancePenalty
 
 __all__ = ["MAS"]

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ewc_lib._batches import batches
-from ewc_lib._heads import all_outputs
 from ewc_lib._parameters import count
+from ewc_lib.heads import all_outputs
 from ewc_lib.regularizers._function import FunctionPenalty, contains, no_step, read_now
 
 __all__ = ["Replay"]

@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ewc_lib._model import Selection
-from ewc_lib.fisher.structures import Diagonal, Vector
+from ewc_lib._parameters import Vector
+from ewc_lib._selecting import Selection
+from ewc_lib.fisher.structures import Diagonal
 from ewc_lib.regularizers._path import NO_STEPS, PathPenalty
 
 __all__ = ["RWalk"]

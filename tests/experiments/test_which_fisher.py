@@ -5,7 +5,6 @@ import torch
 from torch import Tensor, nn
 
 from ewc_lib.continual import mlp
-from ewc_lib.distributions import Categorical
 from ewc_lib.experiments.which_fisher import (
     label_scores,
     quality,
@@ -17,6 +16,7 @@ from ewc_lib.experiments.which_fisher import (
 from ewc_lib.fisher import every_label, score_covariance
 from ewc_lib.fisher.output import root_times
 from ewc_lib.likelihood import network_log_prob
+from ewc_lib.likelihood.outputs import Categorical
 
 
 def classifier(n_classes: int, sharpness: float = 1.0) -> tuple[nn.Module, Tensor]:

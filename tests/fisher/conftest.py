@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ewc_lib.fisher import passes
+from ewc_lib.score import memory
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -18,4 +18,4 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def batches_as_given(monkeypatch):
     """Run every batch by itself, so that a test means the batch sizes that it names."""
-    monkeypatch.setattr(passes, "ENOUGH_BYTES", 0)
+    monkeypatch.setattr(memory, "BATCH_BYTES", 0)

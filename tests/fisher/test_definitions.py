@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from torch import nn
 
-from ewc_lib.distributions import Bernoulli, Categorical, Gaussian, Poisson
 from ewc_lib.fisher import every_label, negative_expected_hessian, score_covariance
 from ewc_lib.likelihood import maximum_likelihood, network_log_prob
+from ewc_lib.likelihood.outputs import Bernoulli, Categorical, Gaussian, Poisson
 from tests.scenarios import PROPERTY, SCENARIOS, same, trace_of
 
 D = torch.distributions

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ewc_lib import fisher_information
-from ewc_lib.distributions import Categorical, Gaussian
-from ewc_lib.fisher import certificate
+from ewc_lib.likelihood.outputs import Categorical, Gaussian
+from ewc_lib.score import gradcheck
 from tests.scenarios import (
     BATCH_SIZES,
     CLASSES,
@@ -1056,11 +1056,11 @@ def test_checkpointed_layers_are_no_different():
     assert same(list(found.diagonal().values()), list(estimate(case).diagonal().values()))
 
 
-def test_the_decision_about_one_batch_is_kept_for_the_others(monkeypatch):
+def test_the_plan_for_one_batch_is_kept_for_the_others(monkeypatch):
     posed = []
-    pose = certificate.Challenge.pose
+    pose = gradcheck.GradientCheck.pose
     monkeypatch.setattr(
-        certificate.Challenge, "pose", lambda *args: posed.append(len(args[0])) or pose(*args)
+        gradcheck.GradientCheck, "pose", lambda *args: posed.append(len(args[0])) or pose(*args)
     )
     case = SCENARIOS["attention"]()
     estimate(case, 3)

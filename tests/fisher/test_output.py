@@ -7,15 +7,15 @@ import pytest
 import torch
 from hypothesis import given
 
-from ewc_lib.distributions import (
+from ewc_lib.fisher import output as output_module
+from ewc_lib.fisher.output import KINDS, columns, output_score, root_times
+from ewc_lib.likelihood.outputs import (
     Bernoulli,
     Categorical,
     Gaussian,
     OutputDistribution,
     Poisson,
 )
-from ewc_lib.fisher import output as output_module
-from ewc_lib.fisher.output import KINDS, columns, output_score, root_times
 from tests.scenarios import PROPERTY
 
 ELEMENTWISE = [Bernoulli(), Gaussian(sigma=0.5), Poisson()]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ewc_lib import EWC
-from ewc_lib._heads import MultiHead
+from ewc_lib.heads import MultiHead
 from ewc_lib.regularizers import (
     EWCDR,
     L2,

@@ -7,7 +7,8 @@ Every form answers the same questions: :meth:`Fisher.diagonal`, ``F @ v``,
 parameters.
 """
 
-from ewc_lib.fisher.structures.base import Fisher, ReportRow, Vector, check_shapes
+from ewc_lib._parameters import Vector
+from ewc_lib.fisher.structures.base import Fisher, ReportRow, check_shapes
 from ewc_lib.fisher.structures.block import BlockDiagonal
 from ewc_lib.fisher.structures.dense import Dense
 from ewc_lib.fisher.structures.diagonal import Diagonal

@@ -5,14 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Vector: TypeAlias = dict[str, Tensor]
-"""One tensor for each parameter, by name."""
+from ewc_lib._parameters import Vector
 
 PATHS = ("unused", "rule", "generic", "loop")
 """How a parameter can be computed; where several apply, the last is the one that is told."""

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ewc_lib._parameters import unravel
-from ewc_lib.fisher.structures.base import Fisher, Vector, under
+from ewc_lib._parameters import Vector, unravel
+from ewc_lib.fisher.structures.base import Fisher, under
 
 T = TypeVar("T")
 

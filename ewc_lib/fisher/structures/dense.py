@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ewc_lib.fisher.structures.base import Vector
+from ewc_lib._parameters import Vector
 from ewc_lib.fisher.structures.spectral import Spectral, without_rounding
 
 

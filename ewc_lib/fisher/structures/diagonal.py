@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ewc_lib._parameters import ravel
-from ewc_lib.fisher.structures.base import Fisher, Vector, divide
+from ewc_lib._parameters import Vector, ravel
+from ewc_lib.fisher.structures.base import Fisher, divide
 
 
 @dataclass(frozen=True, eq=False)

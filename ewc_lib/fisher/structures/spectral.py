@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ewc_lib._parameters import ravel, unravel
-from ewc_lib.fisher.structures.base import Fisher, Vector, divide
+from ewc_lib._parameters import Vector, ravel, unravel
+from ewc_lib.fisher.structures.base import Fisher, divide
 
 
 class Spectral(Fisher):

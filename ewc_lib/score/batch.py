@@ -1,0 +1,97 @@
+"""One batch that has gone through the model, ready for backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ewc_lib._batches import Batch
+from ewc_lib._parameters import Vector
+from ewc_lib.score import memory
+from ewc_lib.score.by_vmap import VmapGradients
+from ewc_lib.score.gradients import ParameterGradients, UseInBatch
+from ewc_lib.score.memory import sum_dtype
+from ewc_lib.score.record import ForwardPass, in_units
+
+if TYPE_CHECKING:
+    from ewc_lib.score.plan import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class BatchScores:
+    """The gradients of every observation of a batch, along any output column.
+
+    Attributes
+    ----------
+    batch
+        Inputs and targets.
+    forward
+        The forward pass through the model.
+    plan
+        Where the observations lie in the uses of the parameters.
+    by_vmap
+        The parameters that no rule is used for.
+    vmap_gradients
+        Their way.
+    """
+
+    batch: Batch
+    forward: ForwardPass
+    plan: Plan
+    by_vmap: list[str]
+    vmap_gradients: VmapGradients
+
+    def __len__(self) -> int:
+        return len(self.forward)
+
+    @property
+    def output(self) -> Tensor:
+        """The output of the model, in the precision of the sums."""
+        output = self.forward.output.detach()
+        return output.to(sum_dtype(output))
+
+    @cached_property
+    def uses(self) -> dict[str, dict[int, UseInBatch]]:
+        """The uses of each parameter that goes by rule, cut into observations."""
+        found: dict[str, dict[int, UseInBatch]] = {}
+        room = memory.WINDOW_BYTES
+        for name, axes in self.plan.axes.items():
+            if axes and name not in self.by_vmap:
+                dtype, found[name] = sum_dtype(self.vmap_gradients.parameters[name]), {}
+                for i, axis in axes.items():
+                    use = UseInBatch.of(self.forward.uses[i], axis, len(self), dtype, room)
+                    room -= use.copied
+                    found[name][i] = use
+        return found
+
+    def by_rule(self, column: Tensor) -> dict[str, ParameterGradients]:
+        """Bring one output column back to every parameter that goes by rule."""
+        numbers = sorted({i for uses in self.uses.values() for i in uses})
+        output_gradients = self.forward.pull(numbers, column)
+        found: dict[str, ParameterGradients] = {}
+        for name, uses in self.uses.items():
+            if reached := {i: use for i, use in uses.items() if i in output_gradients}:
+                found[name] = ParameterGradients(
+                    self.vmap_gradients.parameters[name],
+                    list(reached.values()),
+                    [use.cut(output_gradients[i]) for i, use in reached.items()],
+                    name in self.plan.selects_entries,
+                )
+        return found
+
+    def by_function(self, block: list[Tensor]) -> Iterator[tuple[slice, Vector]]:
+        """Gradients ``[K, n, *shape]`` of the parameters without a rule, part by part."""
+        if not self.by_vmap:
+            return iter(())
+        columns = torch.stack(block)
+        unit = self.forward.unit(columns)
+        columns = (columns / unit).to(self.forward.output)
+        parts = self.vmap_gradients.gradients(self.by_vmap, self.forward.inputs, columns)
+        return (
+            (part, {name: in_units(g, unit) for name, g in found.items()}) for part, found in parts
+        )

@@ -1,0 +1,50 @@
+"""Where a tensor holds the observations: a guess, which the gradient check judges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jaxtyping import Float, Shaped
+from torch import Size, Tensor
+
+
+@dataclass(frozen=True)
+class BatchAxis:
+    """Observations lie along one axis, alone or flattened together with positions.
+
+    Attributes
+    ----------
+    axis
+        The axis of the observations.
+    inner
+        Whether the observation changes fastest along a flattened axis.
+    """
+
+    axis: int = 0
+    inner: bool = False
+
+    def fits(self, shape: Size, n: int) -> bool:
+        """Whether tensors of this shape can hold ``n`` observations so."""
+        return len(shape) > self.axis and shape[self.axis] % n == 0 and 0 not in shape
+
+    def split(self, tensor: Tensor, n: int) -> Shaped[Tensor, "N ..."]:
+        """Cut into what the operation would have seen with each observation alone."""
+        before, after = tensor.shape[: self.axis], tensor.shape[self.axis + 1 :]
+        sizes = (-1, n) if self.inner else (n, -1)
+        cut = tensor.reshape(*before, *sizes, *after)
+        return cut.movedim(self.axis + self.inner, 0) if self.axis or self.inner else cut
+
+
+def batch_axes(shape: Size, n: int) -> Iterator[BatchAxis]:
+    """Yield every axis that the shape allows, the usual one first."""
+    if BatchAxis().fits(shape, n):
+        yield BatchAxis()
+        if shape[0] > n:
+            yield BatchAxis(inner=True)
+    yield from (BatchAxis(axis) for axis, size in enumerate(shape) if axis and size == n)
+
+
+def weigh(split: Float[Tensor, "N ..."], weights: Float[Tensor, " N"]) -> Float[Tensor, "N ..."]:
+    """Multiply each observation by its weight."""
+    return split * weights.to(split).reshape(-1, *[1] * (split.dim() - 1))

@@ -1,0 +1,114 @@
+"""Per-observation gradients of any model: slow, and with no rule that could be wrong."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import vjp, vmap
+from torch.utils._pytree import tree_map
+
+from ewc_lib._calling import forward
+from ewc_lib.score import memory
+
+Gradients: TypeAlias = dict[str, Float[Tensor, "K n ..."]]
+
+
+class VmapGradients:
+    """Gradients of the named parameters for each observation, by :mod:`torch.func`.
+
+    Chunks of observations go through ``vmap``; a model that vmap cannot follow is run one
+    observation at a time, and one warning says so.
+
+    Parameters
+    ----------
+    model
+        The network, in eval mode.
+    parameters
+        All parameters that could be asked for, by name.
+    """
+
+    def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+        self.model = model
+        self.parameters = parameters
+        self.by_loop = False
+        """Whether observations are taken one at a time."""
+        self.looped: set[str] = set()
+        """Parameters that were."""
+
+    def gradients(
+        self, names: list[str], inputs: Any, columns: Float[Tensor, "K N ..."]
+    ) -> Iterator[tuple[slice, Gradients]]:
+        """Yield, for parts of the batch, the gradient of every column and observation."""
+        size = sum(self.parameters[name].numel() for name in names) * columns.element_size()
+        for part in memory.pieces(columns.shape[1], size * len(columns), memory.VMAP_BYTES):
+            xs = tree_map(lambda leaf, part=part: leaf[part], inputs)
+            yield part, self._part(names, xs, columns[:, part])
+
+    def _part(self, names: list[str], inputs: Any, columns: Tensor) -> Gradients:
+        if not self.by_loop:
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "There is a performance drop")
+                    return self._vectorised(names, inputs, columns)
+            except RuntimeError as error:
+                self.by_loop = True
+                self.warn(str(error).splitlines()[0])
+        self.looped |= set(names)
+        return self._one_by_one(names, inputs, columns)
+
+    def warn(self, reason: str) -> None:
+        """Tell that observations are taken one at a time, and why."""
+        warnings.warn(
+            f"vmap cannot follow {type(self.model).__name__}; its gradients are computed one "
+            f"observation at a time, which is slow ({reason})",
+            RuntimeWarning,
+            stacklevel=_depth(),
+        )
+
+    def _vectorised(self, names: list[str], inputs: Any, columns: Tensor) -> Gradients:
+        detached = {name: p.detach() for name, p in self.model.named_parameters()}
+        chosen = {name: detached.pop(name) for name in names}
+
+        def pull(x: Any, column: Tensor) -> dict[str, Tensor]:
+            one = tree_map(lambda leaf: leaf.unsqueeze(0), x)
+
+            def output(p: dict[str, Tensor]) -> Tensor:
+                return forward(self.model, one, {**detached, **p}).squeeze(0)
+
+            pullback = vjp(output, chosen)[1]
+            # One vmap only: within another, some backward operations are silently wrong.
+            by_column = [pullback(column[k])[0] for k in range(len(column))]
+            return {name: torch.stack([g[name] for g in by_column]) for name in names}
+
+        by_observation: Gradients = vmap(pull)(inputs, columns.transpose(0, 1))
+        return {name: g.transpose(0, 1) for name, g in by_observation.items()}
+
+    def _one_by_one(self, names: list[str], inputs: Any, columns: Tensor) -> Gradients:
+        chosen = [self.parameters[name] for name in names]
+        k, n = columns.shape[:2]
+        result = {name: columns.new_zeros(k, n, *self.parameters[name].shape) for name in names}
+        for i in range(n):
+            with torch.enable_grad():
+                output = forward(self.model, tree_map(lambda leaf, i=i: leaf[i : i + 1], inputs))
+            for j in range(k):
+                gradients = torch.autograd.grad(
+                    output, chosen, columns[j, i : i + 1], retain_graph=True, allow_unused=True
+                )
+                for name, g in zip(names, gradients, strict=True):
+                    if g is not None:
+                        result[name][j, i] = g.to_dense() if g.is_sparse else g
+        return result
+
+
+def _depth() -> int:
+    """Count the calls down to the user's own line, where a warning belongs."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("ewc_lib."):
+        frame, depth = frame.f_back, depth + 1
+    return depth

@@ -1,0 +1,173 @@
+"""The gradient of one parameter, observation by observation, from those of its uses' outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ewc_lib.score import memory
+from ewc_lib.score.batch_axis import BatchAxis, weigh
+from ewc_lib.score.record import ParameterUse
+from ewc_lib.score.rules import Rule, add_rows
+
+
+def pull_back(source: Tensor, parameter: Tensor, values: Tensor) -> Tensor:
+    """Turn a gradient of a tensor computed from parameters into one of the parameter.
+
+    ``values`` has the shape of the source, or one more axis in front, for several gradients.
+    """
+    if source is parameter:
+        return values
+    batched = values.dim() > source.dim()
+    return torch.autograd.grad(
+        source, parameter, values.to(source), retain_graph=True, is_grads_batched=batched
+    )[0].to(values)
+
+
+def selects_entries(source: Tensor, parameter: Tensor) -> bool:
+    """Whether the source holds entries of the parameter, none twice: a transpose, slice, lookup.
+
+    Then squares can be pulled back like gradients. Random numbers that are pulled back come out
+    as they went in if and only if nothing is summed or scaled.
+    """
+    if source is parameter:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(source.shape, generator=generator).to(source)
+    back = pull_back(source, parameter, values)
+    return bool(torch.isin(back[back != 0], values).all())
+
+
+@dataclass(frozen=True, eq=False)
+class UseInBatch:
+    """One use of a parameter and where its tensors hold the ``n`` observations of the batch."""
+
+    use: ParameterUse
+    axis: BatchAxis
+    n: int
+    dtype: torch.dtype
+    input: Tensor
+
+    @classmethod
+    def of(
+        cls, use: ParameterUse, axis: BatchAxis, n: int, dtype: torch.dtype, room: int = 0
+    ) -> UseInBatch:
+        """Cut the input, in the precision of the sums, before anything is squared."""
+        a = axis.split(use.input, n)
+        a = a.to(dtype) if a.is_floating_point() else a
+        return cls(use, axis, n, dtype, use.rule.prepare(a, room))
+
+    def cut(self, gradient: Tensor) -> Float[Tensor, "N ..."]:
+        """Cut the gradient of the operation's output in the same way."""
+        return self.axis.split(gradient, self.n).to(self.dtype)
+
+    @property
+    def copied(self) -> int:
+        """Bytes that the cut input takes beside the input itself."""
+        own, used = (t.untyped_storage() for t in (self.input, self.use.input))
+        return own.nbytes() if own.data_ptr() != used.data_ptr() else 0
+
+    @property
+    def rule(self) -> Rule:
+        """How the gradient follows."""
+        return self.use.rule
+
+    @property
+    def source(self) -> Tensor:
+        """The parameter, or what was computed from it and used."""
+        return self.use.source
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterGradients:
+    """The gradient of one parameter along one output column, from all of its uses.
+
+    Attributes
+    ----------
+    parameter
+        The parameter.
+    uses
+        Its uses.
+    output_gradients
+        For each use the gradient of the operation's output, one row for each observation.
+    selects_entries
+        Whether all uses are of one tensor that holds entries of the parameter, none twice.
+    """
+
+    parameter: Tensor
+    uses: list[UseInBatch]
+    output_gradients: list[Float[Tensor, "N ..."]]
+    selects_entries: bool
+
+    def weighted(self, weights: Float[Tensor, " N"]) -> ParameterGradients:
+        """Weigh the observations."""
+        return replace(self, output_gradients=[weigh(g, weights) for g in self.output_gradients])
+
+    def absolute(self) -> ParameterGradients:
+        """Take away all signs, so that a sum shows the size of its terms."""
+        uses = [replace(use, input=use.input.abs()) for use in self.uses]
+        return replace(self, uses=uses, output_gradients=[g.abs() for g in self.output_gradients])
+
+    def add_total(self, out: Tensor) -> None:
+        """Add the gradients of all observations to ``out``."""
+        for use, g in zip(self.uses, self.output_gradients, strict=True):
+            if use.source is self.parameter:
+                use.rule.add_total(out, use.input, g)
+            else:
+                total = out.new_zeros(use.source.shape)
+                use.rule.add_total(total, use.input, g)
+                out += pull_back(use.source, self.parameter, total)
+
+    def gradients(self, part: slice = slice(None)) -> Float[Tensor, "n ..."]:
+        """Gradient of the parameter for each observation of a part of the batch."""
+        rows = self._rows(part)
+        return pull_back(self._source, self.parameter, rows) if self.selects_entries else rows
+
+    def add_squares(self, out: Tensor) -> None:
+        """Add the squared gradients of all observations to ``out``."""
+        common = out
+        if self.selects_entries and self._source is not self.parameter:
+            common = out.new_zeros(self._source.shape)
+        if self.selects_entries and len(self.uses) == 1:
+            use = self.uses[0]
+            use.rule.add_squares(common, use.input, self.output_gradients[0])
+        else:
+            row_bytes = common.numel() * common.element_size()
+            for part in memory.pieces(self.uses[0].n, row_bytes, memory.SQUARES_BYTES):
+                add_rows(common, self._rows(part).square())
+        if common is not out:
+            out += pull_back(self._source, self.parameter, common)
+
+    @property
+    def squares_factorise(self) -> bool:
+        """Whether each entry of a gradient is one product, whose square is one of squares.
+
+        Then the squares of several columns can be added up before they are multiplied.
+        """
+        if not self.selects_entries or len(self.uses) > 1:
+            return False
+        return self.uses[0].rule.squares_factorise(self.uses[0].input, self.output_gradients[0])
+
+    def add_squares_of_terms(self, out: Tensor, squared: Float[Tensor, "N ..."]) -> None:
+        """Add the squared gradients to ``out``, given those of the output gradients."""
+        use = self.uses[0]
+        uses = [replace(use, input=use.input.square())]
+        replace(self, uses=uses, output_gradients=[squared]).add_total(out)
+
+    @property
+    def _source(self) -> Tensor:
+        return self.uses[0].source
+
+    def _rows(self, part: slice) -> Float[Tensor, "n ..."]:
+        """Gradients of the common tensor, or of the parameter if there is none."""
+        rows = []
+        for use, g in zip(self.uses, self.output_gradients, strict=True):
+            row = use.rule.gradients(use.input[part], g[part])
+            rows.append(row if self.selects_entries else pull_back(use.source, self.parameter, row))
+        first, *others = rows
+        for other in others:
+            first = first + other
+        return first
