@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ewc_lib.likelihood.outputs import Bernoulli, Categorical, Gaussian, OutputDistribution, Poisson
+from ewc_lib.score.network import output_score
 
 Kind: TypeAlias = Literal["exact", "sketch", "sampled", "empirical"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -48,14 +49,6 @@ def columns(
     if kind == "sampled":
         return sampled(distribution, output, target, draws, generator)
     return iter([output_score(distribution, output, target)])
-
-
-def output_score(distribution: OutputDistribution, output: Tensor, target: Tensor) -> Column:
-    """Gradient of the log-probability in the output."""
-    output = output.detach().requires_grad_()
-    with torch.enable_grad():
-        total = distribution.log_prob(output, target).sum()
-    return torch.autograd.grad(total, output)[0]
 
 
 def sampled(

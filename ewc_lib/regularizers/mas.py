@@ -9,20 +9,13 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from torch import Tensor
-from torch.func import grad, vmap
-from torch.utils._pytree import tree_map
 
-from ewc_lib._batches import batches
-from ewc_lib._calling import forward, untouched
-from ewc_lib._checking import check_modules
-from ewc_lib._parameters import Vector
 from ewc_lib.fisher.structures import Diagonal
 from ewc_lib.regularizers._importance import ImportancePenalty
+from ewc_lib.score import per_observation_gradients
+from ewc_lib.score.memory import ROWS_BYTES
 
 __all__ = ["MAS"]
-
-GRADIENTS_AT_ONCE = 2**24
-"""Entries of per-observation gradients held at a time: 64 MiB in float32."""
 
 
 class MAS(ImportancePenalty):
@@ -39,7 +32,7 @@ class MAS(ImportancePenalty):
     Parameters
     ----------
     model
-        The network that is being trained. ``torch.func.vmap`` has to be able to run it.
+        The network that is being trained.
     strength
         :math:`\lambda \ge 0`. The paper writes its penalty without the half, so this is twice
         the :math:`\lambda` of the paper.
@@ -92,35 +85,24 @@ class MAS(ImportancePenalty):
         RuntimeWarning
             If it is zero everywhere, so that nothing of this task would be protected.
         """
-        check_modules(self.model)
         total, n = self._zeros(), 0
-        with untouched(self.model):
-            parameters = dict(self._detached())
-            device = next(iter(parameters.values())).device
-            size = max(1, GRADIENTS_AT_ONCE // sum(p.numel() for p in parameters.values()))
-            for batch in batches(data, device, n_samples):
-                for chunk in _chunks(batch.inputs, len(batch), size):
-                    for name, g in self._sensitivities(parameters, chunk).items():
-                        total[name] += g.to(total[name].dtype).abs().sum(0)
-                n += len(batch)
+        for found in per_observation_gradients(
+            self.model,
+            data,
+            direction=of_squared_length,
+            params=list(total),
+            n_samples=n_samples,
+            max_bytes=ROWS_BYTES,
+        ):
+            for name, g in found.items():
+                total[name] += g.abs().sum(0)
+            n += len(g)
         values = {name: value / n for name, value in total.items()}
         task = self._diagonal(values, n, "Are the outputs of the model always zero?")
         self._accumulate(task)
         return task
 
-    def _sensitivities(self, parameters: Vector, inputs: Any) -> Vector:
-        """Return the gradient of the squared length of the outputs of each observation."""
 
-        def length(theta: Vector, x: Any) -> Tensor:
-            alone = tree_map(lambda leaf: leaf.unsqueeze(0), x)
-            return forward(self.model, alone, theta).square().sum()
-
-        gradients: Vector = vmap(grad(length), in_dims=(None, 0))(parameters, inputs)
-        return gradients
-
-
-def _chunks(inputs: Any, n: int, size: int) -> list[Any]:
-    return [
-        tree_map(lambda leaf, start=start: leaf[start : start + size], inputs)
-        for start in range(0, n, size)
-    ]
+def of_squared_length(output: Tensor, target: Tensor) -> Tensor:
+    """Return the gradient of the squared length of each output."""
+    return 2 * output

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ewc_lib._batches import Batch
 from ewc_lib._parameters import Vector
@@ -84,14 +85,34 @@ class BatchScores:
                 )
         return found
 
-    def by_function(self, block: list[Tensor]) -> Iterator[tuple[slice, Vector]]:
-        """Gradients ``[K, n, *shape]`` of the parameters without a rule, part by part."""
+    def gradients(
+        self, by_rule: dict[str, ParameterGradients], column: Tensor, part: slice = slice(None)
+    ) -> Vector:
+        """Write out the gradients ``[n, *shape]`` of all parameters for a part of the batch.
+
+        ``by_rule`` is what :meth:`by_rule` returns for this column.
+        """
+        found = {name: gradients.gradients(part) for name, gradients in by_rule.items()}
+        pieces = [piece for _, piece in self.by_function([column], part)]
+        found |= {name: torch.cat([piece[name][0] for piece in pieces]) for name in self.by_vmap}
+        n = len(range(len(self))[part])
+        return {
+            name: found[name] if name in found else p.new_zeros(n, *p.shape, dtype=sum_dtype(p))
+            for name, p in self.vmap_gradients.parameters.items()
+        }
+
+    def by_function(
+        self, block: list[Tensor], part: slice = slice(None)
+    ) -> Iterator[tuple[slice, Vector]]:
+        """Gradients ``[K, n, *shape]`` of the parameters without a rule, piece by piece."""
         if not self.by_vmap:
             return iter(())
         columns = torch.stack(block)
         unit = self.forward.unit(columns)
-        columns = (columns / unit).to(self.forward.output)
-        parts = self.vmap_gradients.gradients(self.by_vmap, self.forward.inputs, columns)
+        columns = (columns / unit).to(self.forward.output)[:, part]
+        inputs = tree_map(lambda leaf: leaf[part], self.forward.inputs)
+        pieces = self.vmap_gradients.gradients(self.by_vmap, inputs, columns)
         return (
-            (part, {name: in_units(g, unit) for name, g in found.items()}) for part, found in parts
+            (piece, {name: in_units(g, unit) for name, g in found.items()})
+            for piece, found in pieces
         )

@@ -3,23 +3,131 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ewc_lib._batches import Batch, batches, join
 from ewc_lib._calling import forward, untouched
 from ewc_lib._checking import check_finite_parameters, check_modules
 from ewc_lib._progress import progress as show_progress
-from ewc_lib.likelihood.outputs import OutputDistribution
+from ewc_lib._selecting import Selection, select_parameters
+from ewc_lib.likelihood.outputs import OutputDistribution, output_distribution
 from ewc_lib.score import memory
 from ewc_lib.score.batch import BatchScores
 from ewc_lib.score.by_vmap import VmapGradients
+from ewc_lib.score.memory import sum_dtype
 from ewc_lib.score.plan import Planner
 from ewc_lib.score.record import ForwardPass, Recorder
+
+Direction: TypeAlias = Callable[[Float[Tensor, "N ..."], Any], Float[Tensor, "N ..."]]
+"""From the output and the target of a batch to a direction in the space of outputs."""
+
+
+def per_observation_gradients(
+    model: nn.Module,
+    data: Any,
+    likelihood: str | OutputDistribution = "categorical",
+    *,
+    direction: Direction | None = None,
+    params: Selection = None,
+    n_samples: int | None = None,
+    max_bytes: int | None = None,
+    progress: bool | None = None,
+) -> Iterator[dict[str, Float[Tensor, "n ..."]]]:
+    r"""Yield the score of a network for every observation, batch after batch.
+
+    .. math:: s_n(\theta) = \nabla_\theta \log p(y_n \mid f_\theta(x_n))
+
+    This is the gradient of :eq:`eq-network-likelihood` for each observation. With a direction
+    :math:`v_n` of the outputs it is :math:`J_n^\top v_n` instead, with the Jacobian :math:`J_n`
+    of the outputs in the parameters. One forward and one backward pass serve a whole batch, and
+    for each new form of a batch the gradients are compared with autograd's. The model is run in
+    eval mode and left exactly as it was.
+
+    Parameters
+    ----------
+    model
+        Any module that maps a batch of inputs to a tensor ``[N, ...]``, or to an object with
+        such ``.logits``. One entry of the first axis is one observation.
+    data
+        As in :func:`ewc_lib.fisher_information`.
+    likelihood
+        How to read the output, as there. Not used if a direction is given.
+    direction
+        A function ``direction(output, target)`` that returns a tensor like the output. For
+        ``lambda output, target: 2 * output`` the gradients are those of the squared length of
+        the outputs.
+    params
+        The parameters, as in :func:`ewc_lib.fisher_information`.
+    n_samples
+        Use exactly that many observations.
+    max_bytes
+        Cut batches into pieces whose gradients take no more memory than this, or hold one
+        observation. By default a batch is not cut.
+    progress
+        True or False to force a bar; by default one appears in terminals and notebooks after
+        two seconds.
+
+    Yields
+    ------
+    dict of Tensor
+        For each batch, or piece of one, the gradients ``[n, *shape]`` of each parameter, in the
+        order of the observations, in float32 where the parameters have half of it. Parameters
+        that the output does not depend on have zeros.
+
+    Raises
+    ------
+    ValueError
+        As :func:`ewc_lib.fisher_information`: if the data or the outputs are not finite, a target
+        is outside the support, or the model mixes observations.
+
+    References
+    ----------
+    Goodfellow 2015 has the rule for linear layers.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> x, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
+    >>> (gradients,) = per_observation_gradients(model, (x, y))
+    >>> {name: tuple(g.shape) for name, g in gradients.items()}
+    {'weight': (5, 2, 3), 'bias': (5, 2)}
+    >>> torch.nn.functional.cross_entropy(model(x), y).backward()
+    >>> torch.allclose(-gradients["weight"].mean(0), model.weight.grad, atol=1e-6)
+    True
+    """
+    parameters = select_parameters(model, params)
+    distribution = output_distribution(likelihood)
+    network = NetworkScores(model, parameters, distribution if direction is None else None)
+    along = direction or partial(output_score, distribution)
+    row_bytes = sum(p.numel() * sum_dtype(p).itemsize for p in parameters.values())
+    budget = sys.maxsize if max_bytes is None else max_bytes
+    for batch in show_progress(batches(data, network.device, n_samples), "gradients", progress):
+        with network.leaving_no_trace():
+            scores = network.run(batch)
+            column = along(scores.output, batch.target)
+            by_rule = scores.by_rule(column)
+        for part in memory.pieces(len(batch), row_bytes, budget):
+            with network.leaving_no_trace(), torch.no_grad():
+                found = scores.gradients(by_rule, column, part)
+            yield found  # whoever reads it finds the model as it was
+
+
+def output_score(
+    distribution: OutputDistribution, output: Float[Tensor, "N ..."], target: Tensor
+) -> Float[Tensor, "N ..."]:
+    """Gradient of the log-probability in the output."""
+    output = output.detach().requires_grad_()
+    with torch.enable_grad():
+        total = distribution.log_prob(output, target).sum()
+    return torch.autograd.grad(total, output)[0]
 
 
 class NetworkScores:
@@ -32,14 +140,14 @@ class NetworkScores:
     parameters
         The parameters whose gradients are wanted, by name.
     distribution
-        How its output is read.
+        How its output is read; None if nobody asks for the likelihood.
     """
 
     def __init__(
         self,
         model: nn.Module,
         parameters: dict[str, nn.Parameter],
-        distribution: OutputDistribution,
+        distribution: OutputDistribution | None = None,
     ) -> None:
         check_finite_parameters(dict(model.named_parameters()))
         check_modules(model)
@@ -73,7 +181,8 @@ class NetworkScores:
                 f"the model must return one row per observation, got {tuple(output.shape)} for "
                 f"a batch of {len(batch)}"
             )
-        self.distribution.check(output, batch.target, batch.first)
+        if self.distribution is not None:
+            self.distribution.check(output, batch.target, batch.first)
         _check_output(output, self.distribution, batch)
         scores = self.planner.scores(batch, whole)
         self._enough = memory.BATCH_BYTES * len(batch) // max(1, whole.recorder.nbytes)
@@ -97,10 +206,10 @@ def _eager() -> AbstractContextManager[Any]:
     return eager
 
 
-def _check_output(output: Tensor, distribution: OutputDistribution, batch: Batch) -> None:
+def _check_output(output: Tensor, distribution: OutputDistribution | None, batch: Batch) -> None:
     if output.sum().isfinite():  # then all are
         return
-    invalid = distribution.invalid(output)
+    invalid = ~output.isfinite() if distribution is None else distribution.invalid(output)
     if invalid.any():
         bad = invalid.reshape(len(output), -1).any(1).nonzero()[0]
         raise ValueError(f"the output of observation {batch.first + int(bad)} is not finite")

@@ -51,7 +51,7 @@ def test_observations_do_not_cancel():
 
 @pytest.mark.parametrize("limit", [1, 100, 2**24])
 def test_the_result_does_not_depend_on_how_many_gradients_are_held_at_once(limit, monkeypatch):
-    monkeypatch.setattr(mas, "GRADIENTS_AT_ONCE", limit)
+    monkeypatch.setattr(mas, "ROWS_BYTES", 8 * limit)
     model = network()
     x, y = task()
     expected = sensitivity(model, x)
