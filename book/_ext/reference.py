@@ -63,9 +63,9 @@ def entries() -> dict[tuple[str, int], Entry]:
 
 
 def _entry(name: str, value: object, modules: list[str]) -> Entry:
-    defined = getattr(value, "__module__", None)
+    defined = getattr(value, "__module__", None) or ""
     below = [module for module in modules if module != PACKAGE]
-    place = min(below, key=lambda module: (module.count("."), module != defined))
+    place = min(below, key=lambda module: (module.count("."), not defined.startswith(module)))
     return Entry(f"{PACKAGE if PACKAGE in modules else place}.{name}", place, value)
 
 

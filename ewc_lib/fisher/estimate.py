@@ -11,16 +11,10 @@ from torch import nn
 from ewc_lib._selecting import Selection, select_parameters
 from ewc_lib.fisher.output import KINDS, Kind, columns
 from ewc_lib.fisher.structures import Fisher
-from ewc_lib.fisher.sums import (
-    BlockSum,
-    DenseSum,
-    DiagonalSum,
-    EigenKroneckerSum,
-    KroneckerSum,
-    LowRankSum,
-    ParameterSpace,
-    Sum,
-)
+from ewc_lib.fisher.sums.base import ParameterSpace, Sum
+from ewc_lib.fisher.sums.diagonal import DiagonalSum
+from ewc_lib.fisher.sums.kronecker import EigenKroneckerSum, KroneckerSum
+from ewc_lib.fisher.sums.rows import BlockSum, DenseSum, LowRankSum
 from ewc_lib.likelihood.outputs import OutputDistribution, output_distribution
 from ewc_lib.score.network import NetworkScores
 

@@ -169,7 +169,7 @@ class NetworkScores:
         self, data: Any, n_samples: int | None, progress: bool | None
     ) -> Iterator[BatchScores]:
         """Run the model on all batches, small ones joined."""
-        pieces = show_progress(batches(data, self.device, n_samples), "Fisher", progress)
+        pieces = show_progress(batches(data, self.device, n_samples), "scores", progress)
         return map(self.run, join(pieces, lambda: self._enough))
 
     def run(self, batch: Batch) -> BatchScores:

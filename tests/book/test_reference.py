@@ -45,7 +45,7 @@ def test_the_pages_show_each_module_once_and_the_index_lists_each() -> None:
 
 def test_a_name_has_its_place_below_the_top_and_is_called_by_its_shortest_name() -> None:
     place = {entry.name: entry.module for entry in entries().values()}
-    assert place["ewc_lib.Gaussian"] == "ewc_lib.distributions"
+    assert place["ewc_lib.Gaussian"] == "ewc_lib.likelihood"
     assert place["ewc_lib.fisher.Dense"] == "ewc_lib.fisher"
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ewc_lib import fisher_information
-from ewc_lib.score import operations
+from ewc_lib.score import operations, record
 from ewc_lib.score.batch_axis import BatchAxis
 from ewc_lib.score.gradcheck import GradientCheck, check_alone
 from ewc_lib.score.gradients import ParameterGradients, UseInBatch

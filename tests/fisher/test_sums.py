@@ -9,11 +9,12 @@ from torch.utils._pytree import tree_leaves
 from ewc_lib import fisher_information
 from ewc_lib._batches import Batch
 from ewc_lib.continual import mlp
-from ewc_lib.fisher import sums
 from ewc_lib.fisher.structures import Dense, Diagonal
 from ewc_lib.fisher.sums import base
 from ewc_lib.fisher.sums.base import ParameterSpace
+from ewc_lib.fisher.sums.diagonal import DiagonalSum
 from ewc_lib.fisher.sums.kronecker import KroneckerSum
+from ewc_lib.fisher.sums.rows import BlockSum, DenseSum, LowRankSum
 from ewc_lib.likelihood.outputs import Categorical, Gaussian
 from ewc_lib.score import memory
 from ewc_lib.score.network import NetworkScores
@@ -68,14 +69,14 @@ class ThreePaths(nn.Module):
 
 
 def one_block_each(space):
-    return sums.BlockSum(space, [[name] for name in space.parameters])
+    return BlockSum(space, [[name] for name in space.parameters])
 
 
 SUMS = {
-    "diagonal": sums.DiagonalSum,
+    "diagonal": DiagonalSum,
     "block": one_block_each,
-    "dense": sums.DenseSum,
-    "lowrank": partial(sums.LowRankSum, rank=FULL),
+    "dense": DenseSum,
+    "lowrank": partial(LowRankSum, rank=FULL),
     "kronecker": KroneckerSum,
 }
 each_sum = pytest.mark.parametrize("structure", SUMS)
@@ -138,7 +139,7 @@ def test_rows_are_written_out_in_pieces_of_bounded_size(model, monkeypatch):
     monkeypatch.setattr(memory, "ROWS_BYTES", 2 * size)
     lengths = []
 
-    class Watched(sums.DenseSum):
+    class Watched(DenseSum):
         def add_rows(self, rows, n):
             lengths.append(n)
             assert {len(g) for g in rows.values()} == {n}
