@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import ewc_lib
-from ewc_lib.experiments import folders
+from ewc_lib.experiments.runs import folders
 
 ROOT = Path(__file__).parents[1]
 

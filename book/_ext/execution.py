@@ -153,7 +153,7 @@ def _seconds(cells: list[NotebookNode]) -> float:
 
 def write_down() -> None:
     """Write down how long the chapters took that are in the cache."""
-    from ewc_lib.experiments.provenance import provenance
+    from ewc_lib.experiments.runs.provenance import provenance
 
     store, seconds = cached(), {}
     for chapter in chapters():

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ewc_lib.experiments.folders import OUTPUT
+from ewc_lib.experiments.runs.folders import OUTPUT
 
 if TYPE_CHECKING:
-    from ewc_lib.experiments.protocols import Experiment
+    from ewc_lib.experiments.runs.protocols import Experiment
 
 SECTIONS = ("mlp", "cnn", "cnn-norms", "transformer", "gpt2", "linearity")
 """What ``fisher-cost`` measures."""
@@ -65,14 +65,20 @@ def main() -> None:
     """
 
 
+ROOMS = {"beyond-diagonal": "structures", "language-models": "language"}
+"""Where the experiments are that are not on streams of tasks."""
+
+
 def experiment(name: str) -> Experiment:
     """Import an experiment on a stream of tasks."""
-    found: Experiment = getattr(_module(name), name.replace("-", "_").upper())
+    found: Experiment = getattr(module_of(name), name.replace("-", "_").upper())
     return found
 
 
-def _module(name: str) -> ModuleType:
-    return import_module(f"ewc_lib.experiments.{name.replace('-', '_')}")
+def module_of(name: str) -> ModuleType:
+    """Import the module of an experiment."""
+    room = ROOMS.get(name, "streams")
+    return import_module(f"ewc_lib.experiments.{room}.{name.replace('-', '_')}")
 
 
 @app.command("fisher-cost", epilog=f"Sections: {', '.join(SECTIONS)}.")
@@ -117,9 +123,9 @@ def fisher_cost_command(
     Set OMP_WAIT_POLICY=PASSIVE in the environment. Otherwise threads that wait for each other
     burn the cores that others need, and the times mean little.
     """
-    from ewc_lib.experiments import cost_report, fisher_cost
-    from ewc_lib.experiments.models import BENCHMARKS
-    from ewc_lib.experiments.peers import CONTESTANTS
+    from ewc_lib.experiments.cost import fisher_cost, report
+    from ewc_lib.experiments.cost.models import BENCHMARKS
+    from ewc_lib.experiments.cost.peers import CONTESTANTS
 
     try:
         if profiled is not None:
@@ -142,7 +148,7 @@ def fisher_cost_command(
         )
     except ValueError as problem:
         raise typer.BadParameter(str(problem)) from problem
-    typer.echo(cost_report.table(result))
+    typer.echo(report.table(result))
 
 
 def _add_command(name: str, summary: str) -> None:
@@ -173,7 +179,7 @@ def _add_command(name: str, summary: str) -> None:
         ] = None,
         fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the file holds.")] = False,
     ) -> None:
-        from ewc_lib.experiments import protocols, report
+        from ewc_lib.experiments.runs import protocols, report
 
         try:
             result = protocols.measure(
@@ -208,7 +214,7 @@ def overhead_command(
 
     Takes about a minute on one core.
     """
-    from ewc_lib.experiments.overhead import overhead, overheads
+    from ewc_lib.experiments.cost.overhead import overhead, overheads
 
     for row in overheads(overhead(out / "overhead.json", rounds=rounds)):
         typer.echo(f"{row.form:10} {row.tasks:3} tasks  {row.share:+.1%} of a plain step")
@@ -226,7 +232,7 @@ def _add_comparison(name: str, default: int, description: str) -> None:
         fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the file holds.")] = False,
     ) -> None:
 
-        module = _module(name)
+        module = module_of(name)
         path = out / f"{name.replace('-', '_')}.json"
         try:
             result = module.comparison(path, seeds=seeds, workers=workers, fresh=fresh)

@@ -3,7 +3,7 @@
 import copy
 from dataclasses import replace
 
-from ewc_lib.experiments.protocols import measure
+from ewc_lib.experiments.runs.protocols import measure
 
 
 def short(experiment, **changes):

@@ -9,12 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 from ewc_lib.experiments import __main__ as module
-from ewc_lib.experiments import fisher_cost, protocols
-from ewc_lib.experiments.cost_report import RESULT
-from ewc_lib.experiments.models import BENCHMARKS
-from ewc_lib.experiments.peers import CONTESTANTS
-from ewc_lib.experiments.permuted_mnist import PERMUTED_MNIST
-from ewc_lib.experiments.protocols import Experiment
+from ewc_lib.experiments.cost import fisher_cost
+from ewc_lib.experiments.cost.models import BENCHMARKS
+from ewc_lib.experiments.cost.peers import CONTESTANTS
+from ewc_lib.experiments.cost.report import RESULT
+from ewc_lib.experiments.runs import protocols
+from ewc_lib.experiments.runs.protocols import Experiment
+from ewc_lib.experiments.streams.permuted_mnist import PERMUTED_MNIST
 from tests.experiments.cases import run as cut
 
 EMPTY = {"sections": {}}
@@ -88,8 +89,10 @@ def test_help_says_of_an_experiment_what_it_says_itself(name):
 
 
 def test_every_experiment_has_its_command():
-    files = [path.stem for path in Path(module.__file__).parent.glob("[!_]*.py")]
-    found = (vars(import_module(f"ewc_lib.experiments.{name}")).values() for name in files)
+    folder = Path(module.__file__).parent
+    files = [path.relative_to(folder).with_suffix("") for path in folder.glob("*/[!_]*.py")]
+    names = [".".join(("ewc_lib.experiments", *path.parts)) for path in files]
+    found = (vars(import_module(name)).values() for name in names)
     known = {value.name for values in found for value in values if isinstance(value, Experiment)}
     assert known == set(module.STREAMS)
 
@@ -206,7 +209,7 @@ def test_options_reach_the_experiment(monkeypatch):
 @pytest.mark.parametrize("name", ["beyond-diagonal", "language-models"])
 def test_a_comparison_writes_its_file_and_prints_its_table(monkeypatch, tmp_path, name):
     seen = []
-    comparing = import_module(f"ewc_lib.experiments.{name.replace('-', '_')}")
+    comparing = module.module_of(name)
 
     def record(path, **options):
         seen.append((path, options))
@@ -226,7 +229,7 @@ def test_a_comparison_refuses_results_of_another_protocol(monkeypatch, name):
     def refuse(*arguments, **options):
         raise ValueError("results of another protocol")
 
-    comparing = import_module(f"ewc_lib.experiments.{name.replace('-', '_')}")
+    comparing = module.module_of(name)
     monkeypatch.setattr(comparing, "comparison", refuse)
     result = run(name)
     assert result.exit_code == 2

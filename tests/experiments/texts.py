@@ -1,6 +1,6 @@
 """Two short texts in place of the long ones, and a protocol that takes a moment."""
 
-from ewc_lib.experiments.language_models import PROTOCOL
+from ewc_lib.experiments.language.language_models import PROTOCOL
 
 SHORT = {
     **PROTOCOL,
@@ -19,4 +19,4 @@ def cut_short(monkeypatch):
     """Cut both texts short: what is tested does not depend on their length."""
     for name, times in (("documentation", 20), ("source_code", 40)):
         text = f"{name} of a few words, again and again. " * times
-        monkeypatch.setattr(f"ewc_lib.experiments.language.{name}", lambda text=text: text)
+        monkeypatch.setattr(f"ewc_lib.experiments.language.model.{name}", lambda text=text: text)

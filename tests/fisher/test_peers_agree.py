@@ -5,8 +5,8 @@ import importlib
 import pytest
 import torch
 
-from ewc_lib.experiments.models import BENCHMARKS
-from ewc_lib.experiments.peers import CONTESTANTS, answer
+from ewc_lib.experiments.cost.models import BENCHMARKS
+from ewc_lib.experiments.cost.peers import CONTESTANTS, answer
 
 MODULES = {"nngeometry": "nngeometry", "BackPACK": "backpack"}
 

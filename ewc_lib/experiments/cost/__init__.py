@@ -1,0 +1,1 @@
+"""What the Fisher information costs, here and elsewhere."""

@@ -1,0 +1,282 @@
+"""The measured cost of the Fisher information, as numbers, a table and a figure."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from ewc_lib.experiments.runs.folders import RESULTS
+from ewc_lib.figures import use_style
+
+__all__ = ["RESULT", "Fit", "Row", "figure", "fits", "load", "rows", "table"]
+
+Entry: TypeAlias = dict[str, Any]
+
+RESULT = RESULTS / "fisher_cost.json"
+"""Where the book finds its numbers."""
+
+KINDS = ("empirical", "sketch", "sampled", "exact")
+
+AGREEMENT = 1e-5
+"""Largest relative error of a right answer; sums in float32 come to 1e-7."""
+
+
+def load(path: Path = RESULT) -> dict[str, Any]:
+    """Read a result that :func:`.fisher_cost` wrote."""
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return result
+
+
+class Row(NamedTuple):
+    """The cost of one contestant on one model; where there is a ``reason``, there is no cost.
+
+    Parameters
+    ----------
+    model, library, kind
+        Who computed what.
+    n
+        Number of observations. Where it is below that of the plain pass, the time was scaled.
+    passes, low, high
+        Median, smallest and largest time of the repetitions, in plain passes over as many
+        observations.
+    mebibytes
+        Peak memory above that of the plain pass.
+    error
+        Largest error of any entry, relative to the largest entry of its parameter, in double
+        precision; None if there is no truth to compare with.
+    scaled
+        Whether the time was scaled.
+    reason
+        Why there is no answer.
+    """
+
+    model: str
+    library: str
+    kind: str
+    n: int = 0
+    passes: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    mebibytes: float = math.nan
+    error: float | None = None
+    scaled: bool = False
+    reason: str | None = None
+
+    @property
+    def wrong(self) -> bool:
+        """Whether an answer that is no estimate differs from the truth."""
+        estimate = self.kind in ("sketch", "sampled")
+        return not estimate and self.error is not None and self.error > AGREEMENT
+
+
+def rows(result: dict[str, Any]) -> list[Row]:
+    """Return the cost of every contestant on every model.
+
+    Parameters
+    ----------
+    result
+        As :func:`.fisher_cost` and :func:`load` return it.
+    """
+    return [
+        _row(model, section, library, kind, entry)
+        for model, section in _models(result).items()
+        for library, kinds in section["contestants"].items()
+        for kind, entry in kinds.items()
+    ]
+
+
+def _models(result: dict[str, Any]) -> dict[str, Entry]:
+    return {name: found for name, found in result["sections"].items() if name != "linearity"}
+
+
+def _row(model: str, section: Entry, library: str, kind: str, entry: Entry) -> Row:
+    if "reason" in entry:
+        return Row(model, library, kind, reason=entry["reason"])
+    n, share = entry["n"], entry["n"] / section["n"]
+    pairs = zip(entry["seconds"], entry["plain_seconds"], strict=True)
+    passes = [seconds / (plain * share) for seconds, plain in pairs]
+    above = (entry["peak_bytes"] - section["plain_peak_bytes"]) / 2**20
+    spread = statistics.median(passes), min(passes), max(passes)
+    return Row(model, library, kind, n, *spread, above, entry["error"], share < 1)
+
+
+class Fit(NamedTuple):
+    """A straight line through the medians of one kind over the number of observations.
+
+    Parameters
+    ----------
+    kind
+        Of the Fisher information, or ``"plain"``.
+    slope, intercept
+        Seconds for each observation, and seconds for none.
+    r2
+        Share of the variance that the line explains.
+    mebibytes
+        Largest peak memory above that of a plain pass over as many observations.
+    """
+
+    kind: str
+    slope: float
+    intercept: float
+    r2: float
+    mebibytes: float
+
+
+def fits(result: dict[str, Any]) -> list[Fit]:
+    """Fit the cost over the number of observations by least squares.
+
+    Parameters
+    ----------
+    result
+        As :func:`.fisher_cost` and :func:`load` return it.
+    """
+    runs = result["sections"]["linearity"]["runs"]
+    plain = {run["n"]: run["peak_bytes"] for run in runs if run["kind"] == "plain"}
+    found = []
+    for kind in dict.fromkeys(run["kind"] for run in runs):
+        n, seconds = _medians(runs, kind)
+        slope, intercept = (float(value) for value in np.polyfit(n, seconds, 1))
+        r2 = float(np.corrcoef(n, seconds)[0, 1] ** 2)
+        above = max(run["peak_bytes"] - plain[run["n"]] for run in runs if run["kind"] == kind)
+        found.append(Fit(kind, slope, intercept, r2, above / 2**20))
+    return found
+
+
+def _medians(runs: list[Entry], kind: str) -> tuple[list[int], list[float]]:
+    mine = [run for run in runs if run["kind"] == kind]
+    return [run["n"] for run in mine], [statistics.median(run["seconds"]) for run in mine]
+
+
+def table(result: dict[str, Any], value: str = "passes") -> str:
+    """Return the result as text, one block for each model.
+
+    A time is the median of the repetitions with the smallest and the largest, in plain passes.
+    ``~`` marks times that were scaled from fewer observations, ``!`` wrong answers, and ``–``
+    what is not possible, with the reason below.
+
+    Parameters
+    ----------
+    result
+        As :func:`.fisher_cost` and :func:`load` return it.
+    value
+        ``"passes"`` for the time, ``"mebibytes"`` for peak memory above that of the plain pass,
+        ``"error"`` for the error of the answer; see :class:`Row`.
+
+    Raises
+    ------
+    ValueError
+        If the value is another one.
+    """
+    if value not in ("passes", "mebibytes", "error"):
+        raise ValueError(f"value must be 'passes', 'mebibytes' or 'error', got {value!r}")
+    blocks = []
+    for model, section in _models(result).items():
+        mine = [row for row in rows(result) if row.model == model]
+        blocks.append("\n".join(_block(section, mine, value)))
+    return "\n\n".join(blocks)
+
+
+def _block(section: Entry, mine: list[Row], value: str) -> Iterator[str]:
+    entries = [entry for kinds in section["contestants"].values() for entry in kinds.values()]
+    unit = statistics.median(t for entry in entries for t in entry.get("plain_seconds", ()))
+    yield (
+        f"{section['title']}: {section['parameters']:,} parameters, {section['n']:,} observations "
+        f"in batches of {section['batch_size']}, {unit:.3g} s for a plain pass"
+    )
+    yield _line("", KINDS)
+    cells = {(row.library, row.kind): _cell(row, value) for row in mine}
+    for library in section["contestants"]:
+        yield _line(library, [cells.get((library, kind), "") for kind in KINDS])
+    reasons = dict.fromkeys(row.reason for row in mine if row.reason is not None)
+    for reason in reasons:
+        who = dict.fromkeys(row.library for row in mine if row.reason == reason)
+        yield f"  – {', '.join(who)}: {reason}"
+
+
+def _line(first: str, others: Iterable[str]) -> str:
+    return (f"{first:<20}" + "".join(f"{other:>22}" for other in others)).rstrip()
+
+
+def _cell(row: Row, value: str) -> str:
+    if row.reason is not None:
+        return "–"
+    if value == "mebibytes":
+        return f"{row.mebibytes:.0f}"
+    if value == "error":
+        return "unknown" if row.error is None else f"{row.error:.1g}"
+    marks = "~" * row.scaled + "!" * row.wrong
+    return f"{marks}{_digits(row.passes)} ({_digits(row.low)}–{_digits(row.high)})"
+
+
+def _digits(number: float) -> str:
+    return f"{number:.3g}" if number < 999.5 else f"{number:,.0f}"
+
+
+MARKERS = {"plain": "x", "empirical": "o", "sketch": "D", "sampled": "^", "exact": "s"}
+
+
+def figure(result: dict[str, Any]) -> Figure:
+    """Draw the cost of all contestants, one panel for each model, and the cost over the size.
+
+    Bars reach from the smallest to the largest repetition. Wrong answers are hollow.
+
+    Parameters
+    ----------
+    result
+        As :func:`.fisher_cost` and :func:`load` return it.
+    """
+    use_style()
+    sections = result["sections"]
+    height = math.ceil(len(sections) / 2)
+    drawn, panels = plt.subplots(height, 2, figsize=(8, 3.3 * height), squeeze=False)
+    for axes in panels.flat[len(sections) :]:
+        axes.set_axis_off()
+    for axes, (name, section) in zip(panels.flat, sections.items(), strict=False):
+        axes.set_title(section["title"])
+        if name == "linearity":
+            _draw_linearity(axes, section["runs"])
+        else:
+            _draw_model(axes, [row for row in rows(result) if row.model == name])
+    keys = [Line2D([], [], label=kind, linestyle="none", **_style(kind)) for kind in MARKERS]
+    drawn.legend(handles=keys, loc="outside lower center", ncols=len(keys))
+    return drawn
+
+
+def _draw_model(axes: Axes, mine: list[Row]) -> None:
+    measured = [row for row in mine if row.reason is None]
+    places = {library: i for i, library in enumerate(dict.fromkeys(r.library for r in measured))}
+    for shift, kind in enumerate(KINDS, start=1):
+        for row in (row for row in measured if row.kind == kind):
+            axes.errorbar(
+                row.passes,
+                places[row.library] + 0.15 * (shift - 2.5),
+                xerr=[[row.passes - row.low], [row.high - row.passes]],
+                linestyle="none",
+                **_style(kind),
+                markerfacecolor="none" if row.wrong else None,
+            )
+    axes.set(xscale="log", xlabel="plain passes", yticks=[*places.values()])
+    axes.set_yticklabels(places)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+
+
+def _draw_linearity(axes: Axes, runs: list[Entry]) -> None:
+    for kind in dict.fromkeys(run["kind"] for run in runs):
+        axes.plot(*_medians(runs, kind), **_style(kind))
+    axes.set(xscale="log", yscale="log", xlabel="observations", ylabel="seconds")
+
+
+def _style(kind: str) -> dict[str, Any]:
+    colour = f"C{list(MARKERS).index(kind)}"
+    return {"color": colour, "marker": MARKERS[kind], "markersize": 5}

@@ -1,0 +1,264 @@
+"""What the experiments on streams of tasks have in common: methods, one run, and stages of runs."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from ewc_lib import data
+from ewc_lib.continual import (
+    Learned,
+    MultiHead,
+    Stream,
+    average_accuracy,
+    learn,
+    mlp,
+)
+from ewc_lib.data import Images
+from ewc_lib.ewc import EWC
+from ewc_lib.experiments.runs.folders import OUTPUT, RESULTS
+from ewc_lib.experiments.runs.store import Run, load, run_all
+from ewc_lib.regularizers import (
+    EWCDR,
+    L2,
+    MAS,
+    SI,
+    KroneckerLaplace,
+    LwF,
+    Regularizer,
+    Replay,
+    RWalk,
+)
+
+__all__ = ["METHODS", "RESULTS", "Experiment", "Protocol", "measure", "outcome", "play"]
+
+Protocol: TypeAlias = Mapping[str, Any]
+"""What all runs of an experiment share, plain values for JSON."""
+
+METHODS: dict[str, Callable[[nn.Module, float, int], Regularizer | None]] = {
+    "none": lambda model, strength, seed: None,
+    "EWC": lambda model, strength, seed: EWC(model, strength),
+    "online EWC": lambda model, strength, seed: EWC(model, strength, "online"),
+    "SI": lambda model, strength, seed: SI(model, strength),
+    "MAS": lambda model, strength, seed: MAS(model, strength),
+    "RWalk": lambda model, strength, seed: RWalk(model, strength),
+    "EWC-DR": lambda model, strength, seed: EWCDR(model, strength),
+    "L2": lambda model, strength, seed: L2(model, strength),
+    "Kronecker Laplace": lambda model, strength, seed: KroneckerLaplace(model, strength),
+    "LwF": lambda model, strength, seed: LwF(model),
+    "replay": lambda model, strength, seed: Replay(model, capacity=100, seed=seed),
+    "joint": lambda model, strength, seed: Replay(model, seed=seed),
+}
+"""Methods by the name that tables show, made from a model, a strength and a seed.
+
+LwF and replay weigh each task alike. Replay keeps 100 observations of each class, as van de Ven
+et al. (2022) do, and joint training keeps everything.
+"""
+
+Stage: TypeAlias = Callable[[Protocol, int, Sequence[Run]], Iterable[Run]]
+"""Which runs to do, for a protocol, a number of seeds, and the runs that are finished."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment: what is the same in all runs, and which runs there are.
+
+    Attributes
+    ----------
+    name
+        On the command line.
+    summary
+        One sentence about the question.
+    protocols
+        By name. ``"digits"`` is the demonstration without MNIST; the first of the others is
+        what the command measures if MNIST is there.
+    stages
+        Each says which runs to do, given the runs of earlier stages.
+    play
+        One run: its outcome from images, protocol, device and settings.
+    """
+
+    name: str
+    summary: str
+    protocols: Mapping[str, Protocol]
+    stages: tuple[Stage, ...]
+    play: Callable[[Images, Protocol, str, Run], dict[str, Any]]
+
+    def file(self, preset: str) -> str:
+        """Return the name of the file of results."""
+        stem = self.name.replace("-", "_")
+        standard = next(iter(self.protocols)) == preset
+        return f"{stem}.json" if standard else f"{stem}_{preset.replace('-', '_')}.json"
+
+
+def measure(
+    experiment: Experiment,
+    *,
+    preset: str | None = None,
+    root: str | None = None,
+    seeds: int | None = None,
+    out: Path = OUTPUT,
+    device: str = "auto",
+    workers: int | None = None,
+    fresh: bool = False,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Do all runs of an experiment that its file does not hold yet.
+
+    Parameters
+    ----------
+    experiment
+        What to measure.
+    preset
+        The protocol; by default the first one, or the demonstration if there is no MNIST.
+    root
+        A local copy of MNIST, as in :func:`ewc_lib.data.mnist`; by default ``$EWC_DATA``.
+    seeds
+        How many seeds each row has; by default 5, and 1 for the demonstration.
+    out
+        The folder for the file.
+    device
+        ``"cpu"``, ``"cuda"`` and so on; ``"auto"`` takes an accelerator if there is one.
+    workers
+        Processes with one thread each; by default one for each core, and one on an accelerator.
+    fresh
+        Drop what the file holds.
+    progress
+        True or False; by default a bar appears in terminals and notebooks after two seconds.
+
+    Returns
+    -------
+    dict
+        The content of the file, as :func:`.run_all` returns it.
+
+    Raises
+    ------
+    ValueError
+        If the preset is unknown or needs MNIST and there is none, or as :func:`.run_all`.
+    """
+    root = root or os.environ.get("EWC_DATA") or None
+    preset = preset or (next(iter(experiment.protocols)) if root else "digits")
+    if preset not in experiment.protocols:
+        known = ", ".join(experiment.protocols)
+        raise ValueError(f"unknown preset {preset!r} of {experiment.name}; there are {known}")
+    if preset != "digits" and root is None:
+        raise ValueError(f"the preset {preset!r} needs MNIST: give --data or set EWC_DATA")
+    protocol = experiment.protocols[preset]
+    seeds = seeds or (1 if preset == "digits" else 5)
+    source = None if preset == "digits" else root
+    device = accelerator() if device == "auto" else device
+    path = out / experiment.file(preset)
+    result: dict[str, Any] = {}
+    for stage in experiment.stages:
+        result = run_all(
+            path,
+            partial(_play, experiment, source, protocol, device),
+            stage(protocol, seeds, result.get("runs", ())),
+            experiment=experiment.name,
+            data="digits" if source is None else "mnist",
+            protocol={"preset": preset, **protocol},
+            workers=workers or (1 if device != "cpu" else os.cpu_count() or 1),
+            fresh=fresh and not result,
+            progress=progress,
+        )
+    return result
+
+
+def accelerator() -> str:
+    """Return the device that there is."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if found is None else found.type
+
+
+def _play(
+    experiment: Experiment, root: str | None, protocol: Protocol, device: str, run: Run
+) -> dict[str, Any]:
+    return experiment.play(_images(root), protocol, device, run)
+
+
+@cache
+def _images(root: str | None) -> Images:
+    return data.digits() if root is None else data.mnist(root)
+
+
+def play(
+    stream: Stream,
+    protocol: Protocol,
+    device: str,
+    regularizer: Callable[[MultiHead], Regularizer | None],
+    *,
+    seed: int,
+    **options: Any,
+) -> dict[str, Any]:
+    """Learn a stream by Adam, with a multilayer perceptron, and return the outcome.
+
+    Parameters
+    ----------
+    stream
+        The tasks.
+    protocol
+        ``hidden`` (units of each layer), ``rate`` (of Adam), ``steps`` (of each task), ``batch``.
+    device
+        Where to train.
+    regularizer
+        Makes the method from the model.
+    seed
+        Of the initial weights and of the order of the data.
+    **options
+        For :func:`ewc_lib.continual.learn`.
+    """
+    sizes = (stream.n_features, *protocol["hidden"], stream.n_outputs)
+    model = MultiHead(mlp(sizes, seed)).to(device)
+    if "optimizer" not in options:  # fused: the same update in one kernel, in half the time
+        options["optimizer"] = partial(torch.optim.Adam, lr=protocol["rate"], fused=True)
+    learned = learn(
+        stream,
+        model,
+        regularizer(model),
+        steps=protocol["steps"],
+        batch_size=protocol["batch"],
+        seed=seed,
+        progress=False,
+        **options,
+    )
+    return outcome(learned)
+
+
+def outcome(learned: Learned) -> dict[str, Any]:
+    """Return what is kept of a run: accuracies after each task, and seconds.
+
+    ``accuracy`` is the average over all tasks after the last one, None if training diverged;
+    ``final`` its parts; ``average`` the average over the tasks seen so far, after each task.
+    """
+    R = learned.accuracies
+    T = len(R)
+    average = [float(R[t, : t + 1].mean()) for t in range(T)]
+    return {
+        "accuracy": average_accuracy(R),
+        "final": [round(value, 5) for value in R[-1].tolist()],
+        "average": [round(value, 5) for value in average],
+        "learning": round(float(R.diagonal().mean()), 5),
+        "seconds_training": round(math.fsum(learned.seconds_training), 2),
+        "seconds_consolidation": round(math.fsum(learned.seconds_consolidation), 2),
+    }
+
+
+def read(name: str, folder: Path = RESULTS) -> dict[str, Any]:
+    """Read a result of the book.
+
+    Parameters
+    ----------
+    name
+        The file without its ending, such as ``"split_mnist"``.
+    folder
+        Where it is.
+    """
+    return load(folder / f"{name}.json")

@@ -1,0 +1,214 @@
+"""The results of experiments on streams as rows: means over seeds, with confidence intervals."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from scipy.special import stdtrit
+
+from ewc_lib.experiments.runs.published import Published, published
+
+__all__ = ["Comparison", "Row", "beside", "comparisons", "interval", "rows", "table"]
+
+NEAR = 2.0
+"""Points of percent within which a number counts as reproduced, if our interval is narrower."""
+
+OUTCOMES = frozenset(
+    {
+        "accuracy",
+        "average",
+        "diverged",
+        "final",
+        "learning",
+        "seconds",
+        "seconds_consolidation",
+        "seconds_training",
+        "seed",
+        "sitting",
+    }
+)
+"""What does not tell a row from others."""
+
+
+class Row(NamedTuple):
+    """All seeds of one row of settings.
+
+    Parameters
+    ----------
+    settings
+        What the runs share, without the seed.
+    accuracies
+        Average accuracy over all tasks after the last one, for each seed, in their order; runs
+        that diverged are left out.
+    diverged
+        Number of the runs that diverged.
+    seconds_training, seconds_consolidation
+        Medians over runs.
+    """
+
+    settings: dict[str, Any]
+    accuracies: list[float]
+    diverged: int
+    seconds_training: float
+    seconds_consolidation: float
+
+    @property
+    def mean(self) -> float:
+        """Mean over seeds."""
+        return statistics.mean(self.accuracies) if self.accuracies else math.nan
+
+    @property
+    def half_width(self) -> float:
+        """Half of the 95 % confidence interval of the mean."""
+        return interval(self.accuracies)
+
+
+def interval(values: list[float], confidence: float = 0.95) -> float:
+    """Return half the width of the confidence interval of a mean (Student's t).
+
+    It is NaN for fewer than two values.
+
+    Examples
+    --------
+    >>> round(interval([0.9, 1.0, 1.1]), 3)
+    0.248
+    """
+    n = len(values)
+    if n < 2:
+        return math.nan
+    quantile = float(stdtrit(n - 1, 0.5 + confidence / 2))
+    return quantile * statistics.stdev(values) / math.sqrt(n)
+
+
+def rows(runs: Iterable[Mapping[str, Any]], **wanted: Any) -> list[Row]:
+    """Group runs by their settings, in the order of their first appearance.
+
+    Parameters
+    ----------
+    runs
+        As :func:`.run_all` keeps them.
+    **wanted
+        Settings that the runs must have, as ``scenario="task"``.
+    """
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for run in runs:
+        settings = {key: value for key, value in run.items() if key not in OUTCOMES}
+        if all(settings.get(key) == value for key, value in wanted.items()):
+            groups.setdefault(tuple(settings.items()), []).append(run)
+    return [_row(dict(settings), group) for settings, group in groups.items()]
+
+
+def _row(settings: dict[str, Any], group: list[Mapping[str, Any]]) -> Row:
+    in_order = sorted(group, key=lambda run: run["seed"])
+    sound = [run for run in in_order if run["accuracy"] is not None]
+
+    def median(name: str) -> float:
+        return statistics.median(run[name] for run in sound) if sound else math.nan
+
+    return Row(
+        settings,
+        [run["accuracy"] for run in sound],
+        len(group) - len(sound),
+        median("seconds_training"),
+        median("seconds_consolidation"),
+    )
+
+
+class Comparison(NamedTuple):
+    """A row of ours and what others have published for it.
+
+    Parameters
+    ----------
+    label
+        What tables call the row.
+    row
+        Ours.
+    published
+        Theirs, in percent; None if there is none.
+    """
+
+    label: str
+    row: Row
+    published: Published | None
+
+    @property
+    def difference(self) -> float:
+        """Ours minus theirs, in points of percent; NaN if there is none."""
+        return math.nan if self.published is None else 100 * self.row.mean - self.published.value
+
+    @property
+    def reproduced(self) -> bool:
+        """Whether theirs lies in our 95 % interval or within two points of our mean."""
+        width = 100 * self.row.half_width
+        return abs(self.difference) <= (NEAR if math.isnan(width) else max(NEAR, width))
+
+
+def beside(found: Iterable[Row], experiment: str, label: str) -> list[Comparison]:
+    """Put published numbers beside rows.
+
+    Parameters
+    ----------
+    found
+        As :func:`ewc_lib.experiments.runs.report.rows` returns them.
+    experiment
+        The name under which the numbers are published (:mod:`ewc_lib.experiments.runs.published`).
+    label
+        The name of a row, with its settings in braces, as ``"{scenario} {method}"``.
+
+    Examples
+    --------
+    >>> ours = Row({"variant": "exact"}, [0.99, 0.992], 0, 60.0, 1.0)
+    >>> (found,) = beside([ours], "fisher-variants", "{variant}")
+    >>> found.published.value, round(found.difference, 2), found.reproduced
+    (99.12, -0.02, True)
+    """
+    labels = ((row, label.format(**row.settings)) for row in found)
+    return [Comparison(name, row, published(experiment, name)) for row, name in labels]
+
+
+def comparisons(found: Iterable[Comparison]) -> str:
+    """Return rows beside published numbers as text, in percent."""
+    found = list(found)
+    width = max(len(c.label) for c in found)
+    lines = [f"{'':{width}}  seeds          ours     published  difference"]
+    for c in found:
+        error = "" if math.isnan(c.row.half_width) else f"± {100 * c.row.half_width:.2f}"
+        line = f"{c.label:<{width}}  {len(c.row.accuracies):5}  {100 * c.row.mean:6.2f} {error:7}"
+        if c.published is not None:
+            spread = "" if c.published.error is None else f"({c.published.error:.2f})"
+            line += f"  {c.published.value:6.2f} {spread:6}  {c.difference:+6.2f}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Return all rows of a result as text, accuracies in percent."""
+    lines = [f"{result['experiment']} on {result['data']}, {len(result['runs'])} runs"]
+    if result["data"] != "mnist":
+        lines.append("A demonstration on small images: no number of it is comparable with others'.")
+    found = rows(result["runs"])
+    labels = [_label(row.settings) for row in found]
+    width = max(map(len, labels), default=0)
+    for label, row in zip(labels, found, strict=True):
+        n = len(row.accuracies)
+        width_of = f" ± {100 * row.half_width:.2f}" if n > 1 else ""
+        diverged = f", {row.diverged} diverged" if row.diverged else ""
+        seeds = f"{n} seed{'s' * (n != 1)}{diverged}"
+        lines.append(f"{label:<{width}}  {100 * row.mean:6.2f}{width_of}  ({seeds})")
+    return "\n".join(lines)
+
+
+def _label(settings: Mapping[str, Any]) -> str:
+    """Write settings in a few words: names as they are, numbers with what they mean."""
+    return " ".join(
+        _word(key, value) for key, value in settings.items() if value not in (None, False)
+    )
+
+
+def _word(key: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return key if value is True else f"{key} {value:g}"

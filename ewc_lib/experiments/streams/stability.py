@@ -1,0 +1,116 @@
+"""The gradient of the penalty against the proximal step, over thirteen decades of the strength."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+
+from ewc_lib.continual import MultiHead, average_accuracy, learn_together, mlp, permuted
+from ewc_lib.data import Images
+from ewc_lib.ewc import EWC
+from ewc_lib.experiments.runs.protocols import METHODS, Experiment, Protocol, play
+from ewc_lib.experiments.runs.store import Run
+from ewc_lib.experiments.runs.strengths import decades
+
+__all__ = ["STABILITY", "play_together"]
+
+FORMS = ("gradient", "proximal")
+
+_SHARED = {
+    "tasks": 5,
+    "grid": decades(-1, 12),
+    "optimizers": {"SGD": 0.1, "Adam": 1e-3},
+    "n_samples": 2000,
+}
+
+
+def _all(protocol: Protocol, seeds: int, _: Sequence[Run]) -> Iterable[Run]:
+    settings = product(range(seeds), protocol["optimizers"], FORMS, protocol["grid"])
+    for seed, optimizer, form, strength in settings:
+        yield {"optimizer": optimizer, "form": form, "strength": strength, "seed": seed}
+
+
+def _optimizer(protocol: Protocol, name: str) -> Callable[..., torch.optim.Optimizer]:
+    algorithm = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam}[name]
+    return partial(algorithm, lr=protocol["optimizers"][name])
+
+
+def _play(images: Images, protocol: Protocol, device: str, run: Run) -> dict[str, Any]:
+    make, seed = METHODS["online EWC"], run["seed"]
+    try:
+        found = play(
+            permuted(images, protocol["tasks"], seed=seed),
+            protocol,
+            device,
+            lambda model: make(model, run["strength"], seed),
+            seed=seed,
+            optimizer=_optimizer(protocol, run["optimizer"]),
+            proximal=run["form"] == "proximal",
+            n_samples=protocol["n_samples"],
+        )
+    except ValueError as problem:  # the parameters are NaN when the Fisher information is due
+        if "NaN" not in str(problem) and "not finite" not in str(problem):
+            raise
+        return {"accuracy": math.nan, "diverged": True}
+    return {**found, "diverged": False}
+
+
+def play_together(images: Images, protocol: Protocol, seeds: int) -> list[Run]:
+    """Do all runs of a protocol here, those of an optimizer and a form at once.
+
+    Parameters
+    ----------
+    images, protocol
+        The data set, and a protocol of :data:`STABILITY`.
+    seeds
+        How many seeds each row has.
+
+    Returns
+    -------
+    list of dict
+        ``optimizer``, ``form``, ``strength`` and ``seed`` of each run, its ``accuracy``, and
+        whether it has ``diverged``. The accuracy is NaN then.
+    """
+    finished = []
+    streams = [permuted(images, protocol["tasks"], seed=seed) for seed in range(seeds)]
+    sizes = (images.n_features, *protocol["hidden"], images.n_classes)
+    for optimizer, form in product(protocol["optimizers"], FORMS):
+        runs = [
+            run
+            for run in _all(protocol, seeds, ())
+            if (run["optimizer"], run["form"]) == (optimizer, form)
+        ]
+        models = [MultiHead(mlp(sizes, run["seed"])) for run in runs]
+        strengths = [run["strength"] for run in runs]
+        learned = learn_together(
+            [streams[run["seed"]] for run in runs],
+            models,
+            [EWC(model, s, "online") for model, s in zip(models, strengths, strict=True)],
+            steps=protocol["steps"],
+            seeds=[run["seed"] for run in runs],
+            optimizer=_optimizer(protocol, optimizer),
+            batch_size=protocol["batch"],
+            proximal=form == "proximal",
+            n_samples=protocol["n_samples"],
+        )
+        for run, known in zip(runs, learned, strict=True):
+            accuracy = average_accuracy(known.accuracies)
+            finished.append({**run, "accuracy": accuracy, "diverged": math.isnan(accuracy)})
+    return finished
+
+
+STABILITY = Experiment(
+    name="stability",
+    summary="Five permuted tasks at strengths from 0.1 to 1e12, with SGD and with Adam.",
+    protocols={
+        "mnist": {**_SHARED, "hidden": [100, 100], "steps": 1000, "batch": 128},
+        "digits": {**_SHARED, "hidden": [64, 64], "steps": 50, "batch": 64},
+    },
+    stages=(_all,),
+    play=_play,
+)

@@ -1,0 +1,1 @@
+"""What the structures and the kinds of the Fisher information are worth."""

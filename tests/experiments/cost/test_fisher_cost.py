@@ -1,0 +1,232 @@
+import json
+from functools import partial
+
+import pytest
+import torch
+
+from ewc_lib.continual import mlp
+from ewc_lib.experiments.cost import fisher_cost as module
+from ewc_lib.experiments.cost.fisher_cost import fisher_cost, profile
+from ewc_lib.experiments.cost.models import Benchmark, _vectors
+from ewc_lib.experiments.cost.peers import CONTESTANTS, plain_pass
+from ewc_lib.experiments.cost.report import load, rows
+
+TINY = Benchmark(
+    "Tiny MLP",
+    partial(mlp, (4, 5, 3), 0),
+    partial(_vectors, shape=(4,), classes=3),
+    n=20,
+    batch_size=8,
+)
+SIZES = (8, 16, 24)
+MIB = 2**20
+
+
+def impossible(model, batches):
+    raise NotImplementedError("no " + 200 * "x" + "\nsecond line")
+
+
+def doubled(model, batches):
+    found = CONTESTANTS["ewc_lib"]["exact"](model, batches)
+    return {name: 2 * f for name, f in found.items()}
+
+
+ALL = {
+    "ewc_lib": CONTESTANTS["ewc_lib"],
+    "careless": {"exact": doubled},
+    "limited": {"empirical": impossible},
+}
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """Return what measures tiny models, without a process for the memory of each run.
+
+    The code is said to be the same all the time, even if it is edited while the tests run.
+    """
+    provenance, same = module.provenance, {"commit": "a", "dirty": False, "source": "b"}
+    monkeypatch.setattr(module, "provenance", lambda **options: provenance(**options) | same)
+    monkeypatch.setattr(module, "_peak", lambda contestant, benchmark, n, threads: MIB)
+
+    def run(sections=(), *, benchmarks=None, **options):
+        settings = {"contestants": ALL, "sizes": SIZES, "repetitions": 2, "threads": 1}
+        benchmarks = benchmarks or {"mlp": TINY, "other": TINY._replace(n=12, exact=False)}
+        path = tmp_path / "results" / "cost.json"
+        found = fisher_cost(path, sections, benchmarks=benchmarks, **settings | options)
+        assert load(path) == found
+        return found
+
+    return run
+
+
+def test_each_contestant_has_its_numbers_or_a_reason(measured):
+    result = measured()
+    assert list(result) == ["experiment", "settings", "provenance", "sections"]
+    assert result["settings"] == {
+        "repetitions": 2,
+        "threads": 1,
+        "sizes": [8, 16, 24],
+        "contestants": list(ALL),
+    }
+    assert list(result["sections"]) == ["mlp", "other", "linearity"]
+    section = result["sections"]["mlp"]
+    assert (section["parameters"], section["n"], section["batch_size"]) == (43, 20, 8)
+    for library, kinds in section["contestants"].items():
+        for entry in kinds.values():
+            if library == "limited":
+                assert entry.keys() == {"reason"}
+            else:
+                wanted = {"n", "error", "plain_seconds", "seconds", "peak_bytes"}
+                assert entry.keys() == wanted
+                assert len(entry["seconds"]) == len(entry["plain_seconds"]) == 2
+                assert min(entry["seconds"]) > 0
+
+
+def test_linearity_has_a_run_for_each_kind_and_size(measured):
+    runs = measured(["linearity"])["sections"]["linearity"]["runs"]
+    kinds = ("plain", *CONTESTANTS["ewc_lib"])
+    assert [(run["kind"], run["n"]) for run in runs] == [(k, n) for n in SIZES for k in kinds]
+    assert all(len(run["seconds"]) == 2 for run in runs)
+
+
+def test_the_provenance_counts_all_sections(measured):
+    result = measured()
+    total = sum(section["wall_seconds"] for section in result["sections"].values())
+    assert result["provenance"]["wall_seconds"] == pytest.approx(total, abs=1e-3)
+    assert result["provenance"]["seeds"] == [0]
+    assert result["provenance"]["threads"]["torch"] == 1
+
+
+def test_answers_are_compared_with_the_truth(measured):
+    found = {(row.library, row.kind): row for row in rows(measured(["mlp"]))}
+    assert found["ewc_lib", "exact"].error < 1e-12
+    assert found["ewc_lib", "empirical"].error < 1e-12
+    assert found["careless", "exact"].error == pytest.approx(1)
+    assert [key for key, row in found.items() if row.wrong] == [("careless", "exact")]
+    assert found["ewc_lib", "sketch"].error > 1e-3
+
+
+def test_a_reason_is_one_short_line(measured):
+    (entry,) = measured(["mlp"])["sections"]["mlp"]["contestants"]["limited"].values()
+    assert entry["reason"].startswith("NotImplementedError: no xxx")
+    assert len(entry["reason"]) == 120
+
+
+def test_exact_is_not_tried_where_it_is_out_of_reach(measured):
+    found = {(row.library, row.kind): row for row in rows(measured(["other"]))}
+    assert "out of reach" in found["ewc_lib", "exact"].reason
+    assert found["ewc_lib", "sketch"].reason is None
+    assert found["ewc_lib", "sketch"].error is None
+
+
+def test_a_second_run_adds_only_what_is_missing(measured, monkeypatch):
+    first = measured(["other"])
+    assert list(first["sections"]) == ["other"]
+    tried = []
+    examine = module._examine
+    monkeypatch.setattr(
+        module, "_examine", lambda *given: tried.append(given[2]) or examine(*given)
+    )
+    second = measured(["mlp", "other"])
+    assert second["sections"]["other"] == first["sections"]["other"]
+    assert set(tried) == {TINY}
+
+
+def test_a_stopped_run_keeps_what_was_done(measured, monkeypatch):
+    def stop(*_):
+        raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_linearity", stop)
+        with pytest.raises(InterruptedError):
+            measured()
+    monkeypatch.setattr(module, "_compare", stop)
+    assert list(measured()["sections"]) == ["mlp", "other", "linearity"]
+
+
+def test_results_of_other_settings_are_not_mixed(measured):
+    measured(["mlp"])
+    with pytest.raises(ValueError, match=r"settings\.repetitions was 2 and is 3.*--fresh"):
+        measured(["other"], repetitions=3)
+    with pytest.raises(ValueError, match=r"settings\.contestants"):
+        measured(["other"], contestants={"ewc_lib": ALL["ewc_lib"]})
+    assert list(measured(["other"], repetitions=3, fresh=True)["sections"]) == ["other"]
+
+
+def test_results_of_other_code_are_not_mixed(measured, monkeypatch):
+    measured(["mlp"])
+    provenance = module.provenance
+    monkeypatch.setattr(module, "provenance", lambda **o: {**provenance(**o), "source": "new"})
+    with pytest.raises(ValueError, match=r"source was .* and is 'new'"):
+        measured(["other"])
+
+
+def test_code_that_changes_during_the_measurement_is_noticed(measured, monkeypatch):
+    sources = iter(["old", "new"])
+    provenance = module.provenance
+    monkeypatch.setattr(
+        module, "provenance", lambda **o: {**provenance(**o), "source": next(sources)}
+    )
+    with pytest.raises(RuntimeError, match="mlp was being measured while source was 'old'"):
+        measured(["mlp"])
+
+
+def test_an_unknown_section_is_named(measured):
+    with pytest.raises(ValueError, match="unknown section 'vgg'; there are mlp, other, linearity"):
+        measured(["vgg"])
+
+
+def test_threads_are_put_back(measured):
+    before = torch.get_num_threads()
+    measured(["mlp"], threads=before + 1, benchmarks={"mlp": TINY._replace(n=8)})
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(("slowness", "n"), [(50.0, 20), (1000.0, 16)])
+def test_what_is_too_slow_is_measured_on_fewer_observations_and_scaled(
+    slowness, n, measured, monkeypatch
+):
+    """Time is what it should be: so many plain passes for each observation."""
+    passes = {plain_pass: 1.0, doubled: slowness}
+    clock = lambda f, _, batches: passes.get(f, 2.0) * sum(len(y) for _, y in batches)  # noqa: E731
+    monkeypatch.setattr(module, "_seconds", clock)
+    result = measured(["mlp"], benchmarks={"mlp": TINY._replace(n=200)})
+    found = {(row.library, row.kind): row for row in rows(result)}
+    slow, fast = found["careless", "exact"], found["ewc_lib", "exact"]
+    assert (slow.n, slow.scaled, slow.passes) == (n, True, slowness)
+    assert (fast.n, fast.scaled, fast.passes) == (200, False, 2)
+
+
+def test_a_run_leaves_the_model_alone():
+    def vandal(model, batches):
+        model.train()
+        model.register_forward_hook(impossible)
+        for p in model.parameters():
+            p.data.zero_()
+
+    model = TINY.model()
+    module._seconds(vandal, model, TINY.batches(8))
+    assert not model.training
+    assert all(p.any() for p in model.parameters())
+    model(TINY.batches(8)[0][0])
+
+
+def test_peak_memory_is_that_of_a_process_of_its_own():
+    ballast = torch.ones(150 * MIB)  # 600 MiB
+    wide = TINY._replace(
+        build=partial(mlp, (100_000, 1, 3), 0), draw=partial(_vectors, shape=(100_000,), classes=3)
+    )
+    small, large = (module._peak(plain_pass, wide, n, 1) for n in (1, 501))
+    assert small < 4 * ballast.numel()
+    assert large - small > 0.9 * 500 * 100_000 * 4
+
+
+def test_a_profile_names_the_operations():
+    assert "aten::addmm" in profile(TINY, "plain", threads=1)
+    assert "aten::addmm" in profile(TINY, "sketch", threads=1)
+    with pytest.raises(ValueError, match="unknown kind 'mc'; there are plain, exact"):
+        profile(TINY, "mc")
+
+
+def test_the_result_holds_no_number_that_json_does_not_know(measured):
+    json.dumps(measured(["mlp"]), allow_nan=False)

@@ -1,0 +1,133 @@
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ewc_lib.continual import mlp
+from ewc_lib.experiments.cost import peers
+from ewc_lib.experiments.cost.models import (
+    GPT2,
+    Benchmark,
+    Transformer,
+    _sequences,
+    _text,
+    _vectors,
+)
+from ewc_lib.experiments.cost.peers import CONTESTANTS, PEERS, answer, error, plain_pass
+
+TINY = {
+    "mlp": Benchmark(
+        "MLP", partial(mlp, (4, 5, 3), 0), partial(_vectors, shape=(4,), classes=3), batch_size=7
+    ),
+    "transformer": Benchmark(
+        "Transformer",
+        partial(Transformer, 6, 5, width=4, layers=1, heads=2, classes=3),
+        partial(_sequences, length=5, vocabulary=6, classes=3),
+    ),
+    "gpt2": Benchmark(
+        "GPT-2",
+        partial(GPT2, 6, 5, width=4, layers=1, heads=2),
+        partial(_text, length=5, vocabulary=6),
+        exact=False,
+    ),
+}
+WITHOUT_LIBRARY = ("ewc_lib", "torch.func", "loop")
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_loop_is_right_for_softmax_regression(exact):
+    model = nn.Linear(3, 4)
+    x = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(9) % 4
+    p = model(x).softmax(-1).detach()
+    weight = p * (1 - p) if exact else (F.one_hot(y, 4) - p).square()
+    found = PEERS["loop"]["exact" if exact else "empirical"](
+        model, [(x[:5], y[:5]), (x[5:], y[5:])]
+    )
+    torch.testing.assert_close(found["bias"], weight.mean(0))
+    torch.testing.assert_close(found["weight"], weight.T @ x.square() / 9)
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("library", WITHOUT_LIBRARY)
+def test_answers_are_right(library, name):
+    for kind in {"empirical", "exact"} & set(CONTESTANTS[library]):
+        if kind == "empirical" or TINY[name].exact:
+            assert error(CONTESTANTS[library][kind], kind, TINY[name]) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["empirical", "exact"])
+def test_chunks_do_not_change_the_answer(kind, monkeypatch):
+    monkeypatch.setattr(peers, "CHUNK_BYTES", 1)
+    assert error(PEERS["torch.func"][kind], kind, TINY["mlp"]) < 1e-12
+
+
+def test_estimates_are_compared_with_the_exact_fisher_information():
+    exact = CONTESTANTS["ewc_lib"]["exact"]
+    assert error(exact, "sketch", TINY["mlp"]) < 1e-12
+    assert error(exact, "empirical", TINY["mlp"]) > 0.01
+    assert error(CONTESTANTS["ewc_lib"]["sketch"], "sketch", TINY["mlp"]) > 0.01
+
+
+def test_without_a_truth_there_is_no_error():
+    assert error(CONTESTANTS["ewc_lib"]["sketch"], "sketch", TINY["gpt2"]) is None
+
+
+def test_a_missing_parameter_counts_as_zero():
+    def forgetful(model, batches):
+        found = CONTESTANTS["ewc_lib"]["exact"](model, batches)
+        return {name: f for name, f in found.items() if name != "2.bias"}
+
+    assert error(forgetful, "exact", TINY["mlp"]) == 1
+
+
+def test_rounding_of_what_is_zero_by_symmetry_is_no_error():
+    def noisy(model, batches):
+        found = CONTESTANTS["ewc_lib"]["exact"](model, batches)
+        (name,) = (name for name in found if name.endswith("key.bias"))
+        return {**found, name: found[name] + 1e-30}
+
+    assert error(noisy, "exact", TINY["transformer"]) < 1e-12
+
+
+def test_an_answer_that_is_not_finite_is_refused():
+    def broken(model, batches):
+        return {name: p.detach() * torch.nan for name, p in model.named_parameters()}
+
+    with pytest.raises(ValueError, match="not finite"):
+        error(broken, "exact", TINY["mlp"])
+
+
+def test_answers_are_computed_in_double_precision_and_the_default_stays():
+    def check(model, batches):
+        assert torch.get_default_dtype() == torch.float64
+        assert [len(targets) for _, targets in batches] == [8, 8]
+        assert {x.dtype for x, _ in batches} == {p.dtype for p in model.parameters()}
+        assert torch.float64 in {p.dtype for p in model.parameters()}
+        return {}
+
+    assert answer(check, TINY["mlp"]) == {}
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_plain_pass_computes_the_gradient_of_the_mean_loss():
+    model, batches = TINY["gpt2"].model(), TINY["gpt2"].batches(4)
+    plain_pass(model, batches)
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    ((x, y),) = batches
+    F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad)
+
+
+def test_a_loader_yields_the_same_batches_and_its_own_tensors():
+    batches = TINY["mlp"].batches(10)
+    loaded = list(peers._loader(batches))
+    assert [len(y) for _, y in loaded] == [7, 3]
+    for (x, y), (x_loaded, y_loaded) in zip(batches, loaded, strict=True):
+        assert torch.equal(x, x_loaded)
+        assert torch.equal(y, y_loaded)
+        assert x.data_ptr() != x_loaded.data_ptr()

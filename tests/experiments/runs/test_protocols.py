@@ -1,0 +1,85 @@
+"""What experiments on streams of tasks have in common."""
+
+import pytest
+import torch
+
+from ewc_lib import data
+from ewc_lib.continual import Learned, MultiHead, mlp
+from ewc_lib.experiments import __main__ as command
+from ewc_lib.experiments.runs import protocols
+from ewc_lib.experiments.runs.protocols import METHODS, measure, outcome
+from ewc_lib.experiments.streams.permuted_mnist import PERMUTED_MNIST
+from tests.experiments.cases import run
+
+
+@pytest.mark.parametrize("name", command.STREAMS)
+def test_the_demonstration_and_the_protocol_differ_in_size_only(name):
+    experiment = command.experiment(name)
+    first, digits = next(iter(experiment.protocols.values())), experiment.protocols["digits"]
+    assert first.keys() == digits.keys()
+    assert experiment.file("digits").endswith("_digits.json")
+    assert experiment.file(next(iter(experiment.protocols))) == f"{name.replace('-', '_')}.json"
+
+
+def test_a_measurement_is_resumed_with_more_seeds(tmp_path):
+    first = run(PERMUTED_MNIST, tmp_path)
+    second = run(PERMUTED_MNIST, tmp_path, seeds=2)
+    assert second["runs"][: len(first["runs"])] == first["runs"]
+    assert len(second["runs"]) == 2 * len(first["runs"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "large"}, "unknown preset 'large' of permuted-mnist; there are small, three"),
+        ({"preset": "zenke"}, "needs MNIST: give --data or set EWC_DATA"),
+    ],
+)
+def test_presets_that_cannot_be_run_are_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        measure(PERMUTED_MNIST, out=tmp_path, **options)
+
+
+def test_mnist_is_taken_if_it_is_there(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(protocols, "run_all", lambda *a, **o: asked.append(o) or {"runs": []})
+    monkeypatch.setattr(protocols, "_images", lambda root: pytest.fail("not yet"))
+    measure(PERMUTED_MNIST, root="copy", out=tmp_path)
+    monkeypatch.setenv("EWC_DATA", "other copy")
+    measure(PERMUTED_MNIST, out=tmp_path)
+    measure(PERMUTED_MNIST, preset="digits", out=tmp_path)
+    assert [o["data"] for o in asked] == ["mnist", "mnist", "digits"]
+    assert [o["protocol"]["preset"] for o in asked] == ["small", "small", "digits"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_can_be_made_and_used(method):
+    digits = data.digits()
+    model = MultiHead(mlp((64, 8, 10), 0))
+    found = METHODS[method](model, 1.0, 0)
+    assert (found is None) == (method == "none")
+    if found is not None:
+        found.before_task()
+        torch.nn.functional.cross_entropy(model(digits.x_train[:9]), digits.y_train[:9]).backward()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        found.before_step(digits.x_train[:9])
+        optimizer.step()
+        found.after_step()
+        found.consolidate((digits.x_train[:9], digits.y_train[:9]))
+        for p in model.parameters():
+            p.data += 0.1
+        found.before_step(digits.x_train[:9])
+        assert found.penalty() > 0
+
+
+def test_outcomes_are_read_off_the_matrix():
+    R = torch.tensor([[1.0, 0.2], [0.5, 0.9]], dtype=torch.float64)
+    found = outcome(Learned(R, R[0], [1.0, 2.0], [0.25, 0.25]))
+    assert found == {
+        "accuracy": 0.7,
+        "final": [0.5, 0.9],
+        "average": [1.0, 0.7],
+        "learning": 0.95,
+        "seconds_training": 3.0,
+        "seconds_consolidation": 0.5,
+    }

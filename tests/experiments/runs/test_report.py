@@ -1,0 +1,110 @@
+import math
+
+import pytest
+
+from ewc_lib.experiments.runs.report import Row, beside, comparisons, interval, rows, table
+
+
+def run(method, seed, accuracy, **other):
+    outcome = {"accuracy": accuracy, "final": [accuracy], "seconds": 3.0, "sitting": 0}
+    outcome |= {"seconds_training": 2.0 + seed, "seconds_consolidation": 0.1}
+    return {
+        "scenario": "task",
+        "method": method,
+        "strength": None,
+        "seed": seed,
+        **outcome,
+        **other,
+    }
+
+
+RUNS = [
+    run("EWC", 0, 0.9, strength=10.0),
+    run("none", 0, 0.5),
+    run("EWC", 1, 1.0, strength=10.0),
+    run("EWC", 2, 1.1, strength=10.0),
+    run("none", 0, 0.4, scenario="class"),
+]
+
+
+def test_a_row_holds_all_seeds_of_its_settings():
+    first, second, third = rows(RUNS)
+    settings = {"scenario": "task", "method": "EWC", "strength": 10.0}
+    assert first == Row(settings, [0.9, 1.0, 1.1], 0, 3.0, 0.1)
+    assert first.mean == pytest.approx(1.0)
+    assert (second.accuracies, third.accuracies) == ([0.5], [0.4])
+
+
+def test_the_seeds_of_a_row_are_in_order_so_that_rows_can_be_compared_seed_by_seed():
+    (row,) = rows([run("EWC", 2, 0.7), run("EWC", 0, 0.9), run("EWC", 1, 0.8)])
+    assert row.accuracies == [0.9, 0.8, 0.7]
+
+
+def test_rows_can_be_chosen_by_their_settings():
+    assert [row.mean for row in rows(RUNS, scenario="class")] == [0.4]
+    assert [len(row.accuracies) for row in rows(RUNS, method="EWC", scenario="task")] == [3]
+
+
+def test_the_interval_is_that_of_students_distribution():
+    assert interval([0.9, 1.0, 1.1]) == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-6)
+    assert math.isnan(interval([1.0]))
+
+
+def test_runs_that_diverged_are_counted_and_not_averaged():
+    lost = {"method": "EWC", "seed": 0, "accuracy": None, "diverged": True, "sitting": 0}
+    (row,) = rows([lost])
+    assert (row.accuracies, row.diverged) == ([], 1)
+    assert math.isnan(row.mean)
+
+
+def test_the_table_has_a_line_for_each_row_and_marks_a_demonstration():
+    result = {"experiment": "x", "data": "digits", "runs": RUNS}
+    title, warning, *lines = table(result).splitlines()
+    assert title == "x on digits, 5 runs"
+    assert "demonstration" in warning
+    assert lines[0].split() == [
+        "task",
+        "EWC",
+        "strength",
+        "10",
+        "100.00",
+        "±",
+        "24.84",
+        "(3",
+        "seeds)",
+    ]
+    assert len(lines) == 3
+    assert "demonstration" not in table({**result, "data": "mnist"})
+
+
+def rows_at(*accuracies):
+    return rows([run("EWC", seed, accuracy) for seed, accuracy in enumerate(accuracies)])
+
+
+def test_published_numbers_stand_beside_the_rows_that_they_are_about():
+    (found,) = beside(rows_at(0.99, 0.98), "split-mnist", "{scenario} {method}")
+    assert found.label == "task EWC"
+    assert found.published.value == 99.06
+    assert found.difference == pytest.approx(98.5 - 99.06)
+    (unknown,) = beside(rows_at(0.99), "split-mnist", "{method}")
+    assert unknown.published is None
+    assert math.isnan(unknown.difference)
+    assert not unknown.reproduced
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "reproduced"),
+    [([0.98], True), ([0.96], False), ([0.9699, 0.9701], False), ([0.90, 1.0], True)],
+)
+def test_a_number_is_reproduced_within_two_points_or_in_the_interval(accuracies, reproduced):
+    (found,) = beside(rows_at(*accuracies), "split-mnist", "{scenario} {method}")
+    assert found.reproduced is reproduced
+
+
+def test_a_comparison_shows_both_numbers_and_their_difference():
+    found = beside(rows_at(0.99, 0.98), "split-mnist", "{scenario} {method}")
+    lone = beside(rows_at(0.5), "split-mnist", "{method}")
+    head, first, second = comparisons(found + lone).splitlines()
+    assert head.split() == ["seeds", "ours", "published", "difference"]
+    assert first.split() == ["task", "EWC", "2", "98.50", "±", "6.35", "99.06", "(0.15)", "-0.56"]
+    assert second.split() == ["EWC", "1", "50.00"]

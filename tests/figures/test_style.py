@@ -1,0 +1,106 @@
+import runpy
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from ewc_lib.figures import style
+
+
+@pytest.fixture(autouse=True)
+def restore_style():
+    mpl.use("agg")
+    with mpl.rc_context():
+        yield
+    plt.close("all")
+
+
+def test_importing_changes_no_setting():
+    mpl.rcdefaults()
+    before = dict(mpl.rcParams)
+    runpy.run_path(style.__file__)
+    assert dict(mpl.rcParams) == before
+
+
+def test_style_makes_figures_transparent_and_text_grey():
+    style.use_style()
+    assert mpl.rcParams["savefig.facecolor"] == mpl.rcParams["axes.facecolor"] == "none"
+    assert mpl.rcParams["text.color"] == mpl.rcParams["xtick.color"] == style.GREY
+
+
+def contrast(one, other):
+    def luminance(color):
+        rgb = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color]
+        return 0.2126 * rgb[0] + 0.7152 * rgb[1] + 0.0722 * rgb[2]
+
+    dark, light = sorted(luminance(mpl.colors.to_rgb(c)) for c in (one, other))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("page", ["#ffffff", "#121212"])
+def test_grey_can_be_read_on_light_and_dark_pages(page):
+    assert contrast(style.GREY, page) > 4.0
+
+
+@pytest.mark.parametrize("probability", [0.5, 0.95])
+def test_the_ellipse_holds_the_given_share_of_a_gaussian(probability):
+    covariance = torch.tensor([[2.0, 0.9], [0.9, 0.5]], dtype=torch.float64)
+    centre = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    _, axes = plt.subplots()
+    style.ellipse(axes, centre, covariance, probability)
+    outline = mpl.path.Path(torch.tensor(axes.lines[0].get_xydata()))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(20_000, 2, generator=generator, dtype=torch.float64)
+    points = centre + noise @ torch.linalg.cholesky(covariance).mT
+    assert outline.contains_points(points).mean() == pytest.approx(probability, abs=0.01)
+
+
+SHOWN = {"a": (0.5, 0.01), "b": (0.9, 0.02)}
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    monkeypatch.setattr(style, "REPOSITORY", tmp_path)
+    monkeypatch.delenv("EWC_FIGURES", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def written(repository, monkeypatch):
+    figure, _ = plt.subplots()
+    with monkeypatch.context() as asked:
+        asked.setenv("EWC_FIGURES", "book/figures")
+        style.save(figure, "result", SHOWN)
+    return figure
+
+
+def test_save_writes_only_where_the_build_asks_for_it(repository, monkeypatch):
+    figure, _ = plt.subplots()
+    style.save(figure, "result", SHOWN)
+    assert not list(repository.iterdir())
+    monkeypatch.setenv("EWC_FIGURES", str(repository / "elsewhere"))
+    style.save(figure, "result", SHOWN)
+    assert (repository / "elsewhere" / "result.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_figure_with_the_same_numbers_is_current_and_not_written_again(repository, written):
+    before = (repository / "book" / "figures" / "result.png").read_bytes()
+    written.gca().plot([0, 1])
+    style.save(written, "result", {"a": (0.515, 0.02), "b": (0.87, 0.02)})
+    assert (repository / "book" / "figures" / "result.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("numbers", "stale"),
+    [
+        ({**SHOWN, "a": (0.53, 0.5)}, "['a']"),
+        ({**SHOWN, "b": (float("nan"), 0.02)}, "['b']"),
+        ({"a": (0.5, 0.01)}, "['b']"),
+        ({**SHOWN, "c": (0.5, 0.01)}, "['c']"),
+    ],
+)
+def test_a_figure_that_shows_other_numbers_is_stale(written, numbers, stale):
+    with pytest.raises(ValueError, match="run `make figures`") as problem:
+        style.save(written, "result", numbers)
+    assert stale in str(problem.value)
