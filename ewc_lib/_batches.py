@@ -42,7 +42,9 @@ def batches(data: Any, device: torch.device, n_samples: int | None = None) -> It
         inputs, target = _pair(raw, number)
         n = _length(inputs, target, number)
         keep = n if n_samples is None else min(n, n_samples - seen)
-        inputs, target = tree_map(lambda t, keep=keep: t[:keep].to(device), (inputs, target))
+        inputs, target = tree_map(
+            lambda t, keep=keep: t[:keep].detach().to(device), (inputs, target)
+        )
         _check_inputs(inputs, seen)
         if keep:
             yield Batch(inputs, target, seen)

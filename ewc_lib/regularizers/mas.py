@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ewc_lib._calling import untouched
 from ewc_lib.fisher.structures import Diagonal
 from ewc_lib.regularizers._importance import ImportancePenalty
 from ewc_lib.score import per_observation_gradients
@@ -86,17 +87,19 @@ class MAS(ImportancePenalty):
             If it is zero everywhere, so that nothing of this task would be protected.
         """
         total, n = self._zeros(), 0
-        for found in per_observation_gradients(
+        found = per_observation_gradients(
             self.model,
             data,
             direction=of_squared_length,
             params=list(total),
             n_samples=n_samples,
             max_bytes=ROWS_BYTES,
-        ):
-            for name, g in found.items():
-                total[name] += g.abs().sum(0)
-            n += len(g)
+        )
+        with untouched(self.model):  # also by what draws the data
+            for gradients in found:
+                for name, g in gradients.items():
+                    total[name] += g.abs().sum(0)
+                n += len(g)
         values = {name: value / n for name, value in total.items()}
         task = self._diagonal(values, n, "Are the outputs of the model always zero?")
         self._accumulate(task)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeAlias
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ewc_lib._batches import Batch, batches, join
 from ewc_lib._calling import forward, untouched
 from ewc_lib._checking import check_finite_parameters, check_modules
+from ewc_lib._parameters import Vector
 from ewc_lib._progress import progress as show_progress
 from ewc_lib._selecting import Selection, select_parameters
 from ewc_lib.likelihood.outputs import OutputDistribution, output_distribution
@@ -40,11 +41,12 @@ def per_observation_gradients(
     max_bytes: int | None = None,
     progress: bool | None = None,
 ) -> Iterator[dict[str, Float[Tensor, "n ..."]]]:
-    r"""Yield the score of a network for every observation, batch after batch.
+    r"""Return the scores of a network for every observation, batch after batch.
 
     .. math:: s_n(\theta) = \nabla_\theta \log p(y_n \mid f_\theta(x_n))
 
-    This is the gradient of :eq:`eq-network-likelihood` for each observation. With a direction
+    This is the gradient of :eq:`eq-network-likelihood` for each observation: minus the gradient
+    of its loss, and for a sequence the sum over its positions. With a direction
     :math:`v_n` of the outputs it is :math:`J_n^\top v_n` instead, with the Jacobian :math:`J_n`
     of the outputs in the parameters. One forward and one backward pass serve a whole batch, and
     for each new form of a batch the gradients are compared with autograd's. The model is run in
@@ -60,32 +62,34 @@ def per_observation_gradients(
     likelihood
         How to read the output, as there. Not used if a direction is given.
     direction
-        A function ``direction(output, target)`` that returns a tensor like the output. For
-        ``lambda output, target: 2 * output`` the gradients are those of the squared length of
-        the outputs.
+        A function ``direction(output, target)`` that returns a tensor like the output, which it
+        gets without its graph. For ``lambda output, target: 2 * output`` the gradients are those
+        of the squared length of the outputs.
     params
         The parameters, as in :func:`ewc_lib.fisher_information`.
     n_samples
         Use exactly that many observations.
     max_bytes
         Cut batches into pieces whose gradients take no more memory than this, or hold one
-        observation. By default a batch is not cut.
+        observation. By default a batch is not cut; then the model may be changed after each, as
+        by an optimizer. One tuple of tensors is read in batches of 128 observations.
     progress
         True or False to force a bar; by default one appears in terminals and notebooks after
         two seconds.
 
-    Yields
-    ------
-    dict of Tensor
+    Returns
+    -------
+    iterator of dict of Tensor
         For each batch, or piece of one, the gradients ``[n, *shape]`` of each parameter, in the
         order of the observations, in float32 where the parameters have half of it. Parameters
-        that the output does not depend on have zeros.
+        that the output does not depend on have zeros. The tensors are the reader's own.
 
     Raises
     ------
     ValueError
         As :func:`ewc_lib.fisher_information`: if the data or the outputs are not finite, a target
-        is outside the support, or the model mixes observations.
+        is outside the support, or the model mixes observations. Also if a direction is not like
+        the output, or if the model was changed within a batch or holds other parameters.
 
     References
     ----------
@@ -96,28 +100,70 @@ def per_observation_gradients(
     >>> import torch
     >>> model = torch.nn.Linear(3, 2)
     >>> x, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
-    >>> (gradients,) = per_observation_gradients(model, (x, y))
-    >>> {name: tuple(g.shape) for name, g in gradients.items()}
-    {'weight': (5, 2, 3), 'bias': (5, 2)}
+    >>> for gradients in per_observation_gradients(model, (x, y)):
+    ...     norms = sum(g.flatten(1).square().sum(1) for g in gradients.values()).sqrt()
+    >>> norms.shape, {name: tuple(g.shape) for name, g in gradients.items()}
+    (torch.Size([5]), {'weight': (5, 2, 3), 'bias': (5, 2)})
     >>> torch.nn.functional.cross_entropy(model(x), y).backward()
     >>> torch.allclose(-gradients["weight"].mean(0), model.weight.grad, atol=1e-6)
     True
     """
+    if max_bytes is not None and (not isinstance(max_bytes, int) or max_bytes < 1):
+        raise ValueError(f"max_bytes must be a positive whole number or None, got {max_bytes!r}")
     parameters = select_parameters(model, params)
     distribution = output_distribution(likelihood)
     network = NetworkScores(model, parameters, distribution if direction is None else None)
     along = direction or partial(output_score, distribution)
-    row_bytes = sum(p.numel() * sum_dtype(p).itemsize for p in parameters.values())
-    budget = sys.maxsize if max_bytes is None else max_bytes
-    for batch in show_progress(batches(data, network.device, n_samples), "gradients", progress):
+    shown = show_progress(batches(data, network.device, n_samples), "gradients", progress)
+    return _gradients(network, shown, along, sys.maxsize if max_bytes is None else max_bytes)
+
+
+def _gradients(
+    network: NetworkScores, data: Iterable[Batch], along: Direction, max_bytes: int
+) -> Iterator[Vector]:
+    """Yield the gradients of each batch, or piece of one; whoever reads finds the model alone."""
+    row_bytes = sum(p.numel() * sum_dtype(p).itemsize for p in network.parameters.values())
+    for batch in data:
+        network.check_same_parameters()
         with network.leaving_no_trace():
             scores = network.run(batch)
-            column = along(scores.output, batch.target)
-            by_rule = scores.by_rule(column)
-        for part in memory.pieces(len(batch), row_bytes, budget):
+        output = scores.output
+        column = _checked(along(output, batch.target), output)
+        versions = network.versions()
+        by_rule = scores.by_rule(column)
+        for part in memory.pieces(len(batch), row_bytes, max_bytes):
+            if network.versions() != versions:
+                raise ValueError(
+                    "the model was changed between two pieces of one batch; change it between "
+                    "batches, and leave out max_bytes"
+                )
             with network.leaving_no_trace(), torch.no_grad():
-                found = scores.gradients(by_rule, column, part)
-            yield found  # whoever reads it finds the model as it was
+                found = _own(scores.gradients(by_rule, column, part))
+            yield found
+        del scores, by_rule, found  # and with them the graph, before the next one grows
+
+
+def _checked(direction: object, output: Tensor) -> Tensor:
+    """Return a direction, or raise a ValueError unless it is one for each output."""
+    if not isinstance(direction, Tensor) or direction.shape != output.shape:
+        form = tuple(direction.shape) if isinstance(direction, Tensor) else type(direction).__name__
+        raise ValueError(
+            f"direction must return a tensor like the output, {tuple(output.shape)}, got {form}"
+        )
+    if direction.is_complex() or not direction.isfinite().all():
+        raise ValueError("direction must return real and finite numbers")
+    return direction.detach().to(output)
+
+
+def _own(gradients: Vector) -> Vector:
+    """Give each gradient memory of its own, so that whoever changes one changes no other."""
+    seen = set[int]()
+    for name, g in gradients.items():
+        storage = g.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != g.nbytes:
+            gradients[name] = g.clone(memory_format=torch.contiguous_format)
+        seen.add(storage.data_ptr())
+    return gradients
 
 
 def output_score(
@@ -164,6 +210,17 @@ class NetworkScores:
         """Run in eval mode, without autocast or compiled code, and leave all as it was."""
         with untouched(self.model), torch.autocast(self.device.type, enabled=False), _eager():
             yield
+
+    def versions(self) -> list[int]:
+        """Count the changes of all parameters and buffers so far."""
+        return [tensor._version for tensor in self._constants]
+
+    def check_same_parameters(self) -> None:
+        """Raise a ValueError if the model holds other parameters than it did."""
+        now = dict(self.model.named_parameters())
+        for name, parameter in self.parameters.items():
+            if now.get(name) is not parameter or not parameter.requires_grad:
+                raise ValueError(f"parameter {name!r} was exchanged or frozen between two batches")
 
     def over(
         self, data: Any, n_samples: int | None, progress: bool | None

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from ewc_lib.regularizers import MAS, mas
 from tests.regularizers.cases import DOUBLE, TIGHT, copies, move, network, task
@@ -90,3 +91,11 @@ def test_a_model_that_mixes_observations_is_refused():
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False)).double()
     with pytest.raises(ValueError, match="mixes observations"):
         MAS(model, 1.0).consolidate(task())
+
+
+def test_the_random_state_is_kept_though_the_data_are_shuffled():
+    x, y = task()
+    loader = DataLoader(TensorDataset(x, y), 3, shuffle=True)
+    before = torch.get_rng_state()
+    MAS(network(), 1.0).consolidate(loader)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -132,3 +132,106 @@ def test_targets_are_not_read_if_a_direction_is_given():
     assert len(list(found)) == 1
     with pytest.raises(ValueError, match="99"):
         list(per_observation_gradients(model, (torch.randn(4, 3), wrong)))
+
+
+class Sums(nn.Module):
+    """Two biases that are added to one tensor, and a parameter whose gradient is expanded."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(3, 4), nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        hidden = self.a(x) + self.b(x.tanh()) + self.c
+        return torch.cat([hidden, hidden.sum(1, keepdim=True)], 1)
+
+
+def test_whoever_changes_a_gradient_changes_no_other():
+    data = torch.randn(5, 3), torch.zeros(5, dtype=torch.long)
+    (found,) = per_observation_gradients(model := Sums(), data)
+    before = {name: g.clone() for name, g in found.items()}
+    for name, g in found.items():
+        g.mul_(2)
+        torch.testing.assert_close(g, 2 * before[name])
+    (again,) = per_observation_gradients(model, data)
+    torch.testing.assert_close(again, before)
+
+
+@pytest.mark.parametrize(
+    ("direction", "message"),
+    [
+        (lambda output, target: output[:, :1], r"like the output, \(4, 2\), got \(4, 1\)"),
+        (lambda output, target: output.sum(), r"got \(\)"),
+        (lambda output, target: None, "got NoneType"),
+        (lambda output, target: output * torch.nan, "finite"),
+        (lambda output, target: torch.complex(output, output), "real"),
+    ],
+)
+def test_a_direction_that_is_none_is_refused(direction, message):
+    data = torch.randn(4, 3), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(ValueError, match=message):
+        list(per_observation_gradients(nn.Linear(3, 2), data, direction=direction))
+
+
+def test_a_random_direction_is_another_one_for_each_batch():
+    drawn = []
+
+    def noise(output, target):
+        drawn.append(torch.randn_like(output))
+        return drawn[-1]
+
+    data = [(torch.ones(4, 3), torch.zeros(4, dtype=torch.long))] * 2
+    list(per_observation_gradients(nn.Linear(3, 2), data, direction=noise))
+    assert not torch.equal(*drawn)
+
+
+def test_the_model_may_change_between_batches_and_not_within_one():
+    model = nn.Linear(3, 2)
+    data = [(torch.randn(4, 3), torch.zeros(4, dtype=torch.long)) for _ in range(2)]
+
+    def learn():
+        pairs = zip(data, per_observation_gradients(model, data), strict=True)
+        for (x, y), found in pairs:
+            own = model.weight.detach().clone().requires_grad_()
+            loss = nn.functional.cross_entropy(x @ own.mT + model.bias, y, reduction="sum")
+            (expected,) = torch.autograd.grad(-loss, own)
+            torch.testing.assert_close(found["weight"].sum(0), expected)
+            with torch.no_grad():
+                model.weight += found["weight"].mean(0)
+
+    learn()
+    pieces = per_observation_gradients(model, data, max_bytes=1)
+    next(pieces)
+    with torch.no_grad():
+        model.weight += 1
+    with pytest.raises(ValueError, match="changed between two pieces"):
+        next(pieces)
+
+
+def test_parameters_that_were_exchanged_or_frozen_are_named():
+    model = nn.Linear(3, 2)
+    data = [(torch.randn(4, 3), torch.zeros(4, dtype=torch.long))] * 2
+    for change in (
+        lambda: setattr(model, "weight", nn.Parameter(torch.ones(2, 3))),
+        lambda: model.weight.requires_grad_(False),
+    ):
+        found = per_observation_gradients(model, data)
+        next(found)
+        change()
+        with pytest.raises(ValueError, match="'weight' was exchanged or frozen"):
+            next(found)
+
+
+def test_inputs_that_carry_a_graph_are_inputs_alone():
+    embed, model = nn.Linear(3, 3), nn.Linear(3, 2)
+    x, y = torch.randn(4, 3), torch.zeros(4, dtype=torch.long)
+    (with_graph,) = per_observation_gradients(model, [(embed(x), y)])
+    (without,) = per_observation_gradients(model, [(embed(x).detach(), y)])
+    torch.testing.assert_close(with_graph, without)
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1e6, "1GB"])
+def test_a_wrong_budget_is_refused_at_once(bad):
+    data = torch.randn(4, 3), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(ValueError, match="max_bytes must be a positive whole number"):
+        per_observation_gradients(nn.Linear(3, 2), data, max_bytes=bad)
