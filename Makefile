@@ -11,10 +11,6 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SITE := _build/html
 PAPER := _build/latex
-PAGES := $(SITE)/.complete
-DATA := _build/data
-SOURCES := _config.yml _toc.yml $(wildcard $(PAPER)/ewc_lib.pdf) $(shell find book ewc_lib tests \
-	-type f ! -name '*.pyc' ! -name '*.ipynb' ! -path '*/.*')
 PYTEST := $(BIN)/pytest tests ewc_lib --doctest-modules --numprocesses auto
 
 # The networks here are small: threads that wait for each other cost more than they give.
@@ -45,41 +41,37 @@ execute: $(INSTALLED) ## Execute the chapters that have changed, by nbmake
 	$(BIN)/python book/_ext/execution.py
 
 .PHONY: book
-book: $(PAGES) ## Execute what has changed and build the book; any warning is an error
+book: pages ## Execute what has changed and build the book; any warning is an error
 	@echo "The book: $(CURDIR)/$(SITE)/index.html"
 
-$(PAGES): $(INSTALLED) $(SOURCES) $(DATA)
-	$(BIN)/python book/_ext/execution.py
+.PHONY: pages
+pages: $(INSTALLED)
+	@$(BIN)/python book/_ext/sources.py || $(MAKE) --no-print-directory build
+
+.PHONY: build
+build: $(INSTALLED)
 	rm -rf $(SITE)
-	$(BIN)/jupyter-book build . -W --all --keep-going
-	@touch $@
-
-# Changes when another data set is named.
-$(DATA): FORCE
-	@mkdir -p $(@D)
-	@cmp -s $@ <<<"$${EWC_DATA:-}" || cat >$@ <<<"$${EWC_DATA:-}"
-
-.PHONY: FORCE
-FORCE:
+	$(BIN)/python book/_ext/execution.py
+	$(BIN)/jupyter-book build . -W --all --keep-going || { rm -rf $(SITE); exit 1; }
 
 .PHONY: pdf
 pdf: $(INSTALLED) ## Build the book as a PDF; needs XeLaTeX (see CONTRIBUTING)
-	$(BIN)/jupyter-book build . --builder latex -W --keep-going
+	$(BIN)/jupyter-book build . --builder latex -W --all --keep-going
 	max_print_line=1000 $(MAKE) --directory $(PAPER) PDFLATEX='latexmk -xelatex -quiet -halt-on-error'
 	! grep -aE '(eference|Citation) .* undefined|Missing character' $(PAPER)/ewc_lib.log
 	@echo "The book on paper: $(CURDIR)/$(PAPER)/ewc_lib.pdf"
 
 .PHONY: test
-test: lint $(PAGES) ## Check the code, execute the chapters, run the tests, look at the pages
+test: lint pages ## Check the code, execute the chapters, run the tests, look at the pages
 	$(PYTEST)
 	@echo "All checks passed: code, chapters, pages, tests, doctests."
 
 .PHONY: test-all
-test-all: lint $(PAGES) ## The same with the slow tests
+test-all: lint pages ## The same with the slow tests
 	$(PYTEST) -m ""
 
 .PHONY: coverage
-coverage: $(PAGES) ## Run all tests and measure which lines of the package they reach
+coverage: pages ## Run all tests and measure which lines of the package they reach
 	$(PYTEST) -m "" --cov
 
 .PHONY: lint
@@ -101,11 +93,11 @@ notebooks: $(INSTALLED) ## Write the notebook beside each chapter
 
 .PHONY: figures
 figures: $(INSTALLED) ## Draw the figures of the README again
-	EWC_FIGURES=$(CURDIR)/book/figures $(BIN)/pytest --nbmake book/foundations/ewc.ipynb
+	EWC_FIGURES=book/figures $(BIN)/pytest --nbmake book/foundations/ewc.ipynb
 
 .PHONY: links
 links: $(INSTALLED) ## Check the external links (needs a network)
-	$(BIN)/jupyter-book build . --builder linkcheck
+	$(BIN)/jupyter-book build . --builder linkcheck --all
 
 .PHONY: clean
 clean: ## Remove the built book and all caches, but not .venv

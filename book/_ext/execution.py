@@ -11,6 +11,7 @@ Run as a program, it executes what has changed. With `--list` it names that inst
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -25,10 +26,12 @@ from jupyter_cache.base import CacheBundleIn, NbValidityError
 from jupyter_cache.cache.db import NbCacheRecord
 from jupyter_cache.cache.main import JupyterCacheBase
 from nbformat import NotebookNode
+from nbformat.reader import NotJSONError
 from notebook_pairs import chapters, notebook_text
 from prose import page_name
 from sphinx.application import Sphinx
 from sphinx.config import Config
+from sphinx.environment import BuildEnvironment
 from sphinx.errors import ExtensionError
 
 CACHE = ROOT / "_build" / ".jupyter_cache"  # where Jupyter Book looks for it
@@ -48,13 +51,16 @@ def execute() -> bool:
     about = sum(map(expected_seconds, order)) / workers
     _say(f"Executing {len(order)} chapters, {workers} at a time: {about:.0f} seconds or more")
     with TemporaryDirectory() as folder:
-        copies = {chapter: Path(folder) / f"{chapter.stem}.ipynb" for chapter in order}
+        copies = {c: Path(folder) / f"{page_name(c)}.ipynb" for c in order}
         for chapter, copy in copies.items():
+            copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_text(notebook_text(chapter), encoding="utf-8")
         passed = _run(list(copies.values()), workers)
         for chapter, copy in copies.items():
             keep(store, chapter, copy, waiting[chapter])
-    return passed
+    if left := changed(store):
+        _say(f"These did not run to the end: {', '.join(map(page_name, left))}")
+    return passed and not left
 
 
 def cached() -> JupyterCacheBase:
@@ -74,10 +80,10 @@ def changed(store: JupyterCacheBase) -> dict[Path, str]:
         notebook = nbformat.reads(notebook_text(chapter), as_version=4)
         now = fingerprint(code_of(notebook))
         record = _record(store, notebook)
-        if record is not None and record.data.get("fingerprint") == now:
+        if record is not None and record.data.get("fingerprint") == now and _whole(store, record):
             continue
         if record is not None:
-            store.remove_cache(record.pk)
+            _drop(store, record)
         found[chapter] = now
     return found
 
@@ -94,10 +100,24 @@ def _record(store: JupyterCacheBase, notebook: NotebookNode) -> NbCacheRecord | 
         return None
 
 
+def _whole(store: JupyterCacheBase, record: NbCacheRecord) -> bool:
+    """Whether the outputs can be read, which someone may have deleted or damaged."""
+    try:
+        return bool(store.get_cache_bundle(record.pk).nb.cells)
+    except (KeyError, NotJSONError):
+        return False
+
+
+def _drop(store: JupyterCacheBase, record: NbCacheRecord) -> None:
+    """Forget outputs, and what is left of them."""
+    NbCacheRecord.remove_records([record.pk], store.db)
+    shutil.rmtree(CACHE / "executed" / record.hashkey, ignore_errors=True)
+
+
 def expected_seconds(chapter: Path) -> float:
     """Return how long a chapter took where that was written down."""
     known: dict[str, float] = json.loads(SECONDS.read_text("utf-8"))["seconds"]
-    return known.get(page_name(chapter), max(known.values()))
+    return known.get(page_name(chapter), max(known.values(), default=0.0))
 
 
 def _run(notebooks: list[Path], workers: int) -> bool:
@@ -110,12 +130,19 @@ def _run(notebooks: list[Path], workers: int) -> bool:
         "--maxschedchunk=1",
         *map(str, notebooks),
     ]
-    quiet = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
+    settings = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
+    settings |= os.environ
+    settings.pop("PYTEST_ADDOPTS", None)
+    if data := settings.get("EWC_DATA"):  # the kernels start elsewhere
+        settings["EWC_DATA"] = str(Path(data).expanduser().absolute())
     start = time.monotonic()
-    with subprocess.Popen(command, cwd=ROOT, env=quiet | os.environ) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=settings) as process:
         while True:
             try:
                 return process.wait(SIGN_OF_LIFE) == 0
+            except KeyboardInterrupt:
+                process.terminate()
+                raise
             except subprocess.TimeoutExpired:
                 _say(f"\n... {time.monotonic() - start:.0f} seconds")
 
@@ -186,8 +213,15 @@ def _execute(app: Sphinx, config: Config) -> None:
         raise ExtensionError("some chapters did not run to the end")
 
 
+def _outdated(app: Sphinx, env: BuildEnvironment, *changes: set[str]) -> list[str]:
+    """Read the chapters again in every build: their outputs may be others than in the last one."""
+    names = (f"book/{page_name(chapter)}" for chapter in chapters())
+    return [name for name in names if name in env.found_docs]
+
+
 def setup(app: Sphinx) -> dict[str, object]:
     app.connect("config-inited", _execute)
+    app.connect("env-get-outdated", _outdated)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
 
 

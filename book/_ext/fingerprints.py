@@ -8,6 +8,7 @@ this package, so a module that is not imported cannot matter.
 import ast
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -27,7 +28,7 @@ def fingerprint(code: str) -> str:
     code
         The cells of a chapter.
     """
-    digest = hashlib.sha256(sys.version.encode())
+    digest = hashlib.sha256(f"{sys.version} {bool(os.environ.get('EWC_DATA'))}".encode())
     for path in [*ingredients(code), *data_files()]:
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
@@ -38,8 +39,9 @@ def ingredients(code: str) -> list[Path]:
     """Return the files of the project that the outputs of some code depend on."""
     sources = [_source(module) for module in modules(code)]
     said = _strings(code).union(*(_strings(source.read_text("utf-8")) for source in sources))
-    tables = [path for path in (ROOT / "book").glob("[!_]*/*.json") if path.stem in said]
-    return sorted([*sources, *tables, ROOT / "constraints.txt"])
+    kept = [*(ROOT / "book" / "results").glob("*.json"), *(ROOT / "book" / "figures").glob("*.png")]
+    read = [path for path in kept if path.stem in said]
+    return sorted([*sources, *read, ROOT / "constraints.txt"])
 
 
 def modules(code: str) -> set[str]:
@@ -62,26 +64,40 @@ def _imports(for_types: bool = False) -> grimp.ImportGraph:
 
 
 def _named(code: str) -> Iterator[str]:
-    """Yield what the import statements name, be it a module or something in it."""
-    for node in ast.walk(ast.parse(code)):
+    """Yield what is imported or called by its full name, be it a module or something in it."""
+    for node in ast.walk(_parsed(code)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield str(node.module)
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute):
+            yield ast.unparse(node)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def _parsed(code: str) -> ast.AST:
+    """Parse some code; of a chapter that Python cannot read, its kernel will say more."""
+    try:
+        return ast.parse(re.sub(r"^[%!].*$", "", code, flags=re.MULTILINE))
+    except SyntaxError:
+        return ast.Module([], [])
 
 
 def _source(module: str) -> Path:
     path = ROOT / Path(*module.split("."))
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    package = path / "__init__.py"
+    return package if package.is_file() else path.with_suffix(".py")
 
 
 @cache
 def _strings(code: str) -> set[str]:
     """Return the strings in some code, as the names of files without their endings."""
-    nodes = ast.walk(ast.parse(code))
+    nodes = ast.walk(_parsed(code))
     strings = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    return {string.removesuffix(".json").replace("-", "_") for string in strings}
+    names = (string.rpartition("/")[2].removesuffix(".json") for string in strings)
+    return {name.replace("-", "_") for name in names}
 
 
 def data_files() -> list[Path]:
@@ -90,4 +106,4 @@ def data_files() -> list[Path]:
         return []
     place = Path(named).expanduser()
     files = [place] if place.is_file() else [*place.glob("*.npz"), *place.rglob("*-ubyte*")]
-    return sorted(files)
+    return sorted(file for file in files if file.is_file())

@@ -23,7 +23,7 @@ repository. Names in ⟨angle brackets⟩ stand for numbers that the cells compu
 
 def chapters() -> list[Path]:
     """Return the pages that run code, which are those that name a kernel."""
-    pages = sorted(BOOK.rglob("*.md"))
+    pages = sorted(path for path in BOOK.rglob("*.md") if "/." not in path.as_posix())
     return [page for page in pages if "\nkernelspec:\n" in page.read_text(encoding="utf-8")]
 
 

@@ -93,7 +93,8 @@ def _write_notebooks(app: Sphinx, error: Exception | None) -> None:
 
 def _computed(notebook: Path) -> dict[str, float]:
     """Return the numbers that the cells of an executed notebook have computed for its text."""
-    glued = json.loads(notebook.with_suffix(".glue.json").read_text(encoding="utf-8"))
+    path = notebook.with_suffix(".glue.json")
+    glued = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     values = {}
     for name, output in glued.items():
         with suppress(ValueError):

@@ -1,9 +1,11 @@
 """What the pages were built from, so that a check can tell whether they are those of the sources.
 
-Times of files would not do: a checkout or a copy changes them and nothing else.
+Times of files would not do: a checkout or a copy changes them and nothing else. Run as a program,
+it exits with 1 unless the pages are those of the sources, and no chapter has to run.
 """
 
 import hashlib
+import sys
 from pathlib import Path
 
 from sphinx.application import Sphinx
@@ -11,11 +13,15 @@ from sphinx.application import Sphinx
 STAMP = ".sources"
 PATTERNS = (
     "_*.yml",
+    "constraints.txt",
     "book/**/*.md",
     "book/**/*.bib",
     "book/_*/*",
     "book/results/*",
+    "book/figures/*",
     "ewc_lib/**/*.py",
+    "tests/**/*.py",
+    "_build/latex/*.pdf",
 )
 
 
@@ -29,11 +35,30 @@ def digest(root: Path) -> str:
     return total.hexdigest()
 
 
-def _stamp(app: Sphinx, error: Exception | None) -> None:
-    if not error and app.builder.format == "html":
-        (Path(app.outdir) / STAMP).write_text(digest(Path(app.srcdir)), encoding="utf-8")
+def is_current(root: Path) -> bool:
+    """Whether the pages follow from the sources as they are now."""
+    stamp = root / "_build" / "html" / STAMP
+    return stamp.is_file() and stamp.read_text("utf-8") == digest(root)
+
+
+def _note(app: Sphinx) -> None:
+    """Note the sources before they are read: what changes after that is not on the pages."""
+    if app.builder.format == "html":
+        before = digest(Path(app.srcdir))
+        app.connect("build-finished", lambda app, error: _stamp(app, error, before))
+
+
+def _stamp(app: Sphinx, error: Exception | None, before: str) -> None:
+    if not error:
+        (Path(app.outdir) / STAMP).write_text(before, encoding="utf-8")
 
 
 def setup(app: Sphinx) -> dict[str, object]:
-    app.connect("build-finished", _stamp)
+    app.connect("builder-inited", _note)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
+
+
+if __name__ == "__main__":
+    from execution import cached, changed
+
+    sys.exit(not is_current(Path(__file__).parents[2]) or bool(changed(cached())))

@@ -1,6 +1,7 @@
 """Chapters that have changed are executed, the others are not, and what fails is not kept."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import execution
 import nbformat
@@ -79,6 +80,34 @@ def test_outputs_of_another_fingerprint_are_dropped(
     monkeypatch.setattr(execution, "fingerprint", lambda code: "another")
     assert changed(store) == {chapter: "another"}
     assert store.list_cache_records() == []
+
+
+@pytest.mark.parametrize("damage", ["not a notebook", None])
+def test_damaged_or_deleted_outputs_are_made_again(
+    damage: str | None, tmp_path: Path, store: JupyterCacheBase
+) -> None:
+    chapter = write(tmp_path, "a", "x = 1")
+    keep_as_if_executed(store, chapter)
+    (kept,) = (tmp_path / "cache").rglob("base.ipynb")
+    kept.unlink() if damage is None else kept.write_text(damage)
+    assert changed(store).keys() == {chapter}
+    keep_as_if_executed(store, chapter)
+    assert changed(store) == {}
+
+
+def test_a_chapter_that_nobody_ran_is_told(
+    tmp_path: Path, store: JupyterCacheBase, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    write(tmp_path, "a", "x = 1")
+    monkeypatch.setattr(execution, "_run", lambda notebooks, workers: True)
+    assert not execute()
+    assert "These did not run to the end: a" in capsys.readouterr().out
+
+
+def test_the_pages_read_every_chapter_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {f"book/{page_name(chapter)}" for chapter in chapters()}
+    environment = SimpleNamespace(found_docs=found | {"book/intro"})
+    assert set(execution._outdated(None, environment)) == found
 
 
 def test_a_chapter_whose_last_cells_were_not_reached_is_not_kept(

@@ -18,7 +18,8 @@ CODE = {page_name(c): code_of(nbformat.read(c.with_suffix(".ipynb"), 4)) for c i
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a copy of all files that outputs depend on, which are looked for there."""
     shutil.copytree(ROOT / "ewc_lib", tmp_path / "ewc_lib")
-    shutil.copytree(ROOT / "book" / "results", tmp_path / "book" / "results")
+    for folder in ("results", "figures"):
+        shutil.copytree(ROOT / "book" / folder, tmp_path / "book" / folder)
     shutil.copy(ROOT / "constraints.txt", tmp_path)
     monkeypatch.setattr("fingerprints.ROOT", tmp_path)
     monkeypatch.delenv("EWC_DATA", raising=False)
@@ -63,6 +64,28 @@ def test_a_measured_table_concerns_the_chapters_that_read_it(project: Path, stal
     assert "practice/stability" in stale([results / "overhead.json"])
 
 
+def test_a_stored_picture_concerns_the_chapter_that_compares_its_numbers(
+    project: Path, stale
+) -> None:
+    assert stale([project / "book" / "figures" / "main_result.png"]) == {"foundations/ewc"}
+
+
+def test_a_table_may_be_named_with_its_folder() -> None:
+    path = ROOT / "book" / "results" / "overhead.json"
+    assert path in ingredients("open('book/results/overhead.json')")
+
+
+def test_a_place_without_a_data_set_is_not_the_same_as_none(monkeypatch) -> None:
+    monkeypatch.delenv("EWC_DATA", raising=False)
+    before = fingerprint("")
+    monkeypatch.setenv("EWC_DATA", "nowhere")
+    assert fingerprint("") != before
+
+
+def test_code_that_python_cannot_read_is_left_to_its_kernel() -> None:
+    assert modules("from ewc_lib import (") == set()
+
+
 def test_every_measured_table_is_read_by_a_chapter() -> None:
     read = {path for code in CODE.values() for path in ingredients(code)}
     assert {*(ROOT / "book" / "results").glob("*.json")} - read == {SECONDS}
@@ -96,6 +119,9 @@ def test_a_new_version_of_python_concerns_every_chapter(monkeypatch: pytest.Monk
         "from ewc_lib.regularizers import mas",
         "from ewc_lib.regularizers.mas import MAS",
         "def f():\n    from ewc_lib.regularizers import MAS",
+        "import ewc_lib\newc_lib.regularizers.mas.MAS",
+        "import importlib\nimportlib.import_module('ewc_lib.regularizers.mas')",
+        "%matplotlib inline\nfrom ewc_lib.regularizers.mas import MAS",
     ],
 )
 def test_an_import_is_followed_however_it_is_written(code: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from sources import STAMP, _stamp, digest
+from sources import STAMP, _note, _stamp, digest, is_current
 
 
 @pytest.fixture
@@ -34,6 +34,24 @@ def test_a_new_time_or_a_file_beside_the_book_changes_nothing(root: Path) -> Non
 
 @pytest.mark.parametrize("error", [None, RuntimeError()])
 def test_only_a_build_that_succeeds_leaves_a_stamp(root: Path, error: Exception | None) -> None:
-    builder = SimpleNamespace(format="html")
-    _stamp(SimpleNamespace(outdir=root, srcdir=root, builder=builder), error)
+    _stamp(SimpleNamespace(outdir=root), error, "before")
     assert (root / STAMP).is_file() == (error is None)
+
+
+def test_pages_are_current_until_a_source_changes_even_while_they_are_built(root: Path) -> None:
+    connected = {}
+    app = SimpleNamespace(
+        outdir=root / "_build" / "html",
+        srcdir=root,
+        builder=SimpleNamespace(format="html"),
+        connect=connected.__setitem__,
+    )
+    app.outdir.mkdir(parents=True)
+    assert not is_current(root)
+    _note(app)
+    connected["build-finished"](app, None)
+    assert is_current(root)
+    _note(app)
+    (root / "ewc_lib/c.py").write_text("changed while the pages are built")
+    connected["build-finished"](app, None)
+    assert not is_current(root)
