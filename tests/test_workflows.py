@@ -129,6 +129,14 @@ def test_the_oldest_versions_are_those_that_the_package_allows() -> None:
     assert {word for word in shlex.split(install) if "==" in word} == lowest
 
 
+def test_the_oldest_versions_run_the_tests_of_the_core() -> None:
+    (command,) = (c for c in steps(workflow("checks")["jobs"]["oldest"], "run") if "pytest" in c)
+    tested = {path for word in shlex.split(command)[1:] for path in ROOT.glob(word)}
+    floors = ("likelihood", "score", "fisher", "regularizers", "continual")
+    assert {ROOT / "tests" / floor for floor in floors} <= tested
+    assert set((ROOT / "tests").glob("test_*.py")) <= tested
+
+
 def test_the_versions_of_python_are_allowed_and_begin_with_the_oldest() -> None:
     versions = workflow("checks")["jobs"]["test"]["strategy"]["matrix"]["python"]
     allowed = SpecifierSet(project()["requires-python"])
