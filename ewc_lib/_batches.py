@@ -16,11 +16,12 @@ BATCH_SIZE = 128
 
 
 class Batch(NamedTuple):
-    """Inputs and targets, and the number of the batch's first observation."""
+    """Inputs and targets, the number of the first observation, and whether no batch follows."""
 
     inputs: Any
     target: Tensor
     first: int
+    last: bool = False
 
     def __len__(self) -> int:
         return len(self.target)
@@ -57,6 +58,17 @@ def batches(data: Any, device: torch.device, n_samples: int | None = None) -> It
         raise ValueError(f"n_samples={n_samples}, but data holds only {seen} observations")
 
 
+def marking_last(pieces: Iterable[Batch]) -> Iterator[Batch]:
+    """Look one batch ahead, and tell of each whether it is the last."""
+    waiting: Batch | None = None
+    for piece in pieces:
+        if waiting is not None:
+            yield waiting
+        waiting = piece
+    if waiting is not None:
+        yield Batch(waiting.inputs, waiting.target, waiting.first, last=True)
+
+
 def join(pieces: Iterable[Batch], enough: Callable[[], int]) -> Iterator[Batch]:
     """Join batches until they hold enough observations, where their shapes allow it.
 
@@ -86,7 +98,7 @@ def _joined(parts: list[Batch]) -> Batch:
         return parts[0]
     pairs = [(part.inputs, part.target) for part in parts]
     inputs, target = tree_map(lambda *leaves: torch.cat(leaves), *pairs)
-    return Batch(inputs, target, parts[0].first)
+    return Batch(inputs, target, parts[0].first, parts[-1].last)
 
 
 def _raw_batches(data: Any) -> Iterable[Any]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 def forward(model: nn.Module, inputs: Any, parameters: dict[str, Tensor] | None = None) -> Tensor:
     """Call a model, optionally with other parameters, and return its output tensor.
 
-    A dict of inputs is passed by keyword, a tuple or list by position. Outputs that carry
-    ``.logits``, as those of Hugging Face models, are unwrapped.
+    A dict of inputs is passed by keyword, a tuple or list by position. The output is a tensor,
+    the first entry of a tuple, or what an object or dict calls ``logits``.
     """
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
@@ -25,62 +26,227 @@ def forward(model: nn.Module, inputs: Any, parameters: dict[str, Tensor] | None 
         args = tuple(inputs)
     else:
         args = (inputs,)
-    if parameters is None:
-        output = model(*args, **kwargs)
+    with nullcontext() if parameters is None else _exchanged(model, parameters):
+        return output_tensor(model(*args, **kwargs))
+
+
+def output_tensor(output: Any) -> Tensor:
+    """Return what a model says about the targets.
+
+    Raises
+    ------
+    TypeError
+        If its output has another form.
+    """
+    found = getattr(output, "logits", output)
+    if isinstance(found, Mapping):
+        found = found.get("logits", found)
+    elif isinstance(found, tuple) and found:
+        found = found[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            "the model must return a tensor or have .logits, got "
+            f"{type(output)}; a tuple whose first entry is a tensor and a dict with 'logits' will "
+            "do, and a module of your own can pick from anything else"
+        )
+    return found
+
+
+class Caller:
+    """Prepares the calls of one model, which may edit its inputs and its buffers.
+
+    The first call gets copies of both. Later ones do where a model has edited any, so that
+    nothing of the user's changes and no batch depends on those before it.
+
+    Parameters
+    ----------
+    model
+        The network.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.edits = True
+        """Whether the model is known to edit what it is given, or nothing is known yet."""
+
+    @contextmanager
+    def prepared(self, inputs: Any) -> Iterator[Any]:
+        """Give inputs for one call."""
+        if not self.edits:
+            yield inputs
+            return
+        with _own_buffers(self.model):
+            yield tree_map(torch.clone, inputs)
+
+    def constants(self) -> list[Tensor]:
+        """Return all tensors of the model, which do not depend on the data."""
+        return [*self.model.parameters(), *self.model.buffers()]
+
+    def state(self, inputs: Any) -> list[Any]:
+        """Return what differs before and after a call that edits something."""
+        tensors = [*tree_leaves(inputs), *self.model.buffers()]
+        return [(id(t), t._version, t.data_ptr()) for t in tensors]
+
+
+@contextmanager
+def _own_buffers(model: nn.Module) -> Iterator[None]:
+    """Let a model work on copies of its buffers."""
+    places = [module._buffers for module in _open_modules(model)]
+    before = [dict(buffers) for buffers in places]
+    copies = {id(b): b.clone() for named in before for b in named.values() if b is not None}
+    try:
+        for buffers in places:
+            for name, buffer in buffers.items():
+                if buffer is not None:
+                    buffers[name] = copies[id(buffer)]
+        yield
+    finally:
+        for buffers, named in zip(places, before, strict=True):
+            _refill(buffers, named)
+
+
+@contextmanager
+def _exchanged(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """Put other tensors in the place of parameters, wherever and under however many names."""
+    new = {id(p): tensors[name] for name, p in model.named_parameters() if name in tensors}
+    modules = list(model.modules())
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
+        raise RuntimeError("the parameters of a scripted module cannot be exchanged")
+    places: list[Any] = [module._parameters for module in modules]
+    places += [module._flat_weights for module in modules if isinstance(module, nn.RNNBase)]
+    before = [place.copy() for place in places]
+    try:
+        for place in places:
+            for key, value in place.items() if isinstance(place, dict) else enumerate(place):
+                place[key] = new.get(id(value), value)
+        yield
+    finally:
+        for place, values in zip(places, before, strict=True):
+            _refill(place, values)
+
+
+def _open_modules(model: nn.Module) -> list[nn.Module]:
+    """Return all modules whose content can be exchanged; that of scripted ones cannot."""
+    return [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Give a container the very objects that it held."""
+    if isinstance(container, dict | set):
+        container.clear()
+        container.update(content)
     else:
-        output = functional_call(model, parameters, args, kwargs)
-    output = getattr(output, "logits", output)
-    if not isinstance(output, Tensor):
-        raise TypeError(f"the model must return a tensor or have .logits, got {type(output)}")
-    return output
+        container[:] = content
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode and give every module its own mode back, also after an exception."""
+    """Run in eval mode and give every module its own mode back, also after an exception.
+
+    Where a module acts when its mode changes, as adapters do that merge into their weight, it is
+    asked to act back, and its tensors get their exact values again.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    acting = [m for m, mode in modes if type(m).train is not nn.Module.train and mode]
+    touched = {id(t): t for m in acting for t in [*m.parameters(), *m.buffers()]}
+    values = [(t, t.detach().clone()) for t in touched.values()]
     try:
-        model.eval()
+        _switch_to_eval(model)
         yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            if module in acting and module.training != mode:
+                module.train(mode)
+        for module, mode in modes:
+            if module.training != mode:
+                module.training = mode
+        for tensor, value in values:
+            if not torch.equal(tensor, value):
+                tensor.data.copy_(value)
+
+
+def _switch_to_eval(model: nn.Module) -> None:
+    try:
+        model.eval()
+    except NotImplementedError:  # an exported program, whose mode was fixed with it
+        for module in model.modules():
+            module.training = False
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Leave modes, buffers, gradients and the global random state as they were.
+    """Leave modes, attributes, buffers, gradients and the global random state as they were.
 
     Gradients are safe because nothing inside calls ``backward``.
     """
-    buffers = [(module, dict(module._buffers.items())) for module in model.modules()]
-    values = [
-        (buffer, buffer.detach().clone(), buffer._version)
-        for _, named in buffers
-        for buffer in named.values()
-        if buffer is not None
-    ]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _same_tensors(model),
+        _same_attributes(model),
+        evaluating(model),
+        _differentiable(model),
+    ):
+        yield
+
+
+@contextmanager
+def _same_attributes(model: nn.Module) -> Iterator[None]:
+    """Give every module the attributes back that it had, and all containers their content."""
+    attributes = [(vars(module), dict(vars(module))) for module in _open_modules(model)]
+    containers = [
+        (container, container.copy()) for _, held in attributes for container in _containers(held)
+    ]
     try:
-        with (
-            torch.random.fork_rng(devices=devices),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            evaluating(model),
-            _differentiable(model),
-        ):
-            yield
+        yield
     finally:
-        for module, named in buffers:
-            if isinstance(module, torch.jit.ScriptModule):  # its buffers cannot be exchanged
-                continue
-            for name in set(module._buffers) - named.keys():
-                del module._buffers[name]
-            module._buffers.update(named)
-        for buffer, value, version in values:
-            if buffer._version != version or _changed_unseen(buffer, value):
+        for now, held in attributes:
+            if now.keys() != held.keys() or any(now[key] is not held[key] for key in held):
+                _refill(now, held)
+        for container, content in containers:
+            if not _holds(container, content):
+                _refill(container, content)
+
+
+def _containers(attributes: dict[str, Any]) -> Iterator[Any]:
+    """Find all containers among attributes, and in each other."""
+    waiting, seen = list(attributes.values()), set[int]()
+    for value in waiting:
+        if isinstance(value, dict | list | set | deque) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
+            yield value
+
+
+def _holds(container: Any, content: Any) -> bool:
+    """Whether a container holds the very objects of a copy of it, in the same order."""
+    if len(container) != len(content):
+        return False
+    if isinstance(container, dict):
+        pairs = zip(container.items(), content.items(), strict=True)
+        return all(a is c and b is d for (a, b), (c, d) in pairs)
+    return all(a is b for a, b in zip(container, content, strict=True))
+
+
+@contextmanager
+def _same_tensors(model: nn.Module) -> Iterator[None]:
+    """Give buffers, and tensors that modules hold as attributes, the values back that they had."""
+    held = [b for b in model.buffers()]
+    held += [t for m in _open_modules(model) for t in vars(m).values() if _is_constant(t)]
+    values = [(tensor, tensor.detach().clone(), tensor._version) for tensor in held]
+    try:
+        yield
+    finally:
+        for tensor, value, version in values:
+            if tensor._version != version or _changed_unseen(tensor, value):
                 with torch.no_grad():
-                    buffer.copy_(value)
+                    tensor.copy_(value)
+
+
+def _is_constant(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.requires_grad
 
 
 def _differentiable(model: nn.Module) -> AbstractContextManager[None]:

@@ -53,7 +53,7 @@ class TestForward:
         model[1].weight = model[0].weight
         assert same(forward(model, self.x, {"0.weight": 3 * torch.eye(2)}), 9 * self.x)
 
-    @pytest.mark.parametrize("output", [None, {"a": x}, (x,)])
+    @pytest.mark.parametrize("output", [None, {"a": x}, [x], ("x", x)])
     def test_an_output_that_is_no_tensor_is_refused(self, output):
         with pytest.raises(TypeError, match=r"must return a tensor or have \.logits"):
             forward(Function(lambda a: output), self.x)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
 
-from jaxtyping import Float, Shaped
+import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Size, Tensor
 
 
@@ -34,6 +37,46 @@ class BatchAxis:
         sizes = (-1, n) if self.inner else (n, -1)
         cut = tensor.reshape(*before, *sizes, *after)
         return cut.movedim(self.axis + self.inner, 0) if self.axis or self.inner else cut
+
+
+@dataclass(frozen=True, eq=False)
+class RaggedRows:
+    """Each row of the first axis belongs to some observation, of which it may have any number.
+
+    Attributes
+    ----------
+    owner
+        The observation of each row; ``n`` where no observation has a part in it.
+    n
+        The number of observations.
+    """
+
+    owner: Int[Tensor, " R"]
+    n: int
+
+    def fits(self, shape: Size, n: int) -> bool:
+        """Whether tensors of this shape hold these rows."""
+        return n == self.n and shape[:1] == self.owner.shape
+
+    def split(self, tensor: Tensor, n: int) -> Shaped[Tensor, "N ..."]:
+        """Cut into the rows of each observation, filled up with zeros."""
+        order, owner, position, most = self._places
+        rows = tensor.new_zeros(n + 1, most, *tensor.shape[1:])
+        rows[owner, position] = tensor[order]
+        return rows[:n]
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Return the rows in the order of their owners, and the place of each among its own."""
+        owner, order = self.owner.sort(stable=True)
+        counts = owner.bincount(minlength=self.n + 1)
+        first = counts.cumsum(0) - counts
+        position = torch.arange(len(owner), device=owner.device) - first[owner]
+        return order, owner, position, int(counts.max())
+
+
+Placement: TypeAlias = BatchAxis | RaggedRows
+"""Where a tensor holds the observations."""
 
 
 def batch_axes(shape: Size, n: int) -> Iterator[BatchAxis]:

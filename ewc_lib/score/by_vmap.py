@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import vjp, vmap
 from torch.utils._pytree import tree_map
 
-from ewc_lib._calling import forward
+from ewc_lib._calling import Caller, forward
 from ewc_lib.score import memory
 
 Gradients: TypeAlias = dict[str, Float[Tensor, "K n ..."]]
@@ -27,14 +27,14 @@ class VmapGradients:
 
     Parameters
     ----------
-    model
-        The network, in eval mode.
+    caller
+        Calls the network, which is in eval mode.
     parameters
         All parameters that could be asked for, by name.
     """
 
-    def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
-        self.model = model
+    def __init__(self, caller: Caller, parameters: dict[str, nn.Parameter]) -> None:
+        self.caller = caller
         self.parameters = parameters
         self.by_loop = False
         """Whether observations are taken one at a time."""
@@ -65,21 +65,22 @@ class VmapGradients:
     def warn(self, reason: str) -> None:
         """Tell that observations are taken one at a time, and why."""
         warnings.warn(
-            f"vmap cannot follow {type(self.model).__name__}; its gradients are computed one "
-            f"observation at a time, which is slow ({reason})",
+            f"vmap cannot follow {type(self.caller.model).__name__}; its gradients are computed "
+            f"one observation at a time, which is slow ({reason})",
             RuntimeWarning,
             stacklevel=_depth(),
         )
 
     def _vectorised(self, names: list[str], inputs: Any, columns: Tensor) -> Gradients:
-        detached = {name: p.detach() for name, p in self.model.named_parameters()}
+        detached = {name: p.detach() for name, p in self.caller.model.named_parameters()}
         chosen = {name: detached.pop(name) for name in names}
 
         def pull(x: Any, column: Tensor) -> dict[str, Tensor]:
             one = tree_map(lambda leaf: leaf.unsqueeze(0), x)
 
             def output(p: dict[str, Tensor]) -> Tensor:
-                return forward(self.model, one, {**detached, **p}).squeeze(0)
+                with self.caller.prepared(one) as given:
+                    return forward(self.caller.model, given, {**detached, **p}).squeeze(0)
 
             pullback = vjp(output, chosen)[1]
             # One vmap only: within another, some backward operations are silently wrong.
@@ -94,8 +95,9 @@ class VmapGradients:
         k, n = columns.shape[:2]
         result = {name: columns.new_zeros(k, n, *self.parameters[name].shape) for name in names}
         for i in range(n):
-            with torch.enable_grad():
-                output = forward(self.model, tree_map(lambda leaf, i=i: leaf[i : i + 1], inputs))
+            one = tree_map(lambda leaf, i=i: leaf[i : i + 1], inputs)
+            with torch.enable_grad(), self.caller.prepared(one) as given:
+                output = forward(self.caller.model, given)
             for j in range(k):
                 gradients = torch.autograd.grad(
                     output, chosen, columns[j, i : i + 1], retain_graph=True, allow_unused=True

@@ -15,14 +15,17 @@ observation leaks into another; otherwise they differ with probability one.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ewc_lib.score.batch_axis import BatchAxis, batch_axes, weigh
+from ewc_lib.score.batch_axis import Placement, RaggedRows, batch_axes, weigh
 from ewc_lib.score.gradients import ParameterGradients
+from ewc_lib.score.graph import NOTHING, Graph
 from ewc_lib.score.memory import sum_dtype
 from ewc_lib.score.record import pull_through
 
@@ -36,83 +39,94 @@ class GradientCheck:
     direction
         The output direction ``s``, in the shape of the output.
     weights
-        One weight for each observation.
+        One weight for each observation, no two of which are close to each other.
     answer
         The weighted gradient of each parameter, by autograd. A parameter that the output does
         not depend on is left out.
-    conclusive
-        Whether every parameter has a gradient. A batch of blank inputs may have none, and then
-        any rule gives the right answer.
-    eps
-        Machine precision of the coarsest operation of the model.
+    graph
+        The graph of the output, which tells how precise each gradient is.
     """
 
     direction: Float[Tensor, "N ..."]
     weights: Float[Tensor, " N"]
     answer: dict[str, Tensor]
-    conclusive: bool
-    eps: float = 0.0
+    graph: Graph = NOTHING
 
     @classmethod
     def pose(
-        cls, output: Tensor, parameters: dict[str, torch.nn.Parameter], eps: float = 0.0
+        cls, output: Tensor, parameters: dict[str, torch.nn.Parameter], graph: Graph | None = None
     ) -> GradientCheck:
         """Draw the random numbers and ask autograd."""
-        generator = torch.Generator().manual_seed(0)
-        direction, weights = (
-            torch.randn(shape, generator=generator).to(output)
-            for shape in (output.shape, output.shape[:1])
-        )
+        generator, graph = torch.Generator().manual_seed(0), graph or Graph.of(output)
+        direction = random_direction(output)
+        weights = random_weights(len(output), generator).to(output)
         if not output.requires_grad:  # it depends on none of the parameters
-            return cls(direction, weights, {}, conclusive=False, eps=eps)
+            return cls(direction, weights, {}, graph)
         gradients = pull_through(output, list(parameters.values()), weigh(direction, weights))
         answer = {
             name: g.to_dense() if g.is_sparse else g
             for name, g in zip(parameters, gradients, strict=True)
             if g is not None
         }
-        conclusive = len(answer) == len(parameters) and all(map(_norm, answer.values()))
-        return cls(direction, weights, answer, conclusive, eps)
+        return cls(direction, weights, answer, graph)
 
     @property
     def weighted(self) -> Float[Tensor, "N ..."]:
         """The direction, with the weight of each observation."""
         return weigh(self.direction, self.weights)
 
-    def batch_axis(
-        self, input: Tensor, plain: Tensor | None, weighted: Tensor | None
-    ) -> BatchAxis | None:
+    def placement(
+        self, input: Tensor, plain: Tensor, weighted: Tensor, eps: float = 0.0
+    ) -> Placement | None:
         """Find where the observations lie, from output gradients without and with the weights.
 
-        Along the right axis, each observation of the second is that of the first times its weight.
+        Along the right axis, each observation of the second is that of the first times its
+        weight. If there is no such axis, rows may still have one owner each.
         """
-        if plain is None or weighted is None:
-            return None
         n = len(self.weights)
         for axis in batch_axes(plain.shape, n):
             if not axis.fits(input.shape, n):
                 continue
             expected = weigh(axis.split(plain, n), self.weights)
-            if _agree(axis.split(weighted, n), expected, self.eps):
+            if _agree(axis.split(weighted, n), expected, eps):
                 return axis
-        return None
+        rows = self._owners(plain, weighted, eps)
+        return rows if rows is not None and rows.fits(input.shape, n) else None
+
+    def _owners(self, plain: Tensor, weighted: Tensor, eps: float) -> RaggedRows | None:
+        """Tell by its weight which observation each row belongs to, if all belong to one."""
+        if not plain.dim():
+            return None
+        n, rows = len(self.weights), plain.reshape(len(plain), -1).to(sum_dtype(plain))
+        rows_weighted = weighted.reshape(rows.shape).to(rows)
+        size = torch.linalg.vector_norm(rows, dim=1)
+        found = (rows * rows_weighted).sum(1) / size.square().where(size > 0, 1)
+        ordered, order = self.weights.to(rows).sort()
+        after = torch.searchsorted(ordered, found).clamp(1, n - 1) if n > 1 else found.long() * 0
+        before = (after - 1).clamp(0)
+        nearest = torch.where(found - ordered[before] < ordered[after] - found, before, after)
+        error = torch.linalg.vector_norm(rows_weighted - ordered[nearest, None] * rows, dim=1)
+        noise = 4 * _unit(plain, eps) * size.amax() if len(size) else 0.0
+        if (error > _tolerance(plain, eps) * size + noise).any():
+            return None
+        return RaggedRows(order[nearest].where(size > 0, n), n)
 
     def passes_rule(self, name: str, gradients: ParameterGradients | None) -> bool:
         """Whether the sum of the gradients by rule is autograd's, up to rounding of its terms."""
         expected = self.answer.get(name)
         if gradients is None or expected is None:
             return expected is None
-        weighted = gradients.weighted(self.weights)
+        weighted, eps = gradients.weighted(self.weights), self._eps_of(gradients.parameter)
         try:
             found = self._total(weighted, expected)
         except RuntimeError:  # the tensors have other shapes than the rule expects
             return False
-        if _agree(found, expected, self.eps):
+        if _agree(found, expected, eps):
             return True
         if any(use.source is not gradients.parameter for use in gradients.uses):
             return False  # the signs of what was computed from the parameter are not known
         # Terms may cancel, as in the bias of the keys of attention: then both are but rounding.
-        noise = 8 * self._unit(expected) * _norm(self._total(weighted.absolute(), expected))
+        noise = 8 * _unit(expected, eps) * _norm(self._total(weighted.absolute(), expected))
         return max(_norm(found), _norm(expected)) <= noise
 
     @staticmethod
@@ -121,22 +135,46 @@ class GradientCheck:
         gradients.add_total(total)
         return total
 
-    def _unit(self, tensor: Tensor) -> float:
-        return max(self.eps, torch.finfo(tensor.dtype).eps)
+    def _eps_of(self, parameter: Tensor) -> float:
+        return self.graph.eps_of(parameter)
 
-    def check_vmap(self, name: str, weighted: Tensor) -> None:
+    def check_vmap(self, name: str, parameter: Tensor, weighted: Tensor) -> None:
         """Raise a ValueError if observations taken one by one give another answer."""
         expected = self.answer.get(name, torch.zeros_like(weighted))
         largest = max((_norm(g) for g in self.answer.values()), default=0.0)
-        noise = 100 * self._unit(expected) * largest
-        if not _agree(weighted, expected, self.eps, noise):
+        eps = self._eps_of(parameter)
+        if not _agree(weighted, expected, eps, 100 * _unit(expected, eps) * largest):
+            if parameter._backward_hooks:
+                hooks = ", ".join(_name(hook) for hook in parameter._backward_hooks.values())
+                raise ValueError(
+                    f"parameter {name!r} has hooks that change its gradient ({hooks}), and what "
+                    "they make of a sum is not the sum of what they make of each observation; "
+                    "remove them while the scores are taken"
+                )
             raise ValueError(
                 f"the model mixes observations: the gradient of parameter {name!r} is not a sum "
-                f"of contributions of single observations, {_NO_SCORES}"
+                f"of contributions of single observations, {NO_SCORES}"
             )
 
+    def has_answer(self, name: str) -> bool:
+        """Whether the gradient of a parameter is other than zero, or cannot be."""
+        return name not in self.answer or bool(self.answer[name].any())
 
-_NO_SCORES = (
+
+def random_direction(output: Float[Tensor, "N ..."]) -> Float[Tensor, "N ..."]:
+    """Draw an output direction, the same for the same shape."""
+    return torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+
+
+def random_weights(n: int, generator: torch.Generator) -> Float[Tensor, " N"]:
+    """Draw one weight an observation, between 1/2 and 2 in size and evenly spread."""
+    places = torch.randperm(n, generator=generator, dtype=torch.float64)
+    within = torch.rand(n, generator=generator, dtype=torch.float64)
+    signs = 2 * torch.randint(0, 2, (n,), generator=generator, dtype=torch.float64) - 1
+    return signs * (0.5 + 1.5 * (places + 0.25 + within / 2) / n)
+
+
+NO_SCORES = (
     "so they have no scores of their own. Batch statistics, contrastive terms and random numbers "
     "drawn in eval mode do that"
 )
@@ -150,16 +188,27 @@ def check_alone(alone: Tensor, together: Tensor, eps: float = 0.0) -> None:
     a, b = (output.detach().nan_to_num(neginf=0.0) for output in (alone, together))
     if a.numel() != b.numel() or not _agree(a.reshape(b.shape), b, eps):
         raise ValueError(
-            "the model mixes observations: the output of the first ones is another without the "
-            f"rest of their batch, {_NO_SCORES}"
+            "the model mixes observations: the output of some is another without the rest of "
+            f"their batch, {NO_SCORES}"
         )
 
 
 def _agree(a: Tensor, b: Tensor, eps: float, noise: float = 0.0) -> bool:
     """Compare up to rounding, which is far below any wrong axis or missed use."""
-    tolerance = max(eps, torch.finfo(b.dtype).eps) ** 0.5
-    return bool(_norm(a.to(sum_dtype(b)) - b) <= tolerance * _norm(b) + noise)
+    return bool(_norm(a.to(sum_dtype(b)) - b) <= _tolerance(b, eps) * _norm(b) + noise)
+
+
+def _tolerance(values: Tensor, eps: float) -> float:
+    return math.sqrt(_unit(values, eps))
+
+
+def _unit(values: Tensor, eps: float) -> float:
+    return max(eps, float(torch.finfo(values.dtype).eps))
 
 
 def _norm(values: Tensor) -> float:
     return float(torch.linalg.vector_norm(values, dtype=sum_dtype(values)))
+
+
+def _name(hook: Any) -> str:
+    return getattr(hook, "__qualname__", type(hook).__name__)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ewc_lib.score import memory
-from ewc_lib.score.batch_axis import BatchAxis, weigh
+from ewc_lib.score.batch_axis import Placement, weigh
 from ewc_lib.score.record import ParameterUse
 from ewc_lib.score.rules import Rule, add_rows
 
@@ -46,14 +46,14 @@ class UseInBatch:
     """One use of a parameter and where its tensors hold the ``n`` observations of the batch."""
 
     use: ParameterUse
-    axis: BatchAxis
+    axis: Placement
     n: int
     dtype: torch.dtype
     input: Tensor
 
     @classmethod
     def of(
-        cls, use: ParameterUse, axis: BatchAxis, n: int, dtype: torch.dtype, room: int = 0
+        cls, use: ParameterUse, axis: Placement, n: int, dtype: torch.dtype, room: int = 0
     ) -> UseInBatch:
         """Cut the input, in the precision of the sums, before anything is squared."""
         a = axis.split(use.input, n)

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ewc_lib._batches import Batch, batches, join
-from ewc_lib._calling import forward, untouched
+from ewc_lib._batches import Batch, batches, join, marking_last
+from ewc_lib._calling import Caller, forward, untouched
 from ewc_lib._checking import check_finite_parameters, check_modules
 from ewc_lib._parameters import Vector
 from ewc_lib._progress import progress as show_progress
@@ -23,7 +23,7 @@ from ewc_lib.score import memory
 from ewc_lib.score.batch import BatchScores
 from ewc_lib.score.by_vmap import VmapGradients
 from ewc_lib.score.memory import sum_dtype
-from ewc_lib.score.plan import Planner
+from ewc_lib.score.plan import Certify, Planner
 from ewc_lib.score.record import ForwardPass, Recorder
 
 Direction: TypeAlias = Callable[[Float[Tensor, "N ..."], Any], Float[Tensor, "N ..."]]
@@ -39,6 +39,7 @@ def per_observation_gradients(
     params: Selection = None,
     n_samples: int | None = None,
     max_bytes: int | None = None,
+    certify: Certify = "auto",
     progress: bool | None = None,
 ) -> Iterator[dict[str, Float[Tensor, "n ..."]]]:
     r"""Return the scores of a network for every observation, batch after batch.
@@ -73,6 +74,8 @@ def per_observation_gradients(
         Cut batches into pieces whose gradients take no more memory than this, or hold one
         observation. By default a batch is not cut; then the model may be changed after each, as
         by an optimizer. One tuple of tensors is read in batches of 128 observations.
+    certify
+        As in :func:`ewc_lib.fisher_information`.
     progress
         True or False to force a bar; by default one appears in terminals and notebooks after
         two seconds.
@@ -112,10 +115,13 @@ def per_observation_gradients(
         raise ValueError(f"max_bytes must be a positive whole number or None, got {max_bytes!r}")
     parameters = select_parameters(model, params)
     distribution = output_distribution(likelihood)
-    network = NetworkScores(model, parameters, distribution if direction is None else None)
+    read = distribution if direction is None else None
+    network = NetworkScores(model, parameters, read, certify)
     along = direction or partial(output_score, distribution)
     shown = show_progress(batches(data, network.device, n_samples), "gradients", progress)
-    return _gradients(network, shown, along, sys.maxsize if max_bytes is None else max_bytes)
+    return _gradients(
+        network, marking_last(shown), along, sys.maxsize if max_bytes is None else max_bytes
+    )
 
 
 def _gradients(
@@ -187,6 +193,8 @@ class NetworkScores:
         The parameters whose gradients are wanted, by name.
     distribution
         How its output is read; None if nobody asks for the likelihood.
+    certify
+        Which batches are checked.
     """
 
     def __init__(
@@ -194,16 +202,18 @@ class NetworkScores:
         model: nn.Module,
         parameters: dict[str, nn.Parameter],
         distribution: OutputDistribution | None = None,
+        certify: Certify = "auto",
     ) -> None:
-        check_finite_parameters(dict(model.named_parameters()))
+        check_finite_parameters(dict(parameters))
         check_modules(model)
         self.model = model
         self.parameters = parameters
         self.distribution = distribution
         self.device = next(iter(parameters.values())).device
-        self.planner = Planner(parameters, VmapGradients(model, parameters), self._forward)
+        self.caller = Caller(model)
+        by_vmap = VmapGradients(self.caller, parameters)
+        self.planner = Planner(parameters, by_vmap, self._forward, certify)
         self._enough = 0
-        self._constants = [*model.parameters(), *model.buffers()]
 
     @contextmanager
     def leaving_no_trace(self) -> Iterator[None]:
@@ -213,7 +223,7 @@ class NetworkScores:
 
     def versions(self) -> list[int]:
         """Count the changes of all parameters and buffers so far."""
-        return [tensor._version for tensor in self._constants]
+        return [tensor._version for tensor in self.caller.constants()]
 
     def check_same_parameters(self) -> None:
         """Raise a ValueError if the model holds other parameters than it did."""
@@ -227,7 +237,7 @@ class NetworkScores:
     ) -> Iterator[BatchScores]:
         """Run the model on all batches, small ones joined."""
         pieces = show_progress(batches(data, self.device, n_samples), "scores", progress)
-        return map(self.run, join(pieces, lambda: self._enough))
+        return map(self.run, join(marking_last(pieces), lambda: self._enough))
 
     def run(self, batch: Batch) -> BatchScores:
         """Run the model on one batch, check its output, and plan its backward passes."""
@@ -246,8 +256,12 @@ class NetworkScores:
         return scores
 
     def _forward(self, inputs: Any) -> ForwardPass:
-        with Recorder(dict(self.parameters), self._constants) as recorder:
-            output = forward(self.model, inputs)
+        with self.caller.prepared(inputs) as given:
+            before, constants = self.caller.state(given), self.caller.constants()
+            with Recorder(dict(self.parameters), constants) as recorder:
+                output = forward(self.model, given)
+            edited = self.caller.state(given) != before
+        self.caller.edits = edited or recorder.depends_on_values
         return ForwardPass(inputs, output, recorder)
 
     def paths(self) -> dict[str, str]:

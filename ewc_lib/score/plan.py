@@ -7,39 +7,52 @@ rule needs three things: every use of the parameter was seen, each by an operati
 each use it is known along which axis the observations lie; and no observation has a part in the
 gradient of another.
 
-None of that is taken for granted. On a few observations (or the whole batch, where some operation
-has no part in them) a random question is put to autograd, `GradientCheck`. Its weights show along
-which axis the observations lie. Then the gradients of each parameter by rule are weighed and
+None of that is taken for granted. On a few observations, or on the whole batch, a random question
+is put to autograd, `GradientCheck`. Its weights show along which axis the observations lie, or
+which of them each row belongs to. Then the gradients of each parameter by rule are weighed and
 added, and must be autograd's answer. A parameter that fails goes by vmap, which is asked the same
 question, and then by loop. If even that fails, the model mixes observations, and an error says
-so. A plan is kept for later batches in which the same operations use the parameters in the same
-way, if the answer could tell right from wrong: with a single observation every axis looks right,
-and with a gradient of zero every rule does.
+so. So it does if an observation alone has another output than in its batch.
+
+A plan is kept for later batches where it is known to hold: where the graph of the output is the
+same, the same operations use the parameters in the same way, and neither the values of the data
+nor a function of the user's own decide which row goes where. Elsewhere each batch is checked, with
+all of its observations. Two things a check cannot tell. With a single observation every axis
+looks right, so nothing is kept. Where a use adds nothing, any rule looks right; so it is looked
+at again in each batch until it adds something. As a last resort, the last batch and a random
+share of the others are checked in any case.
 """
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ewc_lib._batches import Batch
 from ewc_lib._parameters import Vector
 from ewc_lib.score.batch import BatchScores
-from ewc_lib.score.batch_axis import BatchAxis
+from ewc_lib.score.batch_axis import BatchAxis, Placement, RaggedRows
 from ewc_lib.score.by_vmap import VmapGradients
-from ewc_lib.score.gradcheck import GradientCheck, check_alone
+from ewc_lib.score.gradcheck import NO_SCORES, GradientCheck, check_alone, random_direction
 from ewc_lib.score.gradients import selects_entries
 from ewc_lib.score.memory import sum_dtype
 from ewc_lib.score.record import ForwardPass
 
+Certify: TypeAlias = Literal["auto", "always"]
+"""Whether batches are checked where a plan could fail to hold, or all of them."""
+
 TRIAL_SIZE = 8
 """Observations on which rules are tried before they are used on the whole batch."""
+
+SHARE = 1 / 16
+"""Batches that are checked though their plan is known to hold."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +65,19 @@ class Plan:
         For each parameter, the numbers of its uses and where the observations lie in them.
     selects_entries
         Parameters all of whose uses are of one tensor that holds their entries, none twice.
+    silent
+        Uses that added nothing when the plan was made, so that it says nothing about them.
     """
 
-    axes: dict[str, dict[int, BatchAxis]]
+    axes: dict[str, dict[int, Placement]]
     selects_entries: set[str]
+    silent: list[int]
+
+    @property
+    def is_general(self) -> bool:
+        """Whether it holds for the rows of other batches, too."""
+        found = (axis for axes in self.axes.values() for axis in axes.values())
+        return not any(isinstance(axis, RaggedRows) for axis in found)
 
 
 class Planner:
@@ -69,6 +91,8 @@ class Planner:
         The way for those that no rule is used for.
     run
         Runs the model on some inputs.
+    certify
+        Which batches are checked.
     """
 
     def __init__(
@@ -76,62 +100,102 @@ class Planner:
         parameters: dict[str, nn.Parameter],
         vmap_gradients: VmapGradients,
         run: Callable[[Any], ForwardPass],
+        certify: Certify = "auto",
     ) -> None:
+        if certify not in get_args(Certify):
+            raise ValueError(f"certify must be 'auto' or 'always', got {certify!r}")
         self.parameters = parameters
         self.vmap_gradients = vmap_gradients
         self.by_vmap: set[str] = set()
         self.used: set[str] = set()
         self._run = run
+        self._always = certify == "always"
         self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._random = random.Random(0)
 
     def scores(self, batch: Batch, whole: ForwardPass) -> BatchScores:
         """Return a batch with a plan for its backward passes."""
-        plan = self._plans.get(whole.signature) or self._make(batch, whole)
+        plan = self._plans.get(whole.signature)
+        if plan is None or self._is_doubtful(plan, batch, whole):
+            plan = self._make(batch, whole)
         self.used |= {name for name, axes in plan.axes.items() if axes} | self.by_vmap
         return self._follow(plan, batch, whole)
 
     def _follow(self, plan: Plan, batch: Batch, forward: ForwardPass) -> BatchScores:
         return BatchScores(batch, forward, plan, sorted(self.by_vmap), self.vmap_gradients)
 
+    def _is_doubtful(self, plan: Plan, batch: Batch, whole: ForwardPass) -> bool:
+        """Tell whether a plan that was kept is to be made again."""
+        if self._always or batch.last or self._random.random() < SHARE:
+            return True
+        found = whole.pull(plan.silent, random_direction(whole.output))
+        return not all(whole.uses[i].is_silent(g) for i, g in found.items())
+
     def _make(self, batch: Batch, whole: ForwardPass) -> Plan:
-        """Make a plan on a few observations, or on the whole batch, and keep it if it is proved."""
+        """Make a plan on a few observations, or on the whole batch, and keep it if it holds."""
         n = len(whole)
-        few = min(n // 2, TRIAL_SIZE)
-        first = self._run(tree_map(lambda leaf: leaf[:few], whole.inputs)) if few else whole
-        enough = few == TRIAL_SIZE and first.operations == whole.operations
-        plan, proved = self._try(batch, first if enough else whole)
-        if enough and not proved:
-            plan, proved = self._try(batch, whole)
-        check_alone(first.output, whole.output[: len(first)], whole.recorder.eps)
-        if proved and n > 1:
+        few = max(1, min(n // 2, TRIAL_SIZE))
+        trial = self._alone(whole, torch.linspace(0, n - 1, few + (few == 1)).long()[-few:])
+        if n > 2:
+            self._alone(whole, torch.tensor([n // 2]))
+        predictable = whole.is_predictable and trial.signature == whole.signature
+        plan = None
+        if predictable and few == TRIAL_SIZE and not self._always:
+            plan = self._try(batch, trial)
+        if plan is None or plan.silent or not plan.is_general:
+            plan = self._try(batch, whole)
+        if n > 1 and whole.is_predictable and plan.is_general:
             self._plans[whole.signature] = plan
         return plan
 
-    def _try(self, batch: Batch, trial: ForwardPass) -> tuple[Plan, bool]:
+    def _alone(self, whole: ForwardPass, rows: Tensor) -> ForwardPass:
+        """Run some observations without the rest of their batch; they must not notice."""
+        at = rows.to(whole.output.device)
+        try:
+            alone = self._run(tree_map(lambda leaf: leaf[at], whole.inputs))
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ValueError(
+                f"the model runs on a batch of {len(whole)} observations, but not on "
+                f"{len(rows)} of them, {NO_SCORES} ({error})"
+            ) from error
+        check_alone(alone.output, whole.output[at], whole.recorder.eps)
+        return alone
+
+    def _try(self, batch: Batch, trial: ForwardPass) -> Plan:
         """Let every parameter whose rules fail go by vmap, and check that too."""
-        check = GradientCheck.pose(trial.output, self.parameters, trial.recorder.eps)
+        check = GradientCheck.pose(trial.output, self.parameters, trial.graph)
         numbers = range(len(trial.uses))
         plain = trial.pull(numbers, check.direction)
         weighted = trial.pull(numbers, check.weighted)
         axes = [
-            check.batch_axis(use.input, plain.get(i), weighted.get(i))
+            check.placement(use.input, plain[i], weighted[i], trial.graph.eps(use.edge.node))
+            if i in plain
+            else BatchAxis()
             for i, use in enumerate(trial.uses)
         ]
-        plan = self._choose(trial, axes)
+        plan = self._choose(trial, axes, plain)
+        plan.silent.extend(self._silent(trial, plan, check, plain))
         scores = self._follow(plan, batch, trial)
         found = scores.by_rule(check.direction)
         failed = [n for n in self.parameters if not check.passes_rule(n, found.get(n))]
         self.by_vmap.update(failed)
         self._check_vmap(self._follow(plan, batch, trial), check)
-        silent = {i for i, g in plain.items() if not g.any()}
-        return plan, check.conclusive and not any(
-            silent & uses.keys() for uses in scores.uses.values()
-        )
+        return plan
 
-    def _choose(self, trial: ForwardPass, axes: list[BatchAxis | None]) -> Plan:
-        plan = Plan({}, set())
+    def _silent(
+        self, trial: ForwardPass, plan: Plan, check: GradientCheck, plain: dict[int, Tensor]
+    ) -> set[int]:
+        """Return the numbers of all uses that nothing is known about."""
+        uses = {i for axes in plan.axes.values() for i in axes}
+        silent = {i for i in uses if trial.uses[i].is_silent(plain[i])}
+        return silent.union(*(axes for n, axes in plan.axes.items() if not check.has_answer(n)))
+
+    def _choose(
+        self, trial: ForwardPass, axes: list[Placement | None], plain: dict[int, Tensor]
+    ) -> Plan:
+        plan = Plan({}, set(), [])
         for name, parameter in self.parameters.items() if trial.uses else ():
-            numbers = trial.recorder.uses_of(name, axes) or []
+            numbers = [i for i in trial.recorder.uses_of(name, axes) or [] if i in plain]
             plan.axes[name] = {i: found for i in numbers if (found := axes[i]) is not None}
             sources = {id(trial.uses[i].source): trial.uses[i].source for i in numbers}
             if len(sources) == 1 and selects_entries(next(iter(sources.values())), parameter):
@@ -149,15 +213,14 @@ class Planner:
             self._compare(scores, check)
             self.vmap_gradients.warn("it gives other gradients than autograd")
 
-    @staticmethod
-    def _compare(scores: BatchScores, check: GradientCheck) -> None:
+    def _compare(self, scores: BatchScores, check: GradientCheck) -> None:
         sums: Vector = defaultdict(lambda: torch.zeros(()))
         for part, found in scores.by_function([check.direction]):
             for name, g in found.items():
                 g = g[0].to(sum_dtype(g))
                 sums[name] = sums[name] + torch.tensordot(check.weights[part].to(g), g, dims=1)
         for name in scores.by_vmap:
-            check.check_vmap(name, sums[name])
+            check.check_vmap(name, self.parameters[name], sums[name])
 
     def paths(self) -> dict[str, str]:
         """Say which way each parameter went."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +20,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ewc_lib.score.batch_axis import BatchAxis
+from ewc_lib.score.batch_axis import Placement
+from ewc_lib.score.graph import Graph, rounding
 from ewc_lib.score.memory import sum_dtype
 from ewc_lib.score.operations import inside, match
 from ewc_lib.score.rules import Rule
+from ewc_lib.score.values import deciding
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +64,10 @@ class ParameterUse:
         """The operation and the rule, which do not depend on the number of observations."""
         return self.operation, type(self.rule)
 
+    def is_silent(self, gradient: Tensor) -> bool:
+        """Whether it adds nothing to the gradient of any observation, wherever these lie."""
+        return not gradient.any() or (self.rule.multiplies and not self.input.any())
+
 
 class Step(NamedTuple):
     """What one operation does with a watched tensor.
@@ -92,7 +99,9 @@ class Recorder(TorchFunctionMode):
     uses
         Every use by an operation with a rule, in order.
     eps
-        Machine precision of the coarsest result of any operation, as autocast may make it.
+        Machine precision of the coarsest computation, be there a gradient of it or not.
+    depends_on_values
+        Whether values decided what was computed, or which row of a tensor went where.
     nbytes
         Size of all results together.
     """
@@ -101,6 +110,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.uses: list[ParameterUse] = []
         self.eps = 0.0
+        self.depends_on_values = False
         self.nbytes = 0
         self._parameters = parameters
         self._steps: dict[int, list[Step]] = {id(p): [] for p in parameters.values()}
@@ -114,15 +124,21 @@ class Recorder(TorchFunctionMode):
             with self:
                 return code(*args, **kwargs)
         output = func(*args, **kwargs)
+        if not self.depends_on_values:
+            places = deciding(func, args, kwargs)
+            self.depends_on_values = not all(map(self._is_constant, places))
         results = _tensors(output)
         if results:
-            self.eps = max(self.eps, *map(_eps, results))
+            operands = _tensors(*args, *kwargs.values())
+            if any(map(torch.is_floating_point, operands)):
+                self.eps = max(self.eps, *map(rounding, results))
             self.nbytes += sum(t.numel() * t.element_size() for t in results)
-            self._record(func, args, kwargs, results)
+            self._record(func, args, kwargs, operands, results)
         return output
 
-    def _record(self, func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> None:
-        operands = _tensors(*args, *kwargs.values())
+    def _record(
+        self, func: Any, args: Any, kwargs: Any, operands: list[Tensor], results: list[Tensor]
+    ) -> None:
         constant = all(map(self._is_constant, operands))
         if constant:
             self._constants.update({id(t): (t, t._version) for t in results})
@@ -149,7 +165,7 @@ class Recorder(TorchFunctionMode):
     def _add_uses(self, func: Any, args: Any, kwargs: Any, output: Tensor) -> range:
         first = len(self.uses)
         for source, rule, other in match(func, args, kwargs):
-            if id(source) in self._steps:
+            if id(source) in self._steps and not output.is_complex():
                 nothing = output.detach().new_empty(()).expand(output.shape)
                 a = nothing if other is None else other().detach()
                 edge = get_gradient_edge(output)
@@ -161,7 +177,7 @@ class Recorder(TorchFunctionMode):
         """What was done with each watched tensor."""
         return tuple(tuple(step.uses for step in steps) for steps in self._steps.values())
 
-    def uses_of(self, name: str, axes: Sequence[BatchAxis | None]) -> list[int] | None:
+    def uses_of(self, name: str, axes: Sequence[Placement | None]) -> list[int] | None:
         """Return the uses that make up the gradient of a parameter, or None if one has no rule.
 
         An operation on parameters alone, as a lookup of position embeddings, counts as a use
@@ -170,7 +186,7 @@ class Recorder(TorchFunctionMode):
         """
         return self._uses_of(self._parameters[name], axes)
 
-    def _uses_of(self, tensor: Tensor, axes: Sequence[BatchAxis | None]) -> list[int] | None:
+    def _uses_of(self, tensor: Tensor, axes: Sequence[Placement | None]) -> list[int] | None:
         found: list[int] = []
         for step in self._steps[id(tensor)]:
             uses: list[int] | None = None
@@ -209,15 +225,21 @@ class ForwardPass:
         """Uses by operations with a rule; none if the output depends on no parameter."""
         return self.recorder.uses if self.output.requires_grad else []
 
-    @property
-    def signature(self) -> tuple[Any, ...]:
-        """What must stay the same for a plan to be kept."""
-        return self.recorder.steps, *(use.signature(len(self)) for use in self.uses)
+    @cached_property
+    def graph(self) -> Graph:
+        """What was computed."""
+        return Graph.of(self.output)
 
     @property
-    def operations(self) -> list[tuple[Any, ...]]:
-        """The operations that use parameters, in order."""
-        return [use.kind for use in self.uses]
+    def is_predictable(self) -> bool:
+        """Whether a batch with the same graph uses the parameters in the same way."""
+        return not (self.recorder.depends_on_values or self.graph.has_custom_functions)
+
+    @cached_property
+    def signature(self) -> tuple[Any, ...]:
+        """What must stay the same for a plan to be kept."""
+        uses = (use.signature(len(self)) for use in self.uses)
+        return self.graph.signature, self.recorder.steps, *uses
 
     def pull(self, numbers: Sequence[int], column: Tensor) -> dict[int, Tensor]:
         """Bring an output column back to the uses of these numbers, where it reaches them."""
@@ -235,7 +257,7 @@ class ForwardPass:
 
         Operations in half precision need it: what is far from one underflows or overflows there.
         """
-        if self.recorder.eps <= torch.finfo(torch.float32).eps:
+        if self.graph.eps() <= torch.finfo(torch.float32).eps:
             return 1.0
         return torch.ldexp(columns.new_ones(()), torch.frexp(columns.abs().amax()).exponent)
 
@@ -270,17 +292,3 @@ def _tensors(*values: Any) -> list[Tensor]:
         elif isinstance(value, tuple | list | dict):
             found += (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
     return found
-
-
-def _eps(tensor: Tensor) -> float:
-    if not tensor.is_floating_point():
-        return 0.0
-    return torch.finfo(torch.float16 if _may_be_tf32(tensor) else tensor.dtype).eps
-
-
-def _may_be_tf32(tensor: Tensor) -> bool:
-    """Whether its operation may have rounded float32 to TF32, with the ten bits of float16.
-
-    On CUDA, convolutions do by default, and products of matrices where that is allowed.
-    """
-    return tensor.is_cuda and tensor.dtype == torch.float32

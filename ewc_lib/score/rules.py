@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ class Rule(ABC):
     """The gradient of a parameter of a given shape through one operation."""
 
     shape: torch.Size
+    multiplies: ClassVar[bool] = True
+    """Whether an input of zeros makes the gradient zero."""
 
     def prepare(self, a: Tensor, room: int) -> Tensor:
         """Bring the input into the form of the other methods, with ``room`` bytes to copy it."""
@@ -220,6 +223,7 @@ class Broadcast(Rule):
     """
 
     trailing: int = 0
+    multiplies: ClassVar[bool] = False
 
     def gradients(self, a: Tensor, g: Tensor) -> Tensor:
         padded = (1,) * (g.dim() - 1 - self._width) + self._aligned
@@ -241,6 +245,8 @@ class Broadcast(Rule):
 @dataclass(frozen=True)
 class Scale(Broadcast):
     """A parameter that multiplies: ``y = a b``, broadcast over positions."""
+
+    multiplies: ClassVar[bool] = True
 
     def gradients(self, a: Tensor, g: Tensor) -> Tensor:
         return super().gradients(a, a * g)
@@ -276,6 +282,7 @@ class Rows(Rule):
 
     padding_idx: int | None = None
     bag: str | None = None
+    multiplies: ClassVar[bool] = False
 
     def gradients(self, a: Tensor, g: Tensor) -> Tensor:
         n, (n_rows, width) = len(a), self.shape

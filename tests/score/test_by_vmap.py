@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ewc_lib import fisher_information
+from ewc_lib._calling import Caller
 from ewc_lib.score import memory
 from ewc_lib.score.by_vmap import VmapGradients
 from tests.scenarios import SCENARIOS, N, Scenario, estimate, same, slow_path_allowed
@@ -48,7 +49,9 @@ def expected_gradients(case, parameters, columns):
 def test_agrees_with_autograd_one_by_one(name):
     case, parameters, columns = prepare(name)
     expected = expected_gradients(case, parameters, columns)
-    found, _ = gradients(VmapGradients(case.model, parameters), list(parameters), case.x, columns)
+    found, _ = gradients(
+        VmapGradients(Caller(case.model), parameters), list(parameters), case.x, columns
+    )
     for n in parameters:
         assert torch.allclose(found[n], expected[n], rtol=1e-10, atol=1e-12)
 
@@ -58,8 +61,8 @@ def test_the_loop_agrees_with_vmap(name):
     case, parameters, columns = prepare(name)
     names = list(parameters)
     vectorised, looped = (
-        VmapGradients(case.model, parameters),
-        VmapGradients(case.model, parameters),
+        VmapGradients(Caller(case.model), parameters),
+        VmapGradients(Caller(case.model), parameters),
     )
     looped.by_loop = True
     a, _ = gradients(vectorised, names, case.x, columns)
@@ -73,10 +76,10 @@ def test_the_loop_agrees_with_vmap(name):
 @pytest.mark.parametrize("name", ["cnn_with_norms", "lstm"])
 def test_some_parameters_are_as_good_as_all(name):
     case, parameters, columns = prepare(name)
-    path = VmapGradients(case.model, parameters)
+    path = VmapGradients(Caller(case.model), parameters)
     everything, _ = gradients(path, list(parameters), case.x, columns)
     for n in parameters:
-        alone, _ = gradients(VmapGradients(case.model, parameters), [n], case.x, columns)
+        alone, _ = gradients(VmapGradients(Caller(case.model), parameters), [n], case.x, columns)
         assert torch.allclose(alone[n], everything[n], rtol=1e-10, atol=1e-12)
 
 
@@ -85,9 +88,9 @@ def test_the_budget_bounds_what_exists_at_once(budget, parts, monkeypatch):
     case, parameters, columns = prepare("cnn_with_norms")
     names = ["0.weight", "4.bias"]
     per_observation = sum(parameters[n].numel() for n in names) * 8 * len(columns)
-    whole, _ = gradients(VmapGradients(case.model, parameters), names, case.x, columns)
+    whole, _ = gradients(VmapGradients(Caller(case.model), parameters), names, case.x, columns)
     monkeypatch.setattr(memory, "VMAP_BYTES", budget * per_observation)
-    cut, n_parts = gradients(VmapGradients(case.model, parameters), names, case.x, columns)
+    cut, n_parts = gradients(VmapGradients(Caller(case.model), parameters), names, case.x, columns)
     assert n_parts == parts
     for n in names:
         assert torch.allclose(cut[n], whole[n], rtol=1e-12, atol=1e-14)
@@ -106,7 +109,7 @@ def test_the_budget_does_not_change_the_result(name, structure, monkeypatch):
 def test_inputs_and_parameters_keep_their_values_and_gradients():
     case, parameters, columns = prepare("tied_weights")
     before = {n: p.detach().clone() for n, p in parameters.items()}, case.x.clone()
-    gradients(VmapGradients(case.model, parameters), list(parameters), case.x, columns)
+    gradients(VmapGradients(Caller(case.model), parameters), list(parameters), case.x, columns)
     assert same(({n: p.detach() for n, p in parameters.items()}, case.x), before)
     assert all(p.grad is None for p in parameters.values())
 
@@ -114,7 +117,7 @@ def test_inputs_and_parameters_keep_their_values_and_gradients():
 def test_the_loop_warns_once_and_names_the_model_and_the_reason(monkeypatch):
     case, parameters, columns = prepare("lstm")
     monkeypatch.setattr(memory, "VMAP_BYTES", 1)
-    path = VmapGradients(case.model, parameters)
+    path = VmapGradients(Caller(case.model), parameters)
     message = r"vmap cannot follow LSTM; .* slow \(.+\)"
     with pytest.warns(RuntimeWarning, match=message) as caught:
         parts = list(path.gradients(["cell.weight_ih_l0"], case.x, columns))
@@ -127,7 +130,7 @@ def test_the_loop_warns_once_and_names_the_model_and_the_reason(monkeypatch):
 def test_a_model_that_vmap_follows_slowly_gives_no_warning():
     """The fallback for attention warns of a drop in performance, which is none of the user's."""
     case, parameters, columns = prepare("multihead_attention")
-    path = VmapGradients(case.model, parameters)
+    path = VmapGradients(Caller(case.model), parameters)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         list(path.gradients(list(parameters), case.x, columns))
@@ -156,7 +159,7 @@ def test_any_number_of_columns_is_as_right_as_one(k):
     columns = torch.randn(k, N, 3, dtype=torch.float64)
     parameters = dict(model.named_parameters())
     expected = expected_gradients(case, parameters, columns)
-    found, _ = gradients(VmapGradients(model, parameters), list(parameters), x, columns)
+    found, _ = gradients(VmapGradients(Caller(model), parameters), list(parameters), x, columns)
     for n in parameters:
         assert torch.allclose(found[n], expected[n], rtol=1e-10, atol=1e-12)
 
@@ -187,6 +190,6 @@ def test_observations_one_at_a_time_have_the_last_word(monkeypatch):
 
 def test_a_mistake_in_the_model_is_not_hidden():
     case, parameters, columns = prepare("mlp_categorical")
-    path = VmapGradients(case.model, parameters)
+    path = VmapGradients(Caller(case.model), parameters)
     with slow_path_allowed(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         list(path.gradients(["0.bias"], case.x[:, :2], columns))

@@ -61,7 +61,8 @@ def test_a_layer_without_part_in_the_first_observations_is_tried_on_all(monkeypa
     torch.manual_seed(0)
     model = Late().double()
     x = torch.randn(20, 3).double()
-    x[:8, 0] = -1
+    x[:, 0] = -1
+    x[11, 0] = 1
     y = torch.zeros(20, dtype=torch.long)
     found = fisher_information(model, (x, y), structure="dense").to_dense()
     assert judged == [8, 20]
