@@ -109,20 +109,19 @@ def _own_buffers(model: nn.Module) -> Iterator[None]:
 def _exchanged(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
     """Put other tensors in the place of parameters, wherever and under however many names."""
     new = {id(p): tensors[name] for name, p in model.named_parameters() if name in tensors}
-    modules = list(model.modules())
-    if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
-        raise RuntimeError("the parameters of a scripted module cannot be exchanged")
-    places: list[Any] = [module._parameters for module in modules]
-    places += [module._flat_weights for module in modules if isinstance(module, nn.RNNBase)]
-    before = [place.copy() for place in places]
+    lists = [m._flat_weights for m in model.modules() if isinstance(m, nn.RNNBase)]
+    places: list[tuple[Any, Any, Any]] = [
+        *((m._parameters, key, p) for m in model.modules() for key, p in m._parameters.items()),
+        *((weights, key, p) for weights in lists for key, p in enumerate(weights)),
+    ]
+    places = [(place, key, p) for place, key, p in places if id(p) in new]
     try:
-        for place in places:
-            for key, value in place.items() if isinstance(place, dict) else enumerate(place):
-                place[key] = new.get(id(value), value)
+        for place, key, p in places:
+            place[key] = new[id(p)]
         yield
     finally:
-        for place, values in zip(places, before, strict=True):
-            _refill(place, values)
+        for place, key, p in places:
+            place[key] = p
 
 
 def _open_modules(model: nn.Module) -> list[nn.Module]:

@@ -86,11 +86,15 @@ def rounding(result: Any) -> float:
     dtype = result.dtype
     if not (dtype.is_floating_point or dtype.is_complex):
         return 0.0
-    if dtype == torch.float32 and result.device.type == "cuda":
-        # It may have rounded to TF32, with the ten bits of float16. On CUDA, convolutions do by
-        # default, and products of matrices where that is allowed.
-        dtype = torch.float16
-    return torch.finfo(dtype).eps
+    return torch.finfo(torch.float16 if _may_be_tf32(result) else dtype).eps
+
+
+def _may_be_tf32(result: Any) -> bool:
+    """Whether an operation may have rounded float32 to TF32, with the ten bits of float16.
+
+    On CUDA, convolutions do by default, and products of matrices where that is allowed.
+    """
+    return bool(result.dtype == torch.float32 and result.device.type == "cuda")
 
 
 def _along_paths(nodes: Iterable[Node], own: Iterable[float]) -> dict[Node, float]:

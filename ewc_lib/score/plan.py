@@ -40,7 +40,7 @@ from ewc_lib._parameters import Vector
 from ewc_lib.score.batch import BatchScores
 from ewc_lib.score.batch_axis import BatchAxis, Placement, RaggedRows
 from ewc_lib.score.by_vmap import VmapGradients
-from ewc_lib.score.gradcheck import NO_SCORES, GradientCheck, check_alone, random_direction
+from ewc_lib.score.gradcheck import NO_SCORES, GradientCheck, check_alone, norm, random_direction
 from ewc_lib.score.gradients import selects_entries
 from ewc_lib.score.memory import sum_dtype
 from ewc_lib.score.record import ForwardPass
@@ -135,31 +135,30 @@ class Planner:
         """Make a plan on a few observations, or on the whole batch, and keep it if it holds."""
         n = len(whole)
         few = max(1, min(n // 2, TRIAL_SIZE))
-        trial = self._alone(whole, torch.linspace(0, n - 1, few + (few == 1)).long()[-few:])
-        if n > 2:
-            self._alone(whole, torch.tensor([n // 2]))
+        rows = torch.linspace(0, n - 1, max(few, 2)).long()[-few:]
+        trial, middle = self._run_alone(whole, rows), torch.tensor([n // 2])
         predictable = whole.is_predictable and trial.signature == whole.signature
         plan = None
         if predictable and few == TRIAL_SIZE and not self._always:
             plan = self._try(batch, trial)
         if plan is None or plan.silent or not plan.is_general:
             plan = self._try(batch, whole)
+        for part, at in ((trial, rows), (self._run_alone(whole, middle), middle)):
+            check_alone(part.output, whole.output[at.to(whole.output.device)], whole.recorder.eps)
         if n > 1 and whole.is_predictable and plan.is_general:
             self._plans[whole.signature] = plan
         return plan
 
-    def _alone(self, whole: ForwardPass, rows: Tensor) -> ForwardPass:
-        """Run some observations without the rest of their batch; they must not notice."""
+    def _run_alone(self, whole: ForwardPass, rows: Tensor) -> ForwardPass:
+        """Run some observations without the rest of their batch."""
         at = rows.to(whole.output.device)
         try:
-            alone = self._run(tree_map(lambda leaf: leaf[at], whole.inputs))
+            return self._run(tree_map(lambda leaf: leaf[at], whole.inputs))
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(
-                f"the model runs on a batch of {len(whole)} observations, but not on "
-                f"{len(rows)} of them, {NO_SCORES} ({error})"
+                f"the model runs on a batch of {len(whole)} observations but not on {len(rows)} "
+                f"of them, {NO_SCORES} ({error})"
             ) from error
-        check_alone(alone.output, whole.output[at], whole.recorder.eps)
-        return alone
 
     def _try(self, batch: Batch, trial: ForwardPass) -> Plan:
         """Let every parameter whose rules fail go by vmap, and check that too."""
@@ -167,20 +166,33 @@ class Planner:
         numbers = range(len(trial.uses))
         plain = trial.pull(numbers, check.direction)
         weighted = trial.pull(numbers, check.weighted)
-        axes = [
-            check.placement(use.input, plain[i], weighted[i], trial.graph.eps(use.edge.node))
-            if i in plain
-            else BatchAxis()
-            for i, use in enumerate(trial.uses)
-        ]
+        axes, too_small = self._placements(trial, check, plain, weighted)
         plan = self._choose(trial, axes, plain)
-        plan.silent.extend(self._silent(trial, plan, check, plain))
-        scores = self._follow(plan, batch, trial)
-        found = scores.by_rule(check.direction)
+        found = self._follow(plan, batch, trial).by_rule(check.direction)
         failed = [n for n in self.parameters if not check.passes_rule(n, found.get(n))]
+        plan.silent.extend(too_small | self._silent(trial, plan, check, plain))
         self.by_vmap.update(failed)
         self._check_vmap(self._follow(plan, batch, trial), check)
         return plan
+
+    @staticmethod
+    def _placements(
+        trial: ForwardPass,
+        check: GradientCheck,
+        plain: dict[int, Tensor],
+        weighted: dict[int, Tensor],
+    ) -> tuple[list[Placement | None], set[int]]:
+        """Find where the observations lie in each use, and the uses that are too small to tell."""
+        largest = max(map(norm, plain.values()), default=0.0)
+        axes: list[Placement | None] = [BatchAxis()] * len(trial.uses)
+        too_small = set()
+        for i, g in plain.items():
+            use = trial.uses[i]
+            axes[i] = check.placement(use.input, g, weighted[i], trial.graph.eps(use.edge.node))
+            if axes[i] is None and norm(g) <= check.negligible(g, largest):
+                axes[i] = check.any_axis(use.input, g)
+                too_small.add(i)
+        return axes, too_small
 
     def _silent(
         self, trial: ForwardPass, plan: Plan, check: GradientCheck, plain: dict[int, Tensor]

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ewc_lib import Fisher, Gaussian, fisher_information
-from ewc_lib.score import record
+from ewc_lib.score import graph
 
 HALF = (torch.bfloat16, torch.float16)
 STRUCTURES = ("diagonal", "block", "module", "dense", "kronecker", "kronecker-reduce")
@@ -159,7 +159,7 @@ class Rounding(TorchDispatchMode):
 
 @pytest.mark.parametrize("make", [linear, convolution])
 def test_products_that_are_rounded_to_tf32_keep_their_rules(make, monkeypatch):
-    monkeypatch.setattr(record, "_may_be_tf32", lambda tensor: tensor.dtype == torch.float32)
+    monkeypatch.setattr(graph, "_may_be_tf32", lambda result: result.dtype == torch.float32)
     model, x, y = seeded(make, 256)
     expected = fisher_information(model, (x, y), kind="empirical")
     with Rounding():

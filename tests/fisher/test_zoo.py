@@ -131,7 +131,9 @@ def test_batches_may_differ_in_length_and_so_in_what_is_computed(kind):
     assert found.paths["body.idle"] == "unused"
 
 
-@pytest.mark.parametrize("pack", [list, tuple, lambda rows: {"scores": rows[0]}])
+@pytest.mark.parametrize(
+    "pack", [list, lambda rows: ("scores", *rows), lambda rows: {"scores": rows[0]}]
+)
 def test_outputs_of_another_form_are_refused(pack):
     model = Functional(lambda p, x: pack([x @ p.w]), w=(4, 3))
     data = torch.randn(N, 4), torch.zeros(N, dtype=torch.long)
