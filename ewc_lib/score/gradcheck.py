@@ -136,7 +136,7 @@ class GradientCheck:
         # Terms may cancel, as in the bias of the keys of attention: then both are but rounding.
         size = max(norm(found), norm(expected))
         terms = norm(self._total(weighted.absolute(), expected))
-        if size <= 32 * _unit(expected, eps) * terms:
+        if size <= _noise(_unit(expected, eps)) * terms:
             return True
         if size <= self.negligible(expected, self._largest):
             self.unsettled.add(name)
@@ -144,8 +144,7 @@ class GradientCheck:
 
     def negligible(self, like: Tensor, largest: float) -> float:
         """Return the size of what may be rounding of gradients of the largest size."""
-        unit = _unit(like, self.graph.eps())
-        return min(100 * unit, math.sqrt(unit) / 10) * largest
+        return _noise(_unit(like, self.graph.eps())) * largest
 
     @cached_property
     def _largest(self) -> float:
@@ -223,6 +222,11 @@ def _agree(a: Tensor, b: Tensor, eps: float, noise: float = 0.0) -> bool:
 
 def _tolerance(values: Tensor, eps: float) -> float:
     return math.sqrt(_unit(values, eps))
+
+
+def _noise(unit: float) -> float:
+    """Rounding errors that may be left where large terms cancel, relative to their size."""
+    return min(32 * unit, math.sqrt(unit) / 2)
 
 
 def _unit(values: Tensor, eps: float) -> float:
