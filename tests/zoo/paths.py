@@ -1,0 +1,62 @@
+"""The slowest path that parameters may take, and which entries are not precise."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+SINGLE_PRECISION = ("llama_eager", "llama_sdpa", "vit_eager")
+"""Entries that compute a part in single precision, so that they agree up to its rounding only."""
+
+PATHS: dict[str, dict[str, str]] = {
+    "linear_of_one_observation_each": {"*": "generic"},
+    "addmm_with_factors": {"*": "generic"},
+    "matmul_of_heads": {"*": "generic"},
+    "einsum_of_three": {"*": "generic"},
+    "embedding_by_index": {"*": "generic"},
+    "embedding_bag_max": {"*": "generic"},
+    "embedding_bag_with_weights": {"*": "generic"},
+    "embedding_bag_with_offsets": {"*": "generic"},
+    "sum_in_place": {"*.w": "generic"},
+    "sum_with_a_factor": {"*": "generic"},
+    "bilinear": {"*": "generic"},
+    "mask_token": {"*": "generic"},
+    "module_called_on_parts_of_the_batch": {"*": "generic"},
+    "branches": {"*.idle": "unused", "*.long": "unused"},
+    "lstm": {"*": "loop"},
+    "lstm_with_positions_first": {"*": "loop"},
+    "lstm_in_both_directions": {"*": "loop"},
+    "gru": {"*": "loop"},
+    "gru_with_positions_first": {"*": "loop"},
+    "gru_of_two_layers": {"*": "loop"},
+    "rnn": {"*": "loop"},
+    "rnn_with_positions_first": {"*": "loop"},
+    "recurrent_cells": {"*": "loop"},
+    "experts_by_index": {"*.experts.*": "loop"},
+    "experts_in_one_product": {"*.w": "generic"},
+    "traced": {"*": "generic"},
+    "scripted": {"*": "generic"},
+    "custom_function": {"*.hidden": "generic"},
+}
+"""The slowest path that parameters may take where it is not by a rule, by patterns of names."""
+
+FASTEST_FIRST = ("rule", "generic", "loop")
+
+
+def slower_than_expected(name: str, paths: dict[str, str]) -> dict[str, str]:
+    """Return the parameters of an entry that took a slower path than they should."""
+    expected = dict.fromkeys(paths, "rule")
+    for pattern, path in PATHS.get(name, {}).items():
+        matching = [parameter for parameter in paths if fnmatchcase(parameter, pattern)]
+        assert matching, f"{name} has no parameter like {pattern}"
+        expected |= dict.fromkeys(matching, path)
+    return {
+        parameter: path
+        for parameter, path in paths.items()
+        if path != expected[parameter] and not _faster(path, expected[parameter])
+    }
+
+
+def _faster(path: str, other: str) -> bool:
+    if "unused" in (path, other):
+        return False
+    return FASTEST_FIRST.index(path) < FASTEST_FIRST.index(other)

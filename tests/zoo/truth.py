@@ -1,0 +1,119 @@
+"""The slow answer, one observation at a time by plain autograd, and what is compared with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ewc_lib import Fisher, fisher_information
+from ewc_lib.likelihood.outputs import output_distribution
+from tests.scenarios import N, Scenario, slow_path_allowed
+
+
+class Truth(NamedTuple):
+    """Per observation: Jacobians of the output, its Fisher information, its score."""
+
+    jacobian: Tensor
+    information: Tensor
+    score: Tensor
+    shapes: dict[str, torch.Size]
+
+    def dense(self, kind: str) -> Tensor:
+        """Return the whole matrix."""
+        if kind == "empirical":
+            scores = torch.einsum("no,nop->np", self.score, self.jacobian)
+            return scores.mT @ scores / len(scores)
+        left = (self.information @ self.jacobian).flatten(0, 1)
+        return self.jacobian.flatten(0, 1).mT @ left / len(self.jacobian)
+
+    def diagonal(self, kind: str) -> dict[str, Tensor]:
+        """Return the diagonal, in the shapes of the parameters."""
+        pieces = self.dense(kind).diagonal().split([s.numel() for s in self.shapes.values()])
+        return {
+            name: piece.reshape(shape)
+            for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)
+        }
+
+
+def truth(case: Scenario) -> Truth:
+    """Run one observation after the other, and differentiate one output after the other.
+
+    The log-probability's Hessian in the output is minus the Fisher information of the output
+    distribution, whatever the target, since all four have natural parameters for outputs.
+    """
+    model, mode = case.model, case.model.training
+    distribution = output_distribution(case.likelihood)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    model.eval()
+    for n in range(len(case.y)):
+        x, y = tree_map(lambda t, n=n: t[n : n + 1], (case.x, case.y))
+        output = call(model, x)
+        jacobian = torch.stack([_gradient(entry, parameters) for entry in output.reshape(-1)])
+
+        def log_prob(f: Tensor, y: Tensor = y) -> Tensor:
+            return distribution.log_prob(f, y).sum()
+
+        f = output.detach()
+        score = torch.autograd.functional.jacobian(log_prob, f).reshape(-1)
+        hessian = torch.autograd.functional.hessian(log_prob, f)
+        rows.append((jacobian, -hessian.reshape(len(score), -1), score))
+    model.train(mode)
+    stacked = (torch.stack(tensors) for tensors in zip(*rows, strict=True))
+    return Truth(*stacked, {name: p.shape for name, p in parameters.items()})
+
+
+def call(model: nn.Module, x: Any) -> Tensor:
+    """Call a model with inputs of any form, and return its output tensor."""
+    if isinstance(x, dict):
+        output = model(**x)
+    elif isinstance(x, tuple):
+        output = model(*x)
+    else:
+        output = model(x)
+    return getattr(output, "logits", output)
+
+
+def _gradient(entry: Tensor, parameters: dict[str, nn.Parameter]) -> Tensor:
+    gradients = torch.autograd.grad(
+        entry, list(parameters.values()), retain_graph=True, allow_unused=True
+    )
+    return torch.cat(
+        [
+            torch.zeros_like(p).reshape(-1) if g is None else g.to_dense().reshape(-1)
+            for p, g in zip(parameters.values(), gradients, strict=True)
+        ]
+    )
+
+
+def cut(case: Scenario, *sizes: int) -> Iterator[tuple[Any, Tensor]]:
+    """Cut data of any form into batches of the given sizes, the last of which is repeated."""
+    start = number = 0
+    while start < len(case.y):
+        part = slice(start, start + sizes[min(number, len(sizes) - 1)])
+        yield tree_map(lambda t, part=part: t[part], (case.x, case.y))
+        start, number = part.stop, number + 1
+
+
+def measure(case: Scenario, *sizes: int, **options: Any) -> Fisher:
+    """Run the engine on a model, by default in batches that hold all data of an entry."""
+    with slow_path_allowed():
+        return fisher_information(case.model, cut(case, *sizes or (N,)), case.likelihood, **options)
+
+
+def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Return the worst relative error of any parameter.
+
+    It is relative to the largest entry of the same parameter, so that a mistake about one with
+    little information shows, unless it has next to none.
+    """
+    assert list(found) == list(expected)
+    largest = max(float(values.max()) for values in expected.values())
+    return max(
+        float((found[name] - values).abs().max() / (values.max() + 1e-9 * largest))
+        for name, values in expected.items()
+    )
