@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -497,7 +498,7 @@ def trace_of(model: nn.Module) -> dict[str, Any]:
     modules = dict(model.named_modules())
     return {
         "modes": {name: module.training for name, module in modules.items()},
-        "attributes": {name: sorted(vars(module)) for name, module in modules.items()},
+        "attributes": {name: _held(vars(module)) for name, module in modules.items()},
         "hooks": {
             (name, key): list(value)
             for name, module in modules.items()
@@ -506,7 +507,10 @@ def trace_of(model: nn.Module) -> dict[str, Any]:
         },
         "tensors": {
             name: (id(t), t.requires_grad, t.is_leaf, t.detach().clone())
-            for name, t in [*model.named_parameters(), *model.named_buffers()]
+            for name, t in [
+                *model.named_parameters(remove_duplicate=False),
+                *model.named_buffers(remove_duplicate=False),
+            ]
         },
         "tensor_hooks": {name: p._backward_hooks for name, p in model.named_parameters()},
         "gradients": {
@@ -516,6 +520,40 @@ def trace_of(model: nn.Module) -> dict[str, Any]:
         "random": (torch.get_rng_state(), random.getstate(), np.random.get_state()),
         "switches": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
     }
+
+
+class Same:
+    """Equal to the very same object only, or to a number or text of the same value."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Same):
+            return False
+        plain = isinstance(self.value, int | float | str) and type(self.value) is type(other.value)
+        return self.value is other.value or (plain and self.value == other.value)
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __repr__(self) -> str:
+        return f"Same({self.value!r})"
+
+
+def _held(value: Any, inside: tuple[Any, ...] = ()) -> Any:
+    """Return what something is and, of a container or a tensor, what it holds."""
+    if type(value) in (Tensor, nn.Parameter):
+        return Same(value), value.detach().clone()
+    if any(value is container for container in inside):
+        return Same(value)
+    if isinstance(value, dict):
+        return Same(value), {key: _held(v, (*inside, value)) for key, v in value.items()}
+    if isinstance(value, list | tuple | deque):
+        return Same(value), [_held(v, (*inside, value)) for v in value]
+    if isinstance(value, set):
+        return Same(value), set(value)
+    return Same(value)
 
 
 def same(a: Any, b: Any) -> bool:

@@ -11,14 +11,16 @@ from pkgutil import iter_modules
 
 from tests.zoo.attention import Attend
 from tests.zoo.experts import Experts
-from tests.zoo.paths import PATHS, SINGLE_PRECISION, slower_than_expected
-from tests.zoo.registry import ZOO, Functional, read, stir
+from tests.zoo.paths import COMPLEX, PATHS, SINGLE_PRECISION, slower_than_expected
+from tests.zoo.registry import REFUSED, ZOO, Functional, read, stir
 from tests.zoo.running import Saving
 from tests.zoo.sharing import Branches, Tied
 from tests.zoo.truth import Truth, call, cut, error, measure, truth
 
 __all__ = [
+    "COMPLEX",
     "PATHS",
+    "REFUSED",
     "SINGLE_PRECISION",
     "ZOO",
     "Attend",

@@ -7,6 +7,9 @@ from fnmatch import fnmatchcase
 SINGLE_PRECISION = ("llama_eager", "llama_sdpa", "vit_eager")
 """Entries that compute a part in single precision, so that they agree up to its rounding only."""
 
+COMPLEX: tuple[str, ...] = ()
+"""Entries with complex parameters, whose information is a mean of absolute squares."""
+
 PATHS: dict[str, dict[str, str]] = {
     "linear_of_one_observation_each": {"*": "generic"},
     "addmm_with_factors": {"*": "generic"},
@@ -37,7 +40,10 @@ PATHS: dict[str, dict[str, str]] = {
     "scripted": {"*": "generic"},
     "custom_function": {"*.hidden": "generic"},
 }
-"""The slowest path that parameters may take where it is not by a rule, by patterns of names."""
+"""The slowest path that parameters may take where it is not by a rule.
+
+Entries and parameters are given by patterns of their names.
+"""
 
 FASTEST_FIRST = ("rule", "generic", "loop")
 
@@ -45,7 +51,8 @@ FASTEST_FIRST = ("rule", "generic", "loop")
 def slower_than_expected(name: str, paths: dict[str, str]) -> dict[str, str]:
     """Return the parameters of an entry that took a slower path than they should."""
     expected = dict.fromkeys(paths, "rule")
-    for pattern, path in PATHS.get(name, {}).items():
+    entries = [slowest for entry, slowest in PATHS.items() if fnmatchcase(name, entry)]
+    for pattern, path in (pair for slowest in entries for pair in slowest.items()):
         matching = [parameter for parameter in paths if fnmatchcase(parameter, pattern)]
         assert matching, f"{name} has no parameter like {pattern}"
         expected |= dict.fromkeys(matching, path)

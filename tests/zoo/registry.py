@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.scenarios import CLASSES, N, Scenario
 from tests.zoo.truth import call
@@ -19,17 +20,34 @@ WORDS = 5
 ZOO: dict[str, Callable[[], Scenario]] = {}
 
 
+class Refusal(NamedTuple):
+    """A model without scores, what the error says, and batches that show it."""
+
+    make: Callable[[], Scenario]
+    message: str
+    sizes: tuple[int, ...]
+
+
+REFUSED: dict[str, Refusal] = {}
+
+
 def animal(name: str, make: Callable[[], Scenario]) -> None:
     """Register an entry; it is the same every time, and the global random state is kept."""
     assert name not in ZOO, f"two entries are called {name}"
+    ZOO[name] = partial(_seeded, make)
 
-    def seeded() -> Scenario:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model, x, likelihood, y = make()
-            return Scenario(model.double(), tree_map(_double, x), likelihood, _double(y))
 
-    ZOO[name] = seeded
+def refused(name: str, message: str, make: Callable[[], Scenario], *sizes: int) -> None:
+    """Register a model that has to be refused, by default in one batch of all observations."""
+    assert name not in REFUSED, f"two entries are called {name}"
+    REFUSED[name] = Refusal(partial(_seeded, make), message, sizes)
+
+
+def _seeded(make: Callable[[], Scenario]) -> Scenario:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x, likelihood, y = make()
+        return Scenario(model.double(), tree_map(_double, x), likelihood, _double(y))
 
 
 def _double(value: Tensor) -> Tensor:
@@ -45,7 +63,8 @@ class Reader(nn.Module):
     def __init__(self, body: nn.Module, x: Any) -> None:
         super().__init__()
         self.body = body
-        width = call(body.eval(), x).flatten(1).shape[1]
+        self.eval()
+        width = call(body, tree_map(torch.clone, x)).flatten(1).shape[1]
         self.train()
         self.register_buffer("head", 2 * torch.randn(width, CLASSES) / math.sqrt(width))
 
@@ -55,7 +74,8 @@ class Reader(nn.Module):
 
 def read(body: nn.Module, x: Any) -> Scenario:
     """Classify by what a body returns."""
-    return Scenario(Reader(body, x), x, "categorical", torch.randint(0, CLASSES, (N,)))
+    n = len(tree_leaves(x)[0])
+    return Scenario(Reader(body, x), x, "categorical", torch.randint(0, CLASSES, (n,)))
 
 
 def stir(model: nn.Module) -> nn.Module:

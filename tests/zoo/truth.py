@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from ewc_lib import Fisher, fisher_information
 from ewc_lib.likelihood.outputs import output_distribution
-from tests.scenarios import N, Scenario, slow_path_allowed
+from tests.scenarios import Scenario, slow_path_allowed
 
 
 class Truth(NamedTuple):
@@ -23,16 +23,16 @@ class Truth(NamedTuple):
     shapes: dict[str, torch.Size]
 
     def dense(self, kind: str) -> Tensor:
-        """Return the whole matrix."""
+        """Return the whole matrix; complex parameters make it Hermitian."""
         if kind == "empirical":
-            scores = torch.einsum("no,nop->np", self.score, self.jacobian)
-            return scores.mT @ scores / len(scores)
-        left = (self.information @ self.jacobian).flatten(0, 1)
-        return self.jacobian.flatten(0, 1).mT @ left / len(self.jacobian)
+            scores = torch.einsum("no,nop->np", self.score.to(self.jacobian), self.jacobian)
+            return scores.mT @ scores.conj() / len(scores)
+        left = (self.information.to(self.jacobian) @ self.jacobian).flatten(0, 1)
+        return self.jacobian.flatten(0, 1).mT @ left.conj() / len(self.jacobian)
 
     def diagonal(self, kind: str) -> dict[str, Tensor]:
-        """Return the diagonal, in the shapes of the parameters."""
-        pieces = self.dense(kind).diagonal().split([s.numel() for s in self.shapes.values()])
+        """Return the diagonal, in the shapes of the parameters, of absolute squares."""
+        pieces = self.dense(kind).diagonal().real.split([s.numel() for s in self.shapes.values()])
         return {
             name: piece.reshape(shape)
             for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)
@@ -51,7 +51,7 @@ def truth(case: Scenario) -> Truth:
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     model.eval()
     for n in range(len(case.y)):
-        x, y = tree_map(lambda t, n=n: t[n : n + 1], (case.x, case.y))
+        x, y = tree_map(lambda t, n=n: t[n : n + 1].clone(), (case.x, case.y))
         output = call(model, x)
         jacobian = torch.stack([_gradient(entry, parameters) for entry in output.reshape(-1)])
 
@@ -75,7 +75,10 @@ def call(model: nn.Module, x: Any) -> Tensor:
         output = model(*x)
     else:
         output = model(x)
-    return getattr(output, "logits", output)
+    output = getattr(output, "logits", output)
+    if isinstance(output, Mapping):
+        return output["logits"]
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _gradient(entry: Tensor, parameters: dict[str, nn.Parameter]) -> Tensor:
@@ -102,7 +105,8 @@ def cut(case: Scenario, *sizes: int) -> Iterator[tuple[Any, Tensor]]:
 def measure(case: Scenario, *sizes: int, **options: Any) -> Fisher:
     """Run the engine on a model, by default in batches that hold all data of an entry."""
     with slow_path_allowed():
-        return fisher_information(case.model, cut(case, *sizes or (N,)), case.likelihood, **options)
+        batches = cut(case, *sizes or (len(case.y),))
+        return fisher_information(case.model, batches, case.likelihood, **options)
 
 
 def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
