@@ -14,12 +14,7 @@ from torch.nn.utils import parametrizations
 
 from tests.scenarios import N, Scenario
 from tests.zoo.hugging_face import GPT2, text
-from tests.zoo.registry import (
-    animal,
-    layer,
-    read,
-    stir,
-)
+from tests.zoo.registry import animal, layer, read, stir
 
 
 def _parametrised(wrap: Callable[[nn.Module], nn.Module], width: int = 4) -> Callable[..., Any]:

@@ -8,14 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.scenarios import N, Scenario
-from tests.zoo.registry import (
-    Functional,
-    PositionsFirst,
-    animal,
-    layer,
-    read,
-    stir,
-)
+from tests.zoo.registry import Functional, PositionsFirst, animal, layer, read, stir
 
 
 class Attend(nn.Module):

@@ -9,12 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.scenarios import N
-from tests.zoo.registry import (
-    animal,
-    function,
-    layer,
-    read,
-)
+from tests.zoo.registry import animal, function, layer, read
 
 # Sums and products that broadcast
 

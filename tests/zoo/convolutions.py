@@ -8,10 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.scenarios import N
-from tests.zoo.registry import (
-    function,
-    layer,
-)
+from tests.zoo.registry import function, layer
 
 layer("conv1d", lambda: nn.Conv1d(2, 3, 2), 2, 5)
 layer("conv1d_where_all_sizes_are_equal", lambda: nn.Conv1d(N, N, 1), N, N)

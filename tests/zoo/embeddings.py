@@ -9,13 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.scenarios import N, Scenario
-from tests.zoo.registry import (
-    WORDS,
-    Functional,
-    animal,
-    on_words,
-    read,
-)
+from tests.zoo.registry import WORDS, Functional, animal, on_words, read
 
 on_words("embedding", lambda: nn.Embedding(WORDS, 3), 4)
 on_words("embedding_of_single_words", lambda: nn.Embedding(WORDS, 3))

@@ -7,11 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.scenarios import N
-from tests.zoo.registry import (
-    function,
-    layer,
-)
+from tests.scenarios import N, Scenario
+from tests.zoo.registry import animal, function, layer, read, stir
 
 
 class Experts(nn.Module):
@@ -46,3 +43,57 @@ function(
 def _expert_products(p: Any, x: Tensor) -> Tensor:
     gate = (x @ p.r).softmax(-1)
     return torch.einsum("nte,nti,eio->nto", gate, x, p.w)
+
+
+class Chosen(nn.Module):
+    """Each token goes to the best experts, of which some are not chosen by the first ones."""
+
+    def __init__(self, k: int, bias: float = 0.0, normalised: bool = True) -> None:
+        super().__init__()
+        self.router = nn.Linear(4, 4)
+        self.experts = nn.ModuleList([nn.Linear(4, 4) for _ in range(4)])
+        self.k, self.bias, self.normalised = k, bias, normalised
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        scores = (self.router(tokens) + self.bias * torch.arange(4, device=x.device)).softmax(-1)
+        gates, chosen = scores.topk(self.k)
+        if self.normalised and self.k > 1:
+            gates = gates / gates.sum(-1, keepdim=True)
+        result = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            at, rank = (chosen == number).nonzero(as_tuple=True)
+            result = result.index_add(0, at, expert(tokens[at]) * gates[at, rank].unsqueeze(1))
+        return result.unflatten(0, x.shape[:-1])
+
+
+def _chosen(*shape: int, **options: Any) -> Scenario:
+    x = torch.randn(24, *shape, 4)
+    x[:8] = x[:1]
+    return read(stir(Chosen(**options)), x)
+
+
+animal("experts_top_1", lambda: _chosen(k=1))
+animal("experts_top_2", lambda: _chosen(k=2))
+animal("experts_top_2_of_sequences", lambda: _chosen(3, k=2))
+animal("experts_top_2_without_normalisation", lambda: _chosen(3, k=2, normalised=False))
+animal("experts_of_whom_some_are_idle", lambda: _chosen(k=1, bias=-20.0))
+
+
+class Sorted(nn.Module):
+    """Tokens are sorted by expert, so that each expert gets one slice, and put back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(4, 3)
+        self.experts = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, chosen = self.router(x).softmax(-1).max(-1)
+        order = chosen.argsort(stable=True)
+        parts = x[order].split(chosen.bincount(minlength=3).tolist())
+        rows = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
+        return rows[order.argsort()] * gate.unsqueeze(1)
+
+
+animal("experts_of_sorted_tokens", lambda: read(stir(Sorted()), torch.randn(24, 4)))

@@ -11,11 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.scenarios import CLASSES, N, Scenario
-from tests.zoo.registry import (
-    WORDS,
-    animal,
-    stir,
-)
+from tests.zoo.registry import WORDS, animal, stir
 
 
 def hugging_face(

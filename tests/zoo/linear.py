@@ -9,10 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.scenarios import N
-from tests.zoo.registry import (
-    function,
-    layer,
-)
+from tests.zoo.registry import function, layer
 
 layer("linear", lambda: nn.Linear(4, 5), 4)
 layer("linear_without_bias", lambda: nn.Linear(4, 5, bias=False), 4)

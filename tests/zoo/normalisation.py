@@ -10,10 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.scenarios import N
-from tests.zoo.registry import (
-    function,
-    layer,
-)
+from tests.zoo.registry import function, layer
 
 
 def after_linear(make: Callable[[], nn.Module], inputs: int, outputs: int) -> Callable[..., Any]:

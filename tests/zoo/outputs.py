@@ -10,10 +10,7 @@ from torch import Tensor, nn
 
 from ewc_lib import Gaussian
 from tests.scenarios import N, Scenario
-from tests.zoo.registry import (
-    animal,
-    read,
-)
+from tests.zoo.registry import animal, read
 
 
 class TwoInputs(nn.Module):

@@ -39,6 +39,16 @@ PATHS: dict[str, dict[str, str]] = {
     "traced": {"*": "generic"},
     "scripted": {"*": "generic"},
     "custom_function": {"*.hidden": "generic"},
+    "two_names*": {"*": "generic"},
+    "three_names": {"*": "generic"},
+    "two_lists_of_the_same_blocks": {"*": "generic"},
+    "two_names_of_a_recurrent_layer": {"*": "loop"},
+    "prompt_tuning*": {"*": "generic"},
+    "p_tuning*": {"*": "generic"},
+    "p_tuning_by_a_recurrent_network": {"*": "loop"},
+    "rows_*": {"*": "loop"},
+    "experts_top*": {"*.experts.*": "loop"},
+    "experts_of_*": {"*.experts.*": "loop"},
 }
 """The slowest path that parameters may take where it is not by a rule.
 

@@ -8,11 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tests.scenarios import N
-from tests.zoo.registry import (
-    First,
-    PositionsFirst,
-    layer,
-)
+from tests.zoo.registry import First, PositionsFirst, layer
 
 
 def recurrent(kind: type[nn.Module], **options: Any) -> nn.Module:

@@ -7,10 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.scenarios import HiddenLinear
-from tests.zoo.registry import (
-    function,
-    layer,
-)
+from tests.zoo.registry import function, layer
 
 
 class Saving(nn.Module):

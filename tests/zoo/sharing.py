@@ -10,12 +10,7 @@ from torch import Tensor, nn
 
 from ewc_lib import Categorical
 from tests.scenarios import N, Scenario
-from tests.zoo.registry import (
-    WORDS,
-    animal,
-    function,
-    layer,
-)
+from tests.zoo.registry import WORDS, animal, function, layer
 
 
 class Tied(nn.Module):
