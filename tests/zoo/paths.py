@@ -49,6 +49,20 @@ PATHS: dict[str, dict[str, str]] = {
     "rows_*": {"*": "loop"},
     "experts_top*": {"*.experts.*": "loop"},
     "experts_of_*": {"*.experts.*": "loop"},
+    "hidden_*": {"*": "generic"},
+    "hidden_of_some_rows": {"*": "loop"},
+    "hidden_if_some*": {"*": "loop"},
+    "hidden_if_the_largest*": {"*": "loop"},
+    "hidden_if_any*": {"*": "loop"},
+    "hidden_on_another_path": {"*": "loop"},
+    "hidden_unless*": {"*": "loop"},
+    "hidden_and_seen*": {"*": "loop"},
+    "hidden_in_a_script*": {"*": "loop"},
+    "hidden_of_rare_words": {"*": "loop"},
+    "seen_in_some_batches*": {"*": "loop"},
+    "used_in_some_batches*": {"*": "loop"},
+    "reversed_gradient": {"*": "generic"},
+    "order_*": {"*": "loop"},
 }
 """The slowest path that parameters may take where it is not by a rule.
 
