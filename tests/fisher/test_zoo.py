@@ -131,6 +131,28 @@ def test_the_whole_matrix_is_that_of_one_observation_at_a_time(name, kind):
     assert relative_error(found, zoo_truth(name).dense(kind)) < tolerance(name)
 
 
+REORDERED = matching(ZOO, "order_*")
+
+
+@pytest.mark.parametrize("name", REORDERED)
+def test_all_eigenvectors_of_rows_in_another_order_make_the_whole_matrix(name):
+    found = measure(ZOO[name](), structure="lowrank", rank=1000).to_dense()
+    assert relative_error(found, zoo_truth(name).dense("exact")) < 1e-10
+
+
+@pytest.mark.parametrize("name", REORDERED)
+def test_kronecker_factors_of_rows_in_another_order_can_be_pooled(name):
+    case = ZOO[name]()
+    half = len(case.y) // 2
+    parts = [
+        Scenario(case.model, tree_map(lambda t, p=p: t[p], case.x), case.likelihood, case.y[p])
+        for p in (slice(half), slice(half, None))
+    ]
+    first, second = (measure(part, structure="kronecker") for part in parts)
+    whole = measure(case, structure="kronecker").to_dense()
+    assert relative_error(first.pool(second).to_dense(), whole) < 1e-10
+
+
 def test_expected_paths_are_those_of_entries():
     assert all(matching(ZOO, entries) for entries in PATHS)
     assert {*SINGLE_PRECISION, *COMPLEX} <= ZOO.keys()

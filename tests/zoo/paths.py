@@ -63,6 +63,9 @@ PATHS: dict[str, dict[str, str]] = {
     "used_in_some_batches*": {"*": "loop"},
     "reversed_gradient": {"*": "generic"},
     "order_*": {"*": "loop"},
+    "adapter_that*": {"*.down": "unused", "*.up": "unused"},
+    "stores_*": {"*": "generic"},
+    "edits_for_what*": {"*": "generic"},
 }
 """The slowest path that parameters may take where it is not by a rule.
 
