@@ -66,6 +66,7 @@ class Caller:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self._held = held_tensors(model)
         self.edits = True
         """Whether the model is known to edit what it is given, or nothing is known yet."""
 
@@ -80,7 +81,7 @@ class Caller:
 
     def constants(self) -> list[Tensor]:
         """Return all tensors of the model, which do not depend on the data."""
-        return [*self.model.parameters(), *self.model.buffers()]
+        return [*self.model.parameters(), *self.model.buffers(), *self._held]
 
     def state(self, inputs: Any) -> list[Any]:
         """Return what differs before and after a call that edits something."""
@@ -131,11 +132,11 @@ def _open_modules(model: nn.Module) -> list[nn.Module]:
 
 def _refill(container: Any, content: Any) -> None:
     """Give a container the very objects that it held."""
+    container.clear()
     if isinstance(container, dict | set):
-        container.clear()
         container.update(content)
     else:
-        container[:] = content
+        container.extend(content)
 
 
 @contextmanager
@@ -232,8 +233,7 @@ def _holds(container: Any, content: Any) -> bool:
 @contextmanager
 def _same_tensors(model: nn.Module) -> Iterator[None]:
     """Give buffers, and tensors that modules hold as attributes, the values back that they had."""
-    held = [b for b in model.buffers()]
-    held += [t for m in _open_modules(model) for t in vars(m).values() if _is_constant(t)]
+    held = [*model.buffers(), *held_tensors(model)]
     values = [(tensor, tensor.detach().clone(), tensor._version) for tensor in held]
     try:
         yield
@@ -244,8 +244,14 @@ def _same_tensors(model: nn.Module) -> Iterator[None]:
                     tensor.copy_(value)
 
 
-def _is_constant(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.requires_grad
+def held_tensors(model: nn.Module) -> list[Tensor]:
+    """Return the tensors that modules hold as attributes, without a gradient."""
+    found = []
+    for module in _open_modules(model):
+        places = [vars(module), *_containers(vars(module))]
+        entries = [e for p in places for e in (p.values() if isinstance(p, dict) else p)]
+        found += [e for e in entries if isinstance(e, Tensor) and not e.requires_grad]
+    return list({id(tensor): tensor for tensor in found}.values())
 
 
 def _differentiable(model: nn.Module) -> AbstractContextManager[None]:

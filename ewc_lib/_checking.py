@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -12,6 +15,28 @@ def check_finite_parameters(parameters: dict[str, Tensor]) -> None:
         # One finite sum tells that all are finite, in a third of the time.
         if not parameter.sum().isfinite() and not parameter.isfinite().all():
             raise ValueError(f"parameter {name!r} holds NaN or infinite values")
+
+
+def check_operation(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse an operation that mixes the observations of a batch."""
+    if function is F.batch_norm and _trains(*args, **kwargs):
+        raise ValueError(
+            "the model mixes observations: it normalises by the statistics of the batch in eval "
+            "mode, too, so they have no scores of their own. Use running statistics"
+        )
+
+
+def _trains(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    *others: Any,
+    **options: Any,
+) -> bool:
+    return training
 
 
 def check_modules(model: nn.Module) -> None:

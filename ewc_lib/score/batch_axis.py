@@ -72,7 +72,7 @@ class RaggedRows:
         counts = owner.bincount(minlength=self.n + 1)
         first = counts.cumsum(0) - counts
         position = torch.arange(len(owner), device=owner.device) - first[owner]
-        return order, owner, position, int(counts.max())
+        return order, owner, position, max(1, int(counts.max()))
 
 
 Placement: TypeAlias = BatchAxis | RaggedRows

@@ -129,14 +129,15 @@ class GradientCheck:
             found = self._total(weighted, expected)
         except RuntimeError:  # the tensors have other shapes than the rule expects
             return False
-        if _agree(found, expected, eps):
+        unit = _unit(expected, eps)
+        if _agree(found, expected, eps, min(4 * unit, math.sqrt(unit) / 50) * self._largest):
             return True
         if any(use.source is not gradients.parameter for use in gradients.uses):
             return False  # the signs of what was computed from the parameter are not known
         # Terms may cancel, as in the bias of the keys of attention: then both are but rounding.
         size = max(norm(found), norm(expected))
         terms = norm(self._total(weighted.absolute(), expected))
-        if size <= _noise(_unit(expected, eps)) * terms:
+        if size <= _noise(unit) * terms:
             return True
         if size <= self.negligible(expected, self._largest):
             self.unsettled.add(name)

@@ -156,8 +156,8 @@ class Planner:
             return self._run(tree_map(lambda leaf: leaf[at], whole.inputs))
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(
-                f"the model runs on a batch of {len(whole)} observations but not on {len(rows)} "
-                f"of them, {NO_SCORES} ({error})"
+                f"the model mixes observations: it runs on a batch of {len(whole)} but not on "
+                f"{len(rows)} of them, {NO_SCORES} ({error})"
             ) from error
 
     def _try(self, batch: Batch, trial: ForwardPass) -> Plan:

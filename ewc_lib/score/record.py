@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ewc_lib._checking import check_operation
 from ewc_lib.score.batch_axis import Placement
 from ewc_lib.score.graph import Graph, rounding
 from ewc_lib.score.memory import sum_dtype
@@ -120,6 +121,7 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        check_operation(func, args, kwargs)
         if code := inside(func):
             with self:
                 return code(*args, **kwargs)
