@@ -120,22 +120,24 @@ with_outliers("used_in_some_batches_without_a_rule", _as_data)
 
 
 class Small(torch.autograd.Function):
-    """A thousandth of a linear map, which no watcher of operations sees."""
+    """A linear map times a small number, which no watcher of operations sees."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, w: Tensor) -> Tensor:
-        return 1e-3 * x @ w.mT
+    def forward(x: Tensor, w: Tensor, size: float) -> Tensor:
+        return size * x @ w.mT
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*inputs[:2])
+        ctx.size = inputs[2]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         x, w = ctx.saved_tensors
-        return 1e-3 * grad_outputs[0] @ w, 1e-3 * grad_outputs[0].mT @ x
+        g = ctx.size * grad_outputs[0]
+        return g @ w, g.mT @ x, None
 
 
 class Reversed(torch.autograd.Function):
@@ -156,7 +158,9 @@ class Reversed(torch.autograd.Function):
         return -grad_outputs[0]
 
 
-with_outliers("hidden_small_use", lambda p, x: F.linear(x, p.w) + Small.apply(x, p.w), w=(4, 4))
+with_outliers(
+    "hidden_small_use", lambda p, x: F.linear(x, p.w) + Small.apply(x, p.w, 1e-3), w=(4, 4)
+)
 with_outliers(
     "reversed_gradient",
     lambda p, x: torch.tanh(F.linear(Reversed.apply(F.linear(x, p.w)), p.far)) + F.linear(x, p.w),

@@ -7,7 +7,22 @@ from fnmatch import fnmatchcase
 SINGLE_PRECISION = ("llama_eager", "llama_sdpa", "vit_eager")
 """Entries that compute a part in single precision, so that they agree up to its rounding only."""
 
-COMPLEX: tuple[str, ...] = ()
+COMPLEX = (
+    "complex_filter",
+    "complex_filter_of_channels",
+    "complex_filter_in_a_plane",
+    "complex_filter_between_real_layers",
+    "complex_linear",
+    "complex_linear_on_sequences",
+    "complex_mlp",
+    "complex_of_real_inputs",
+    "complex_scale_and_shift",
+    "complex_squared_length",
+    "complex_conjugate",
+    "complex_by_parts",
+    "complex_product_of_three",
+    "complex_table",
+)
 """Entries with complex parameters, whose information is a mean of absolute squares."""
 
 PATHS: dict[str, dict[str, str]] = {
@@ -66,6 +81,18 @@ PATHS: dict[str, dict[str, str]] = {
     "adapter_that*": {"*.down": "unused", "*.up": "unused"},
     "stores_*": {"*": "generic"},
     "edits_for_what*": {"*": "generic"},
+    "complex_*": {"*": "loop"},
+    "made_complex_*": {"*": "generic"},
+    "hidden_small*": {"*": "generic"},
+    "factor_in_*": {"*": "generic"},
+    "output_in_*": {"*low": "generic"},
+    "blank_at_first_without_a_rule": {"*": "generic"},
+    "unused_parameter": {"*idle": "unused"},
+    "unused_layer": {"*idle*": "unused"},
+    "unused_convolution": {"*idle*": "unused", "*norm*": "unused"},
+    "unused_recurrent_layer": {"*idle*": "unused"},
+    "zero_gradient_before_a_softmax": {"*.v": "generic"},
+    "zero_gradient_detached": {"*.v": "unused"},
 }
 """The slowest path that parameters may take where it is not by a rule.
 
