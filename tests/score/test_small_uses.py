@@ -13,7 +13,8 @@ def with_a_mask(dtype, size):
     """A linear map of double precision behind a mask, with an unseen use of its weight."""
 
     def body(p, x):
-        return F.linear(x, p.w) * (x > -1).to(dtype) + Small.apply(x, p.w, size)
+        h = F.linear(x, p.w) * (x > -1).to(dtype)
+        return h + Small.apply(x, p.w, size) if size else h
 
     with torch.random.fork_rng():
         torch.manual_seed(0)

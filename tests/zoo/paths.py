@@ -93,6 +93,19 @@ PATHS: dict[str, dict[str, str]] = {
     "unused_recurrent_layer": {"*idle*": "unused"},
     "zero_gradient_before_a_softmax": {"*.v": "generic"},
     "zero_gradient_detached": {"*.v": "unused"},
+    "lstm_*": {"*": "loop"},
+    "gru_*": {"*": "loop"},
+    "rnn_*": {"*": "loop"},
+    "*cell_*in_a_loop": {"*": "generic"},
+    "recurrent_unit_by_hand": {"*": "generic"},
+    "weights_mixed_*": {"*": "generic"},
+    "weights_called_in_vmap": {"*": "generic"},
+    "filters_of_each_position": {"*": "generic"},
+    "gradient_inside": {"*": "loop"},
+    "gradient_by_*": {"*": "generic"},
+    "directional_derivative_inside": {"*": "loop"},
+    "adapts_to_each_observation": {"*": "generic"},
+    "nested_tensors": {"*": "loop"},
 }
 """The slowest path that parameters may take where it is not by a rule.
 
