@@ -14,7 +14,9 @@ from tests.zoo import SINGLE_PRECISION, ZOO, error, measure, slower_than_expecte
 if not torch.cuda.is_available():
     pytest.skip("this machine has no CUDA device", allow_module_level=True)
 
-pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The PyTorch API of nested tensors", "ignore:LSTM with projections is not supported"
+)
 
 HELD = [name for name in ZOO if name.startswith(("positions_looked_up", "embedding_bag_with_off"))]
 """Entries that hold a plain tensor, which does not move with a model."""

@@ -15,7 +15,7 @@ from tests.zoo.paths import COMPLEX, PATHS, SINGLE_PRECISION, slower_than_expect
 from tests.zoo.registry import REFUSED, ZOO, Functional, read, stir
 from tests.zoo.running import Saving
 from tests.zoo.sharing import Branches, Tied
-from tests.zoo.truth import Truth, call, cut, error, measure, truth
+from tests.zoo.truth import Truth, call, cut, error, measure, set_mode, truth
 
 __all__ = [
     "COMPLEX",
@@ -34,6 +34,7 @@ __all__ = [
     "error",
     "measure",
     "read",
+    "set_mode",
     "slower_than_expected",
     "stir",
     "truth",

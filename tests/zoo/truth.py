@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ def truth(case: Scenario) -> Truth:
     distribution = output_distribution(case.likelihood)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
-    model.eval()
+    set_mode(model, False)
     for n in range(len(case.y)):
         x, y = tree_map(lambda t, n=n: t[n : n + 1].clone(), (case.x, case.y))
         output = call(model, x)
@@ -62,9 +63,15 @@ def truth(case: Scenario) -> Truth:
         score = torch.autograd.functional.jacobian(log_prob, f).reshape(-1)
         hessian = torch.autograd.functional.hessian(log_prob, f)
         rows.append((jacobian, -hessian.reshape(len(score), -1), score))
-    model.train(mode)
+    set_mode(model, mode)
     stacked = (torch.stack(tensors) for tensors in zip(*rows, strict=True))
     return Truth(*stacked, {name: p.shape for name, p in parameters.items()})
+
+
+def set_mode(model: nn.Module, training: bool) -> None:
+    """Set the mode of a model, unless it was fixed when the model was exported."""
+    with suppress(NotImplementedError):
+        model.train(training)
 
 
 def call(model: nn.Module, x: Any) -> Tensor:
