@@ -116,11 +116,15 @@ def _exchanged(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
         *((weights, key, p) for weights in lists for key, p in enumerate(weights)),
     ]
     places = [(place, key, p) for place, key, p in places if id(p) in new]
+    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     try:
+        # A module that converts itself, as by `to`, must not write into what is no parameter.
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
         for place, key, p in places:
             place[key] = new[id(p)]
         yield
     finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
         for place, key, p in places:
             place[key] = p
 

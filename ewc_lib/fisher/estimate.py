@@ -17,6 +17,7 @@ from ewc_lib.fisher.sums.kronecker import EigenKroneckerSum, KroneckerSum
 from ewc_lib.fisher.sums.rows import BlockSum, DenseSum, LowRankSum
 from ewc_lib.likelihood.outputs import OutputDistribution, output_distribution
 from ewc_lib.score.network import NetworkScores
+from ewc_lib.score.plan import Certify
 
 Structure: TypeAlias = Literal[
     "diagonal",
@@ -41,6 +42,7 @@ def fisher_information(
     params: Selection = None,
     n_samples: int | None = None,
     draws: int = 1,
+    certify: Certify = "auto",
     rank: int = 32,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
@@ -105,8 +107,13 @@ def fisher_information(
         Use exactly that many observations, then stop. By default all.
     draws
         Random columns for each observation, for ``"sketch"`` and ``"sampled"``.
-    rank
-        Eigenvectors that ``"lowrank"`` keeps at most.
+    certify
+        Which batches are compared with autograd's gradients. By default those whose plan is not
+        known to hold: the first of each form, the last, a sixteenth of the others, and all where
+        values decide which row goes where, as in masks, sorting and mixtures of experts.
+        ``"always"`` compares every batch with all of its observations, for the price of about
+        one more pass forward and backward.
+    rank that ``"lowrank"`` keeps at most.
     generator
         The source of randomness, on the model's device. By default a fresh one with seed 0, so
         that results repeat and the global random state is not used.
@@ -156,7 +163,7 @@ def fisher_information(
         raise ValueError(f"draws must be at least 1, got {draws}")
     parameters = select_parameters(model, params)
     distribution = output_distribution(likelihood)
-    network = NetworkScores(model, parameters, distribution)
+    network = NetworkScores(model, parameters, distribution, certify)
     generator = generator or torch.Generator(network.device).manual_seed(0)
 
     def accumulate(total: Sum) -> Fisher:

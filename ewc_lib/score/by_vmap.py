@@ -56,7 +56,7 @@ class VmapGradients:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "There is a performance drop")
                     return self._vectorised(names, inputs, columns)
-            except RuntimeError as error:
+            except (RuntimeError, AssertionError) as error:
                 self.by_loop = True
                 self.warn(str(error).splitlines()[0])
         self.looped |= set(names)

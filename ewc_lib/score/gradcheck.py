@@ -9,8 +9,27 @@ random output direction :math:`s_n`, compare
 
 where plain autograd gives the left side and the per-observation gradients :math:`G_n`, built
 from *unweighted* output gradients, give the right one. The two sides are polynomials in the
-random numbers. They agree only if every use was seen, every axis was guessed right and no
-observation leaks into another; otherwise they differ with probability one.
+random numbers. If every use was seen, every axis was guessed right and no observation leaks into
+another, they are the same. Otherwise they differ with probability one in exact arithmetic, as
+two products of matrices do that are compared on a random vector (Freivalds 1977).
+
+A computer rounds. So two gradients count as the same if they differ by less than
+:math:`\sqrt\varepsilon` of their length, with the machine precision :math:`\varepsilon` of the
+coarsest operation between the output and the parameter:
+
+========  ==========  =======================
+dtype     tolerance   mistakes always seen
+========  ==========  =======================
+float64   1.5e-8      1.5e-7 of the gradient
+float32   3.5e-4      0.0035
+float16   0.03        0.3
+bfloat16  0.09        0.9
+========  ==========  =======================
+
+A mistake of relative size :math:`r` changes the random sum by :math:`r` times a random number of
+order one. The tests measure what the last column says: over many inputs, each mistake of ten
+times the tolerance is seen, and none of a tenth of it. With float32, then, a use that makes up a
+ten-thousandth of a gradient can hide; in doubt, run the model in double precision.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ class Recorder(TorchFunctionMode):
     def _add_uses(self, func: Any, args: Any, kwargs: Any, output: Tensor) -> range:
         first = len(self.uses)
         for source, rule, other in match(func, args, kwargs):
-            if id(source) in self._steps and not output.is_complex():
+            if id(source) in self._steps and not (output.is_complex() or output.is_nested):
                 nothing = output.detach().new_empty(()).expand(output.shape)
                 a = nothing if other is None else other().detach()
                 edge = get_gradient_edge(output)
@@ -186,7 +186,8 @@ class Recorder(TorchFunctionMode):
         where the observations have rows of their own in its output; elsewhere the uses of its
         output count.
         """
-        return self._uses_of(self._parameters[name], axes)
+        parameter = self._parameters[name]
+        return None if parameter.is_complex() else self._uses_of(parameter, axes)
 
     def _uses_of(self, tensor: Tensor, axes: Sequence[Placement | None]) -> list[int] | None:
         found: list[int] = []

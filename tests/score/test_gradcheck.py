@@ -16,6 +16,7 @@ from ewc_lib.score.rules import Broadcast, Convolution, OuterProduct, Rows, Scal
 from tests.scenarios import (
     CLASSES,
     SCENARIOS,
+    HiddenLinear,
     N,
     Scenario,
     cut,
@@ -257,6 +258,19 @@ def test_honest_rules_pass_and_small_lies_fail_in_every_precision(dtype):
             found[name].output_gradients[0].to(found[name].uses[0].dtype)
         )
         assert failed(check, found) == {name}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_hidden_use_is_seen_from_ten_times_the_tolerance_on(dtype):
+    tolerance = torch.finfo(dtype).eps ** 0.5
+    for seed in range(20):
+        x = torch.randn(50, 4, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+        parameters, _ = network_and_output(x)
+        for share, seen in ((10 * tolerance, True), (0.1 * tolerance, False)):
+            hidden = share * HiddenLinear.apply(x, parameters["weight"])
+            output = F.linear(x, parameters["weight"], parameters["bias"]) + hidden
+            check = GradientCheck.pose(output, parameters)
+            assert failed(check, honest(check, parameters, x)) == ({"weight"} if seen else set())
 
 
 @pytest.mark.parametrize("scale", [1e-4, 100.0])

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-SINGLE_PRECISION = ("llama_eager", "llama_sdpa", "vit_eager")
+SINGLE_PRECISION = (
+    "llama_eager",
+    "llama_sdpa",
+    "vit_eager",
+    "mixtral",
+    "qwen2_moe",
+    "switch_transformer",
+)
 """Entries that compute a part in single precision, so that they agree up to its rounding only."""
 
 COMPLEX = (

@@ -49,7 +49,7 @@ class ParameterSpace:
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Precision of the sum for one parameter."""
-        return self.dtype or sum_dtype(self.parameters[name])
+        return self.dtype or sum_dtype(self.parameters[name]).to_real()
 
     def device_of(self, name: str) -> torch.device:
         """Where the sum for one parameter is."""
@@ -62,6 +62,13 @@ class ParameterSpace:
     def zeros(self, names: Iterable[str], *size: int) -> Tensor:
         """Return a sum to start with, for the given parameters."""
         names = list(names)
+        for name in names:
+            if self.parameters[name].is_complex():
+                raise ValueError(
+                    f"parameter {name!r} is complex: it has a diagonal only, the squared sizes of "
+                    "its gradients; choose structure='diagonal', or make it of real numbers by "
+                    "torch.view_as_real"
+                )
         dtype = max(map(self.dtype_of, names), key=lambda d: d.itemsize)
         if (needed := torch.Size(size).numel() * dtype.itemsize) > MAX_BYTES:
             raise ValueError(

@@ -28,7 +28,8 @@ class DiagonalSum(Sum):
     def add_by_vmap(self, parts: Iterable[tuple[slice, Vector]]) -> None:
         for _, found in parts:
             for name in found.keys() & self.sums.keys():
-                squares = found[name].to(self.space.dtype_of(name)).square().sum((0, 1))
+                sizes = found[name].abs() if found[name].is_complex() else found[name]
+                squares = sizes.to(self.space.dtype_of(name)).square().sum((0, 1))
                 self.sums[name] += squares.to(self.space.device_of(name))
 
     def add_column(self, found: dict[str, ParameterGradients], k: int, n: int) -> None:
