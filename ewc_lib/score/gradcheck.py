@@ -245,7 +245,7 @@ def _tolerance(values: Tensor, eps: float) -> float:
 
 
 def _noise(unit: float) -> float:
-    """Return the rounding errors that may be left where large terms cancel, relative to their size."""
+    """Return the rounding errors left where large terms cancel, relative to their size."""
     return min(32 * unit, math.sqrt(unit) / 2)
 
 
