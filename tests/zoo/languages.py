@@ -86,19 +86,6 @@ hugging_face(
     **EXPERTS,
 )
 hugging_face(
-    "switch_transformer",
-    "SwitchTransformersConfig",
-    "SwitchTransformersForConditionalGeneration",
-    translations,
-    change=in_double_precision,
-    num_experts=2,
-    num_sparse_encoder_layers=1,
-    num_sparse_decoder_layers=1,
-    expert_capacity=64,
-    num_decoder_layers=1,
-    **{key: value for key, value in T5.items() if key != "use_cache"},
-)
-hugging_face(
     "bloom",
     "BloomConfig",
     "BloomForCausalLM",

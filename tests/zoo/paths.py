@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-SINGLE_PRECISION = ("llama_eager", "llama_sdpa", "vit_eager")
+SINGLE_PRECISION = (
+    "llama_eager",
+    "llama_sdpa",
+    "vit_eager",
+    "mixtral",
+    "qwen2_moe",
+    "bloom",
+    "peft_fourier",
+)
 """Entries that compute a part in single precision, so that they agree up to its rounding only."""
 
 COMPLEX = (
@@ -109,14 +117,13 @@ PATHS: dict[str, dict[str, str]] = {
     "exported_without_a_rule": {"*": "generic"},
     "traced_*": {"*": "generic"},
     "scripted_*": {"*": "loop"},
-    "checkpoint_without_a_rule": {"*": "generic"},
+    "checkpoint_without_a_rule": {"*": "loop"},
     "checkpoint_in_segments": {"*.b": "unused"},
     "checkpoint_twice": {"*.b": "unused"},
     "peft_*": {"*": "generic"},
     "t5*": {"*": "generic"},
     "mixtral": {"*": "loop"},
     "qwen2_moe": {"*": "loop"},
-    "switch_transformer": {"*": "loop"},
 }
 """The slowest path that parameters may take where it is not by a rule.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -36,7 +37,6 @@ _NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "lokr": ("LoKrConfig", {"r": 2, "alpha": 4}),
     "lokr_in_two_factors": ("LoKrConfig", {"r": 1, "alpha": 4, "decompose_both": True}),
     "oft": ("OFTConfig", {"r": 0, "oft_block_size": 2}),
-    "boft": ("BOFTConfig", {"boft_block_size": 2}),
     "vera": ("VeraConfig", {"r": 2}),
     "ia3": ("IA3Config", {"feedforward_modules": ["2"]}),
     "dora": ("LoraConfig", {"r": 2, "use_dora": True}),
@@ -47,6 +47,16 @@ _NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 for _name, (_kind, _options) in _NETWORKS.items():
     animal(f"peft_{_name}", partial(on_a_network, _kind, **_options))
+
+
+def _boft() -> Scenario:
+    """Butterflies of rotations, for which peft would otherwise compile a CUDA extension."""
+    pytest.importorskip("peft")
+    with mock.patch("peft.tuners.boft.layer.get_fbd_cuda", return_value=None):
+        return on_a_network("BOFTConfig", boft_block_size=2)
+
+
+animal("peft_boft", _boft)
 animal("peft_loha_fresh", lambda: on_a_network("LoHaConfig", fresh=True, r=2))
 animal(
     "peft_lora_with_a_whole_layer",
@@ -54,7 +64,6 @@ animal(
 )
 _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ia3": ("IA3Config", {"feedforward_modules": [], "fan_in_fan_out": True}),
-    "norm_tuning": ("LNTuningConfig", {"target_modules": ["ln_1", "ln_f"]}),
     "dora": ("LoraConfig", {"r": 1, "use_dora": True, "fan_in_fan_out": True}),
     "lora_of_the_table": ("LoraConfig", {"r": 1, "target_modules": ["wte"]}),
 }

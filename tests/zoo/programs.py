@@ -96,7 +96,7 @@ for _how in ("in_segments", "twice", "without_a_rule"):
 # Hooks
 
 
-def hooked(change: Callable[[nn.Module, list[Any]], Any], *, depth: int = 0) -> Scenario:
+def hooked(change: Callable[[nn.Module, list[Any]], Any], depth: int) -> Scenario:
     """Return a network with a hook, which may note something in a list."""
     body = stir(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))).double()
     change(body[depth], [])
@@ -124,7 +124,7 @@ _HARMLESS: dict[str, Callable[[Any, list[Any]], Any]] = {
     ),
 }
 for _name, _change in _HARMLESS.items():
-    animal(f"hook_{_name}", lambda change=_change: hooked(change))
+    animal(f"hook_{_name}", lambda change=_change: hooked(change, depth=2))
 
 _CHANGING: dict[str, Callable[[Any, list[Any]], Any]] = {
     "clips": lambda m, notes: m.weight.register_hook(lambda g: g.clamp(-1e-3, 1e-3)),
@@ -137,7 +137,7 @@ for _name, _change in _CHANGING.items():
         refused(
             f"hook_that_{_name}_of_layer_{_depth}",
             r"[Hh]ook",
-            lambda change=_change, depth=_depth: hooked(change, depth=depth),
+            lambda change=_change, depth=_depth: hooked(change, depth),
         )
 
 
