@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from ewc_lib import Fisher, fisher_information
@@ -179,6 +180,40 @@ def test_what_has_no_scores_is_refused_by_name_and_left_alone(name, kind):
 )
 def test_the_slow_answer_is_that_of_the_definition(name, kind):
     assert relative_error(zoo_truth(name).dense(kind), definition(ZOO[name](), kind)) < 1e-10
+
+
+class Parts(nn.Module):
+    """A model whose complex parameters are pairs of real ones."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.parts = nn.ParameterDict(
+            {
+                name.replace(".", "_"): torch.view_as_real(p.detach()).clone()
+                for name, p in model.named_parameters()
+                if p.is_complex()
+            }
+        )
+
+    def forward(self, x):
+        together = {
+            name: torch.view_as_complex(self.parts[name.replace(".", "_")])
+            for name, p in self.model.named_parameters()
+            if p.is_complex()
+        }
+        return functional_call(self.model, together, (x,))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", COMPLEX)
+def test_the_slow_answer_for_a_complex_parameter_is_the_sum_of_its_parts(name, kind):
+    case = ZOO[name]()
+    parts = truth(case._replace(model=Parts(case.model))).diagonal(kind)
+    for key, found in zoo_truth(name).diagonal(kind).items():
+        pair = parts.get(f"parts.{key.replace('.', '_')}")
+        expected = parts[f"model.{key}"] if pair is None else pair.sum(-1)
+        assert torch.allclose(found, expected, rtol=1e-10, atol=0)
 
 
 class Summary(nn.Module):
