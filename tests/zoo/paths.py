@@ -11,6 +11,7 @@ SINGLE_PRECISION = (
     "mixtral",
     "qwen2_moe",
     "bloom",
+    "switch_transformer",
     "peft_fourier",
 )
 """Entries that compute a part in single precision, so that they agree up to its rounding only."""
@@ -124,6 +125,8 @@ PATHS: dict[str, dict[str, str]] = {
     "t5*": {"*": "generic"},
     "mixtral": {"*": "loop"},
     "qwen2_moe": {"*": "loop"},
+    "converts_*": {"*": "loop"},
+    "switch_transformer": {"*": "loop"},
 }
 """The slowest path that parameters may take where it is not by a rule.
 
