@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,7 +13,7 @@ from torch import Tensor
 from ewc_lib.score import memory
 from ewc_lib.score.batch_axis import Placement, weigh
 from ewc_lib.score.record import ParameterUse
-from ewc_lib.score.rules import Rule, add_rows
+from ewc_lib.score.rules import Products, Rule, add_rows
 
 
 def pull_back(source: Tensor, parameter: Tensor, values: Tensor) -> Tensor:
@@ -113,17 +115,20 @@ class ParameterGradients:
 
     def add_total(self, out: Tensor) -> None:
         """Add the gradients of all observations to ``out``."""
+        totals: dict[int, tuple[Tensor, Tensor]] = {}
         for use, g in zip(self.uses, self.output_gradients, strict=True):
-            if use.source is self.parameter:
-                use.rule.add_total(out, use.input, g)
-            else:
-                total = out.new_zeros(use.source.shape)
-                use.rule.add_total(total, use.input, g)
-                out += pull_back(use.source, self.parameter, total)
+            total = out
+            if use.source is not self.parameter:
+                start = use.source, out.new_zeros(use.source.shape)
+                total = totals.setdefault(id(use.source), start)[1]
+            use.rule.add_total(total, use.input, g)
+        for source, total in totals.values():
+            out += pull_back(source, self.parameter, total)
 
     def gradients(self, part: slice = slice(None)) -> Float[Tensor, "n ..."]:
         """Gradient of the parameter for each observation of a part of the batch."""
-        rows = self._rows(part)
+        found = [piece._rows() for piece in self._pieces(part)]
+        rows = torch.cat(found) if len(found) > 1 else found[0]
         return pull_back(self._source, self.parameter, rows) if self.selects_entries else rows
 
     def add_squares(self, out: Tensor) -> None:
@@ -131,13 +136,8 @@ class ParameterGradients:
         common = out
         if self.selects_entries and self._source is not self.parameter:
             common = out.new_zeros(self._source.shape)
-        if self.selects_entries and len(self.uses) == 1:
-            use = self.uses[0]
-            use.rule.add_squares(common, use.input, self.output_gradients[0])
-        else:
-            row_bytes = common.numel() * common.element_size()
-            for part in memory.pieces(self.uses[0].n, row_bytes, memory.SQUARES_BYTES):
-                add_rows(common, self._rows(part).square())
+        for piece in self._pieces():
+            piece._add_squares(common)
         if common is not out:
             out += pull_back(self._source, self.parameter, common)
 
@@ -161,13 +161,63 @@ class ParameterGradients:
     def _source(self) -> Tensor:
         return self.uses[0].source
 
-    def _rows(self, part: slice) -> Float[Tensor, "n ..."]:
+    def _rows(self) -> Float[Tensor, "n ..."]:
         """Gradients of the common tensor, or of the parameter if there is none."""
-        rows = []
+        sums: dict[int, tuple[Tensor, Tensor]] = {}
         for use, g in zip(self.uses, self.output_gradients, strict=True):
-            row = use.rule.gradients(use.input[part], g[part])
-            rows.append(row if self.selects_entries else pull_back(use.source, self.parameter, row))
-        first, *others = rows
+            rows, key = use.rule.gradients(use.input, g), id(use.source)
+            sums[key] = use.source, sums[key][1] + rows if key in sums else rows
+        if not self.selects_entries:
+            sums = {k: (t, pull_back(t, self.parameter, rows)) for k, (t, rows) in sums.items()}
+        first, *others = (rows for _, rows in sums.values())
         for other in others:
             first = first + other
         return first
+
+    def _add_squares(self, common: Tensor) -> None:
+        """Add the squared gradients of the common tensor, or of the parameter."""
+        if self.selects_entries and len(self.uses) == 1:
+            use = self.uses[0]
+            use.rule.add_squares(common, use.input, self.output_gradients[0])
+            return
+        row_bytes = common.numel() * common.element_size()
+        for part in memory.pieces(self.uses[0].n, row_bytes, memory.SQUARES_BYTES):
+            add_rows(common, self._of(part)._rows().square())
+
+    def _of(self, part: slice) -> ParameterGradients:
+        """Take a part of the batch."""
+        n = len(range(self.uses[0].n)[part])
+        if n == self.uses[0].n:
+            return self
+        uses = [replace(use, n=n, input=use.input[part]) for use in self.uses]
+        return replace(self, uses=uses, output_gradients=[g[part] for g in self.output_gradients])
+
+    def _pieces(self, part: slice = slice(None)) -> Iterator[ParameterGradients]:
+        """Cut a part of the batch so that uses can be joined in the memory there is for rows."""
+        own = self._of(part)
+        if len(self.uses) == 1:
+            yield own
+            return
+        tensors = [*own.output_gradients, *(use.input for use in own.uses)]
+        row_bytes = sum(t[0].numel() * t.element_size() for t in tensors)
+        for piece in memory.pieces(own.uses[0].n, row_bytes, memory.ROWS_BYTES):
+            yield own._of(piece)._joined()
+
+    def _joined(self) -> ParameterGradients:
+        """Join the uses of one tensor by one rule, which are the positions of a single one.
+
+        A weight of a recurrent layer is used at every position. One large product is faster than
+        many small ones, each of which has a gradient of its own for every observation.
+        """
+        groups: dict[Any, list[tuple[UseInBatch, Tensor]]] = {}
+        for use, g in zip(self.uses, self.output_gradients, strict=True):
+            groups.setdefault((id(use.source), use.rule), []).append((use, g))
+        uses, output_gradients = [], []
+        for group in groups.values():
+            first = group[0][0]
+            if len(group) > 1 and isinstance(first.rule, Products):
+                rule, a, g = first.rule.join([(use.input, g) for use, g in group])
+                group = [(replace(first, use=replace(first.use, rule=rule), input=a), g)]
+            uses += [use for use, _ in group]
+            output_gradients += [g for _, g in group]
+        return replace(self, uses=uses, output_gradients=output_gradients)

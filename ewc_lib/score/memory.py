@@ -15,7 +15,8 @@ SQUARES_BYTES = 2**22
 """Per-observation gradients are squared in pieces of this size, which stay in the cache."""
 
 ROWS_BYTES = 2**25
-"""Rows with the gradients of single observations in all parameters, written out at a time."""
+"""Rows of single observations that are written out at a time: their gradients in all parameters,
+or the positions of all uses of one."""
 
 VMAP_BYTES = 2**26
 """Gradients of all columns and observations that exist at once on the way by vmap."""

@@ -10,6 +10,7 @@ without holding all of them where that can be avoided.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -88,6 +89,21 @@ class Products(Rule):
             super().add_squares(out, a, g)
         else:
             add_squared_products(out.view(left.shape[3], -1), left[:, 0], right[:, 0])
+
+    def join(self, uses: Sequence[tuple[Tensor, Tensor]]) -> tuple[Rule, Tensor, Tensor]:
+        """Return one rule, input and gradient with the positions of several uses by this one."""
+        left, right = (
+            torch.cat(sides, 2) for sides in zip(*(self.sides(a, g) for a, g in uses), strict=True)
+        )
+        return Factors(self.shape), right, left
+
+
+@dataclass(frozen=True)
+class Factors(Products):
+    """Factors that are rows already: those of the columns are the input."""
+
+    def sides(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return g, a
 
 
 def add_squared_products(

@@ -14,7 +14,15 @@ from ewc_lib.score import memory
 from ewc_lib.score.batch_axis import BatchAxis
 from ewc_lib.score.gradients import ParameterGradients, UseInBatch, pull_back, selects_entries
 from ewc_lib.score.record import ParameterUse, pull_through
-from ewc_lib.score.rules import Broadcast, Convolution, OuterProduct, Rows, Scale
+from ewc_lib.score.rules import (
+    Broadcast,
+    Convolution,
+    Factors,
+    OuterProduct,
+    Products,
+    Rows,
+    Scale,
+)
 
 N = 5
 
@@ -273,6 +281,32 @@ def of_different_tensors():
     return function, False
 
 
+def at_every_position():
+    """As in a recurrent network, and once at several positions together."""
+    w = parameter(2, 3)
+    inputs = [normal(N, 3, seed=i) for i in range(4)] + [normal(N, 5, 3, seed=9)]
+    uses = [(w, OuterProduct(w.shape), x) for x in inputs]
+    return Function(w, lambda: [F.linear(x, w) for x in inputs], uses), True
+
+
+def at_every_position_through_a_product():
+    w = parameter(2, 3)
+    scaled = w / w.norm(dim=1, keepdim=True)
+    inputs = [normal(N, 3, seed=i) for i in range(4)]
+    uses = [(scaled, OuterProduct(scaled.shape), x) for x in inputs]
+    return Function(w, lambda: [F.linear(x, scaled) for x in inputs], uses), False
+
+
+def on_images_of_two_sizes():
+    """The kernel of two groups, once as a sum of another map too."""
+    w, x, z = parameter(4, 2, 2), normal(N, 4, 5), normal(N, 4, 3, seed=4)
+    rule = Convolution(w.shape, (1,), ((0, 0),), (1,), 2)
+    uses = [(w, rule, x), (w, rule, z), (w, Scale(w.shape), normal(N, 4, 2, 2, seed=3))]
+    outputs = [lambda: F.conv1d(x, w, groups=2), lambda: F.conv1d(z, w, groups=2)]
+    outputs.append(lambda: w * normal(N, 4, 2, 2, seed=3))
+    return Function(w, lambda: [output() for output in outputs], uses), True
+
+
 FUNCTIONS = (
     one_use,
     squares_factorise,
@@ -284,6 +318,9 @@ FUNCTIONS = (
     of_a_product,
     of_a_product_in_one_term,
     of_different_tensors,
+    at_every_position,
+    at_every_position_through_a_product,
+    on_images_of_two_sizes,
 )
 
 
@@ -319,6 +356,61 @@ def test_gradients_are_added_before_they_are_squared(case, size, monkeypatch):
     gradients, expected = case
     monkeypatch.setattr(memory, "SQUARES_BYTES", size)
     assert close(added(gradients.add_squares, expected[0]), expected.square().sum(0))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_uses_may_be_joined_for_a_few_observations_at_a_time(case, rows, monkeypatch):
+    gradients, expected = case
+    tensors = [*gradients.output_gradients, *(use.input for use in gradients.uses)]
+    one = sum(t[0].numel() * t.element_size() for t in tensors)
+    monkeypatch.setattr(memory, "ROWS_BYTES", rows * one)
+    largest, join = [0], Products.join
+
+    def watched(rule, uses):
+        joined = join(rule, uses)
+        largest.append(sum(t.numel() * t.element_size() for t in joined[1:]))
+        return joined
+
+    monkeypatch.setattr(Products, "join", watched)
+    assert close(added(gradients.add_squares, expected[0]), expected.square().sum(0))
+    assert close(gradients.gradients(), expected)
+    assert close(gradients.gradients(slice(1, 5)), expected[1:5])
+    assert max(largest) <= rows * one
+
+
+@pytest.mark.parametrize("make", [at_every_position, at_every_position_through_a_product])
+def test_uses_at_many_positions_take_one_product(make, monkeypatch):
+    function, selects_entries = make()
+    at_outputs = [normal(*out.shape) for out in function.function()]
+    products = []
+
+    def watched(rule, a, g):
+        products.append(a.shape[:3])
+        return sides(rule, a, g)
+
+    sides = Factors.sides
+    monkeypatch.setattr(Factors, "sides", watched)
+    gradients = function.gradients(at_outputs, selects_entries)
+    gradients.gradients()
+    gradients.add_squares(torch.zeros(2, 3, dtype=torch.float64))
+    positions = sum(out[0].numel() // 2 for out in at_outputs)
+    assert products == [(N, 1, positions)] * 2
+
+
+def test_what_was_computed_from_a_parameter_is_pulled_back_once(monkeypatch):
+    shapes = []
+
+    def watched(source: Tensor, parameter: Tensor, values: Tensor) -> Tensor:
+        shapes.append(values.shape)
+        return pull_back(source, parameter, values)
+
+    monkeypatch.setattr(module, "pull_back", watched)
+    function, selects_entries = at_every_position_through_a_product()
+    at_outputs = [normal(*out.shape) for out in function.function()]
+    gradients = function.gradients(at_outputs, selects_entries)
+    gradients.add_total(torch.zeros(2, 3, dtype=torch.float64))
+    gradients.add_squares(torch.zeros(2, 3, dtype=torch.float64))
+    assert shapes == [(2, 3), (N, 2, 3)]
 
 
 def test_squares_of_terms_may_be_added_over_columns_first(case):

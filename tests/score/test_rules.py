@@ -16,6 +16,7 @@ from ewc_lib.score.rules import (
     Convolution,
     Einsum,
     OuterProduct,
+    Products,
     Rows,
     Scale,
     TransposedConvolution,
@@ -72,6 +73,14 @@ def check(rule, operation, parameter, a, seed=1, other=None):
         if rule.squares_factorise(ready, g):
             of_terms = added(rule.add_total, start, ready.square(), g.square())
             assert close(of_terms, squares)
+        if isinstance(rule, Products):  # two uses of it, as one
+            joined, a_of_both, g_of_both = rule.join([(ready, g), (ready, 2 * g)])
+            assert joined.shape == rule.shape
+            assert close(joined.gradients(a_of_both, g_of_both), 3 * expected)
+            total = added(joined.add_total, start, a_of_both, g_of_both)
+            assert close(total, start + 3 * expected.sum(0))
+            squares = start + 9 * expected.square().sum(0)
+            assert close(added(joined.add_squares, start, a_of_both, g_of_both), squares)
     assert torch.equal(other, before[0])
     assert torch.equal(g, before[1])
     return rule.squares_factorise(ready, g)
