@@ -267,7 +267,6 @@ class LSTM(nn.Module):
 
 @scenario
 def lstm() -> Scenario:
-    """A model that has to be run one observation at a time."""
     return Scenario(LSTM(), torch.randn(N, 3, 2), "categorical", _labels(N))
 
 
@@ -403,6 +402,26 @@ def custom_function() -> Scenario:
     return Scenario(Hidden(), torch.randn(N, 4), "categorical", _labels(N))
 
 
+class Checked(nn.Module):
+    """A weight that is only used unseen, in a model that looks at the values of its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unseen = nn.Parameter(torch.randn(4, 4))
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.isnan().any():
+            raise ValueError("an input is missing")
+        return self.head(torch.tanh(HiddenLinear.apply(x, self.unseen)))
+
+
+@scenario
+def checked_inputs() -> Scenario:
+    """A model that has to be run one observation at a time."""
+    return Scenario(Checked(), torch.randn(N, 4), "categorical", _labels(N))
+
+
 @scenario
 def frozen_parameters() -> Scenario:
     model = _network()
@@ -440,7 +459,7 @@ def one_number_each() -> Scenario:
     return Scenario(model, torch.randn(N, 4), Gaussian(sigma=2.0), torch.randn(N))
 
 
-LOOPED = {"lstm"}
+LOOPED = {"checked_inputs"}
 """Scenarios that vmap cannot follow, where a warning is due."""
 
 

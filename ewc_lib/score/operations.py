@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ewc_lib.score.recurrent import RECURRENT
 from ewc_lib.score.rules import (
     Broadcast,
     Convolution,
@@ -42,7 +43,7 @@ def match(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Match
 def inside(function: Any) -> Callable[..., Any] | None:
     """Return a composite operation as Python code whose own operations can be watched."""
     if function is not F.multi_head_attention_forward:
-        return None
+        return RECURRENT.get(function)
     visible = {**function.__globals__, "has_torch_function": lambda tensors: False}
     code = FunctionType(function.__code__, visible, function.__name__, function.__defaults__)
     code.__kwdefaults__ = function.__kwdefaults__

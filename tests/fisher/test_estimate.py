@@ -86,7 +86,8 @@ PATHS = {
     "linear_and_einsum": {},
     "weight_norm": {},
     "custom_function": generic("unseen", "both"),
-    "lstm": {f"cell.{p}_l0": "loop" for p in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")},
+    "lstm": {},
+    "checked_inputs": {"unseen": "loop"},
 }
 
 
@@ -821,8 +822,10 @@ def test_an_instance_normalisation_is_no_batch_normalisation():
 
 
 def test_a_model_that_vmap_cannot_follow_warns_once_where_it_was_called():
-    case = SCENARIOS["lstm"]()
-    with pytest.warns(RuntimeWarning, match="vmap cannot follow LSTM.*one observation") as caught:
+    case = SCENARIOS["checked_inputs"]()
+    with pytest.warns(
+        RuntimeWarning, match="vmap cannot follow Checked.*one observation"
+    ) as caught:
         fisher_information(case.model, cut(case.x, case.y, 3))
     (warning,) = (w for w in caught if w.category is RuntimeWarning)
     assert warning.filename == __file__

@@ -165,8 +165,8 @@ def test_any_number_of_columns_is_as_right_as_one(k):
 
 
 def test_the_warning_points_at_the_line_outside_the_package():
-    case, _, _ = prepare("lstm")
-    with pytest.warns(RuntimeWarning, match="vmap cannot follow LSTM") as caught:
+    case, _, _ = prepare("checked_inputs")
+    with pytest.warns(RuntimeWarning, match="vmap cannot follow Checked") as caught:
         fisher_information(case.model, (case.x, case.y), kind="empirical")
     assert [w.filename for w in caught if w.category is RuntimeWarning] == [__file__]
 

@@ -300,6 +300,39 @@ def test_a_transposed_weight_has_the_factors_of_the_weight():
         close(found.diagonal()["body.bias"], expected.diagonal()["body.bias"])
 
 
+class ByHand(nn.Module):
+    """The network of the scenario, with a linear map for each weight of its recurrent layer."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.of_input, self.of_state = nn.Linear(2, 8).double(), nn.Linear(2, 8).double()
+        for own, kind in ((self.of_input, "ih"), (self.of_state, "hh")):
+            own.weight.data = getattr(model.cell, f"weight_{kind}_l0").data
+            own.bias.data = getattr(model.cell, f"bias_{kind}_l0").data
+        self.head = model.head
+
+    def forward(self, x):
+        output = memory = x.new_zeros(len(x), 2)
+        for at in range(x.shape[1]):
+            gates = (self.of_input(x[:, at]) + self.of_state(output)).chunk(4, 1)
+            enter, keep, leave = (gates[i].sigmoid() for i in (0, 1, 3))
+            memory = keep * memory + enter * gates[2].tanh()
+            output = leave * memory.tanh()
+        return self.head(output)
+
+
+@each_kind
+@pytest.mark.parametrize("structure", KRONECKER)
+def test_weights_of_a_recurrent_layer_are_matrices_that_are_used_at_every_position(structure, kind):
+    case = SCENARIOS["lstm"]()
+    by_hand = case._replace(model=ByHand(case.model))
+    for size in (3, N):
+        found = estimate(case, size, kind=kind, structure=structure)
+        expected = estimate(by_hand, size, kind=kind, structure=structure)
+        for block, other in zip(found.blocks, expected.blocks, strict=True):
+            close(block.to_dense(), other.to_dense())
+
+
 class Pointwise(nn.Module):
     """A linear map of every position, as a convolution of width one."""
 
@@ -425,7 +458,11 @@ LAYERS = {
     "custom_function": [],
     "frozen_parameters": [["2.weight", "2.bias"]],
     "weight_norm": [["2.weight", "2.bias"]],
-    "lstm": [["head.weight", "head.bias"]],
+    "lstm": [
+        ["cell.weight_ih_l0", "cell.bias_ih_l0"],
+        ["cell.weight_hh_l0", "cell.bias_hh_l0"],
+        ["head.weight", "head.bias"],
+    ],
 }
 
 
