@@ -43,11 +43,43 @@ def match(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Match
 def inside(function: Any) -> Callable[..., Any] | None:
     """Return a composite operation as Python code whose own operations can be watched."""
     if function is not F.multi_head_attention_forward:
-        return RECURRENT.get(function)
+        return _COMPOSITES.get(function) or RECURRENT.get(function)
     visible = {**function.__globals__, "has_torch_function": lambda tensors: False}
     code = FunctionType(function.__code__, visible, function.__name__, function.__defaults__)
     code.__kwdefaults__ = function.__kwdefaults__
     return code
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *rest: Any,
+    **options: Any,
+) -> Any:
+    """Give every observation a learned mask of its own, as a bias of positions is."""
+    if attn_mask is not None and attn_mask.requires_grad:
+        attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+    attend = torch.ops.aten.scaled_dot_product_attention
+    return attend(query, key, value, attn_mask, *rest, **options)
+
+
+def _grouped_mm(input: Tensor, mat2: Tensor, offs: Tensor | None = None, **options: Any) -> Any:
+    """Multiply the rows of one group after the other by its matrix."""
+    if offs is None or mat2.dim() < 3 or any(value is not None for value in options.values()):
+        return torch.ops.aten._grouped_mm(input, mat2, offs, **options)
+    ends = offs.tolist()
+    bounds = enumerate(zip([0, *ends], ends, strict=False))
+    groups = [input[start:end] @ mat2[number] for number, (start, end) in bounds if end > start]
+    rest = input.new_zeros(len(input) - ends[-1], mat2.shape[-1])
+    return torch.cat([*groups, rest])
+
+
+_COMPOSITES: dict[Any, Callable[..., Any]] = {
+    F.scaled_dot_product_attention: _attention,
+    getattr(torch, "_grouped_mm", None): _grouped_mm,
+}
 
 
 def _given(tensor: Tensor) -> Callable[[], Tensor]:
@@ -95,6 +127,12 @@ def _matmul(input: Tensor, other: Tensor) -> Match:
 def _bmm(input: Tensor, mat2: Tensor) -> Match:
     yield mat2, Einsum(mat2.shape, "nbij,nbik->nbjk"), _given(input)
     yield input, Einsum(input.shape, "nbjk,nbik->nbij"), _given(mat2)
+
+
+@_matches(torch.baddbmm, Tensor.baddbmm)
+def _baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor) -> Match:
+    yield from _bmm(batch1, batch2)
+    yield input, Broadcast(input.shape), None
 
 
 @_matches(torch.einsum)
@@ -213,6 +251,18 @@ def _embedding_bag(
     plain = max_norm is None and not scale_grad_by_freq and per_sample_weights is None
     if plain and offsets is None and mode in ("sum", "mean"):
         yield weight, Rows(weight.shape, _row(padding_idx, weight), mode), _given(input)
+
+
+@_matches(Tensor.__getitem__)
+def _getitem(input: Tensor, index: Any) -> Match:
+    if isinstance(index, Tensor) and index.dim() and index.dtype in (torch.long, torch.int):
+        yield input, Rows(input.shape), lambda: index % len(input)
+
+
+@_matches(torch.index_select, Tensor.index_select)
+def _index_select(input: Tensor, dim: int, index: Tensor) -> Match:
+    if dim == 0 and index.dim() == 1:
+        yield input, Rows(input.shape), _given(index)
 
 
 def _row(index: int | None, table: Tensor) -> int | None:
@@ -340,6 +390,26 @@ def _div(input: Any, other: Any) -> Match:
         shape = torch.broadcast_shapes(input.shape, other.shape)
         yield input, Scale(input.shape), lambda: (1 / other.detach()).expand(shape)
         yield other, Scale(other.shape), lambda: -(input / other.square()).detach()
+
+
+@_matches(torch.where)
+def _where(condition: Tensor, input: Any, other: Any) -> Match:
+    tensors = [t for t in (condition, input, other) if isinstance(t, Tensor)]
+    chosen = condition.expand(torch.broadcast_shapes(*(t.shape for t in tensors)))
+    if isinstance(input, Tensor):
+        yield input, Scale(input.shape), _given(chosen)
+    if isinstance(other, Tensor):
+        yield other, Scale(other.shape), lambda: ~chosen
+
+
+@_matches(Tensor.where)
+def _where_of(input: Tensor, condition: Tensor, other: Any) -> Match:
+    yield from _where(condition, input, other)
+
+
+@_matches(torch.masked_fill, Tensor.masked_fill)
+def _masked_fill(input: Tensor, mask: Tensor, value: Any) -> Match:
+    yield from _where(mask, value, input)
 
 
 @_matches(Tensor.expand, Tensor.expand_as, torch.broadcast_to)

@@ -26,7 +26,7 @@ from ewc_lib.score.graph import Graph, rounding
 from ewc_lib.score.memory import sum_dtype
 from ewc_lib.score.operations import inside, match
 from ewc_lib.score.rules import Rule
-from ewc_lib.score.values import deciding
+from ewc_lib.score.values import depend_on_values
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +127,7 @@ class Recorder(TorchFunctionMode):
                 return code(*args, **kwargs)
         output = func(*args, **kwargs)
         if not self.depends_on_values:
-            places = deciding(func, args, kwargs)
-            self.depends_on_values = not all(map(self._is_constant, places))
+            self.depends_on_values = depend_on_values(func, args, kwargs, self._is_constant)
         results = _tensors(output)
         if results:
             operands = _tensors(*args, *kwargs.values())

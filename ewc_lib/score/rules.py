@@ -286,7 +286,7 @@ class Einsum(Rule):
 
 @dataclass(frozen=True)
 class Rows(Rule):
-    """A table of which the rows ``a`` are looked up: an embedding.
+    """A table of which the rows ``a`` are looked up: an embedding, or a matrix for each row.
 
     Attributes
     ----------
@@ -301,21 +301,23 @@ class Rows(Rule):
     multiplies: ClassVar[bool] = False
 
     def gradients(self, a: Tensor, g: Tensor) -> Tensor:
-        n, (n_rows, width) = len(a), self.shape
+        n, n_rows = len(a), self.shape[0]
         index = (a.reshape(n, -1) + n_rows * self._arange(a)).reshape(-1)
-        table = g.new_zeros(n * n_rows, width).index_add_(0, index, self._of_each(a, g))
-        return table.reshape(n, n_rows, width)
+        of_each = self._of_each(a, g)
+        table = g.new_zeros(n * n_rows, *of_each.shape[1:]).index_add_(0, index, of_each)
+        return table.reshape(n, *self.shape)
 
     def add_total(self, out: Tensor, a: Tensor, g: Tensor) -> None:
-        out.index_add_(0, a.reshape(-1), self._of_each(a, g))
+        out.view(self.shape[0], -1).index_add_(0, a.reshape(-1), self._of_each(a, g))
 
     def add_squares(self, out: Tensor, a: Tensor, g: Tensor) -> None:
         """Sum only the rows that each observation used, then square them."""
-        n_rows, width = self.shape
+        n_rows = self.shape[0]
         key = (a.reshape(len(a), -1) + n_rows * self._arange(a)).reshape(-1)
         used, position = key.unique(return_inverse=True)
-        sums = g.new_zeros(len(used), width).index_add_(0, position, self._of_each(a, g))
-        out.index_add_(0, used % n_rows, sums.square_())
+        of_each = self._of_each(a, g)
+        sums = g.new_zeros(len(used), *of_each.shape[1:]).index_add_(0, position, of_each)
+        out.view(self.shape[0], -1).index_add_(0, used % n_rows, sums.square_())
 
     @staticmethod
     def _arange(a: Tensor) -> Tensor:
@@ -330,4 +332,4 @@ class Rows(Rule):
             g = g / counted.sum(-1, keepdim=True).clamp(min=1).unsqueeze(-1)
         if self.padding_idx is not None:
             g = g * (a != self.padding_idx).unsqueeze(-1)
-        return g.reshape(-1, self.shape[1])
+        return g.reshape(-1, self.shape[1:].numel())

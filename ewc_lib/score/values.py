@@ -6,7 +6,7 @@ in every batch. So may whatever a program does after it has looked at a value.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,26 +31,38 @@ _LOOKS_AT_VALUES = set(
 )
 """The values of all operands decide the result or its shape, or become known to the program."""
 
-_TAKES_PLACES = set(
+_READS_PLACES = set(_found("__getitem__ index_select gather take take_along_dim repeat_interleave"))
+_TAKES_PLACES = _READS_PLACES.union(
     _found(
-        "__getitem__ __setitem__ index_select index_put index_put_ index_copy index_copy_ "
-        "index_add index_add_ index_fill index_fill_ index_reduce index_reduce_ gather take "
-        "take_along_dim "
-        "put put_ scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ "
-        "masked_scatter masked_scatter_ repeat_interleave tensor_split _grouped_mm"
+        "__setitem__ index_put index_put_ index_copy index_copy_ index_add index_add_ index_fill "
+        "index_fill_ index_reduce index_reduce_ put put_ scatter scatter_ scatter_add "
+        "scatter_add_ scatter_reduce scatter_reduce_ masked_scatter masked_scatter_ "
+        "tensor_split _grouped_mm"
     )
 )
-"""Whole numbers and marks among the later operands are places in the first one."""
+"""Whole numbers and marks among the later operands are places in the first one.
+
+Rows of a table that is the same for all observations may be read by any of them.
+"""
 
 
-def deciding(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return the operands whose values decide which row goes where, or whether one goes at all."""
+def depend_on_values(
+    function: Any,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    is_constant: Callable[[Tensor], bool],
+) -> bool:
+    """Whether values of the data decide which row goes where, or whether one goes at all."""
     if function in _LOOKS_AT_VALUES or (function is torch.where and len(args) == 1):
-        return [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if function in _TAKES_PLACES:
-        places = tree_leaves((args[1:2] if function is Tensor.__setitem__ else args[1:], kwargs))
-        return [t for t in places if isinstance(t, Tensor) and not _is_quantity(t)]
-    return []
+        deciding = tree_leaves((args, kwargs))
+    elif function in _TAKES_PLACES:
+        if function in _READS_PLACES and is_constant(args[0]):
+            return False
+        deciding = tree_leaves((args[1:2] if function is Tensor.__setitem__ else args[1:], kwargs))
+        deciding = [t for t in deciding if isinstance(t, Tensor) and not _is_quantity(t)]
+    else:
+        return False
+    return not all(is_constant(t) for t in deciding if isinstance(t, Tensor))
 
 
 def _is_quantity(tensor: Tensor) -> bool:

@@ -56,6 +56,7 @@ ACCEPTED = {
     "method matmul": (Tensor.matmul, (X, V), {}, {V: OuterProduct}),
     "method mm": (Tensor.mm, (X, V), {}, {V: OuterProduct}),
     "operator @": (Tensor.__matmul__, (X, V), {}, {V: OuterProduct}),
+    "baddbmm": (torch.baddbmm, (CHANNELS, SEQUENCE.mT, SEQUENCE), {}, {CHANNELS: Broadcast}),
     "einsum": (torch.einsum, ("ni,oi->no", X, W), {}, {W: Einsum}),
     "einsum, parameter first": (torch.einsum, ("oi, nti -> nto", W, SEQUENCE), {}, {W: Einsum}),
     "einsum without arrow": (torch.einsum, ("bi,io", X, V), {}, {V: Einsum}),
@@ -121,6 +122,12 @@ ACCEPTED = {
         {"mode": "sum", "padding_idx": -5},
         {TABLE: Rows},
     ),
+    "getitem": (Tensor.__getitem__, (TABLE, TOKENS), {}, {TABLE: Rows}),
+    "getitem from the end": (Tensor.__getitem__, (TABLE, TOKENS - 2), {}, {TABLE: Rows}),
+    "getitem of numbers": (Tensor.__getitem__, (ROW, TOKENS), {}, {ROW: Rows}),
+    "getitem of matrices": (Tensor.__getitem__, (parameter(3, 2, 4), TOKENS), {}, [Rows]),
+    "index_select": (torch.index_select, (TABLE, 0, TOKENS[:, 1]), {}, {TABLE: Rows}),
+    "method index_select": (Tensor.index_select, (TABLE, 0, TOKENS[:, 1]), {}, {TABLE: Rows}),
     # normalisations
     "layer_norm": (F.layer_norm, (SEQUENCE, (4,), ROW, CHANNELS), {}, [Scale, Broadcast]),
     "layer_norm of planes": (
@@ -183,6 +190,12 @@ ACCEPTED = {
     "repeat by a tuple": (Tensor.repeat, (ROW, (N, 2, 1)), {}, {ROW: Broadcast}),
     "repeat of ones": (Tensor.repeat, (parameter(1, 1, 4), N, 2, 1), {}, [Broadcast]),
     "prelu": (F.prelu, (X, ROW), {}, {ROW: Scale}),
+    "where": (torch.where, (X > 0, ROW, CHANNELS), {}, {ROW: Scale, CHANNELS: Scale}),
+    "where, not": (torch.where, (X > 0, 0.0, ROW), {}, {ROW: Scale}),
+    "where of a broadcast condition": (torch.where, (X[:, :1] > 0, ROW, X), {}, {ROW: Scale}),
+    "method where": (Tensor.where, (ROW, X > 0, X), {}, {ROW: Scale}),
+    "masked_fill": (torch.masked_fill, (ROW, X > 0, 1.0), {}, {ROW: Scale}),
+    "masked_fill by a parameter": (Tensor.masked_fill, (X, X > 0, SCALAR), {}, {SCALAR: Scale}),
     "prelu of images": (torch.prelu, (IMAGES, CHANNELS), {}, {CHANNELS: Scale}),
     "prelu with one slope": (F.prelu, (IMAGES, parameter(1)), {}, [Scale]),
 }
@@ -332,6 +345,12 @@ REFUSED = {
         (TOKENS, TABLE),
         {"mode": "sum", "per_sample_weights": normal(N, 2)},
     ),
+    "baddbmm with a factor": (torch.baddbmm, (ROW, SEQUENCE.mT, SEQUENCE), {"beta": 2}),
+    "getitem of a slice": (Tensor.__getitem__, (TABLE, slice(2)), {}),
+    "getitem of one row": (Tensor.__getitem__, (TABLE, TOKENS[0, 0]), {}),
+    "getitem by a mask": (Tensor.__getitem__, (TABLE, torch.arange(5) > 2), {}),
+    "getitem along two axes": (Tensor.__getitem__, (TABLE, (TOKENS, 0)), {}),
+    "index_select of columns": (torch.index_select, (TABLE, 1, TOKENS[2]), {}),
     "batch_norm in training": (F.batch_norm, (X, None, None, ROW, CHANNELS, True), {}),
     "add with a factor": (torch.add, (X, ROW), {"alpha": 2}),
     "add of a number": (torch.add, (ROW, 1.0), {}),
@@ -410,6 +429,51 @@ def test_attention_is_looked_into(need_weights):
     assert F.multi_head_attention_forward.__globals__ is namespace
     assert vars(F) == globals_before
     assert namespace["has_torch_function"] is torch.overrides.has_torch_function
+
+
+def seen(function, *args, **kwargs):
+    """Return the names of the operations within a composite one, and its result."""
+    with Names(look_inside=True) as names:
+        output = function(*args, **kwargs)
+    return names.names, output
+
+
+def test_a_learned_mask_of_attention_is_spread_over_the_batch():
+    query, key, value = normal(N, 2, 5, 4), normal(N, 2, 3, 4, seed=1), normal(N, 2, 3, 6, seed=2)
+    for mask in (parameter(5, 3), parameter(2, 5, 1), parameter(1, 2, 5, 3)):
+        names, output = seen(F.scaled_dot_product_attention, query, key, value, mask, scale=0.3)
+        assert "expand" in names
+        expected = F.scaled_dot_product_attention(query, key, value, mask, scale=0.3)
+        assert torch.allclose(output, expected)
+    for mask in (None, normal(5, 3), torch.ones(5, 3, dtype=torch.bool)):
+        names, output = seen(F.scaled_dot_product_attention, query, key, value, mask)
+        assert "expand" not in names
+        assert torch.equal(output, F.scaled_dot_product_attention(query, key, value, mask))
+
+
+GROUPED = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
+
+
+@GROUPED
+@pytest.mark.parametrize("ends", [[2, 2, 7], [0, 4, 8], [0, 0, 0]])
+def test_groups_of_rows_are_multiplied_one_by_one(ends):
+    rows, matrices = normal(8, 16).float(), parameter(3, 16, 4).float()
+    offsets = torch.tensor(ends, dtype=torch.int32)
+    names, output = seen(F.grouped_mm, rows, matrices, offs=offsets)
+    assert names.count("matmul") == len({*ends} - {0})
+    assert output.shape == (8, 4)
+    expected = F.grouped_mm(rows, matrices, offs=offsets)
+    assert torch.allclose(output[: ends[-1]], expected[: ends[-1]], atol=1e-5)
+    assert not output[ends[-1] :].any()
+
+
+@GROUPED
+def test_other_grouped_products_are_left_alone():
+    rows, columns = normal(8, 16).float(), normal(16, 16, seed=1).float()
+    offsets = torch.tensor([4, 16], dtype=torch.int32)
+    names, output = seen(F.grouped_mm, rows, columns, offs=offsets)
+    assert "matmul" not in names
+    assert torch.allclose(output, F.grouped_mm(rows, columns, offs=offsets), atol=1e-5)
 
 
 def test_code_inside_keeps_its_defaults_and_its_name():

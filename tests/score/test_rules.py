@@ -396,3 +396,12 @@ def test_bags_of_rows(n, bags, length, width, padding_idx, mode, seed):
 def test_indices_may_have_either_width(dtype):
     a = torch.tensor([[0, 1, 1], [2, 0, 2]], dtype=dtype)
     check(Rows(torch.Size([3, 2])), F.embedding, normal(3, 2), a)
+
+
+@PROPERTY
+@given(COUNTS, st.lists(st.integers(1, 3), max_size=2), st.lists(st.integers(1, 2)), SEEDS)
+def test_rows_may_be_numbers_or_matrices(n, positions, row, seed):
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randint(0, 4, (n, *positions), generator=generator)
+    table = normal(4, *row[:3])
+    check(Rows(table.shape), lambda a, table: table[a], table, a, seed + 1)

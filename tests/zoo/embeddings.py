@@ -16,6 +16,14 @@ on_words("embedding_of_single_words", lambda: nn.Embedding(WORDS, 3))
 on_words("embedding_with_padding", lambda: nn.Embedding(WORDS, 3, padding_idx=0), N)
 on_words("embedding_with_sparse_gradients", lambda: nn.Embedding(WORDS, 3, sparse=True), 4)
 on_words("embedding_by_index", lambda: Functional(lambda p, x: p.w[x], w=(WORDS, 3)), 4)
+on_words("numbers_by_index", lambda: Functional(lambda p, x: p.w[x] * p.w, w=(WORDS,)), WORDS)
+on_words(
+    "matrices_by_index",
+    lambda: Functional(
+        lambda p, x: p.w[x.reshape(-1)].sum(-1).unflatten(0, (-1, 4)), w=(WORDS, 2, 3)
+    ),
+    4,
+)
 on_words(
     "embedding_by_one_hot",
     lambda: Functional(lambda p, x: F.one_hot(x, WORDS).to(p.w.dtype) @ p.w, w=(WORDS, 3)),
