@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch._C import _functorch
 from torch.func import vjp, vmap
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from ewc_lib._calling import Caller, forward
@@ -19,11 +21,62 @@ from ewc_lib.score import memory
 Gradients: TypeAlias = dict[str, Float[Tensor, "K n ..."]]
 
 
+class DisagreementError(RuntimeError):
+    """Observations of which the model wants to know a value that they do not share.
+
+    Parameters
+    ----------
+    groups
+        For each observation the number of its group, in which all share the value.
+    """
+
+    def __init__(self, groups: Int[Tensor, " n"]) -> None:
+        super().__init__("what is computed depends on a value that is another in each observation")
+        self.groups = groups
+
+
+class Agreement(TorchFunctionMode):
+    """Let a model know the values that are the same in all observations of a vmap."""
+
+    asking = frozenset(
+        {
+            Tensor.__bool__,
+            Tensor.__int__,
+            Tensor.__float__,
+            Tensor.__index__,
+            Tensor.item,
+            Tensor.tolist,
+            Tensor.nonzero,
+        }
+    )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in self.asking:
+            args = (self._common(args[0]), *args[1:])
+        return func(*args, **kwargs or {})
+
+    @classmethod
+    def _common(cls, tensor: Tensor) -> Tensor:
+        if not _functorch.is_functorch_wrapped_tensor(tensor):
+            return tensor
+        inner = _functorch.get_unwrapped(tensor)
+        if _functorch.is_batchedtensor(tensor):
+            rows = inner.movedim(_functorch.maybe_get_bdim(tensor), 0)
+            groups = rows.reshape(len(rows), -1).unique(dim=0, return_inverse=True)[1]
+            if groups.any():
+                raise DisagreementError(groups)
+            inner = rows[0]
+        return cls._common(inner)
+
+
 class VmapGradients:
     """Gradients of the named parameters for each observation, by :mod:`torch.func`.
 
-    Chunks of observations go through ``vmap``; a model that vmap cannot follow is run one
-    observation at a time, and one warning says so.
+    Chunks of observations go through ``vmap``, each group apart of which the model computes
+    something else; a model that vmap cannot follow is run one observation at a time, and one
+    warning says so.
 
     Parameters
     ----------
@@ -55,7 +108,7 @@ class VmapGradients:
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "There is a performance drop")
-                    return self._vectorised(names, inputs, columns)
+                    return self._in_groups(names, inputs, columns)
             except (RuntimeError, AssertionError) as error:
                 self.by_loop = True
                 self.warn(str(error).splitlines()[0])
@@ -70,6 +123,22 @@ class VmapGradients:
             RuntimeWarning,
             stacklevel=_depth(),
         )
+
+    def _in_groups(self, names: list[str], inputs: Any, columns: Tensor) -> Gradients:
+        """Take together the observations of which the model computes the same."""
+        try:
+            return self._vectorised(names, inputs, columns)
+        except DisagreementError as found:
+            count = int(found.groups.max()) + 1
+            if 2 * count > columns.shape[1]:
+                raise
+            at = [(found.groups == number).nonzero().squeeze(1) for number in range(count)]
+        parts = [
+            self._in_groups(names, tree_map(lambda leaf, i=i: leaf[i], inputs), columns[:, i])
+            for i in at
+        ]
+        order = torch.cat(at).argsort()
+        return {name: torch.cat([g[name] for g in parts], 1)[:, order] for name in names}
 
     def _vectorised(self, names: list[str], inputs: Any, columns: Tensor) -> Gradients:
         detached = {name: p.detach() for name, p in self.caller.model.named_parameters()}
@@ -87,7 +156,8 @@ class VmapGradients:
             by_column = [pullback(column[k])[0] for k in range(len(column))]
             return {name: torch.stack([g[name] for g in by_column]) for name in names}
 
-        by_observation: Gradients = vmap(pull)(inputs, columns.transpose(0, 1))
+        with Agreement():
+            by_observation: Gradients = vmap(pull)(inputs, columns.transpose(0, 1))
         return {name: g.transpose(0, 1) for name, g in by_observation.items()}
 
     def _one_by_one(self, names: list[str], inputs: Any, columns: Tensor) -> Gradients:

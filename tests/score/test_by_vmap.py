@@ -193,3 +193,63 @@ def test_a_mistake_in_the_model_is_not_hidden():
     path = VmapGradients(Caller(case.model), parameters)
     with slow_path_allowed(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         list(path.gradients(["0.bias"], case.x[:, :2], columns))
+
+
+class Deciding(nn.Module):
+    """A model that looks at values before it computes."""
+
+    def __init__(self, decide):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.decide = decide
+
+    def forward(self, x):
+        return self.second(x) if self.decide(x) else torch.tanh(self.first(x)) * x
+
+
+def deciding(decide):
+    torch.manual_seed(0)
+    model = Deciding(decide).double().eval()
+    x = torch.arange(3 * N, dtype=torch.float64).reshape(N, 3)
+    return Scenario(model, x, "categorical", torch.zeros(N, dtype=torch.long))
+
+
+DECISIONS = {
+    "the same in all": lambda x: (x >= 0).all(),
+    "of half of them": lambda x: x.mean() > 10,
+    "by a number": lambda x: int((x > 10).sum()) > 0,
+    "by an item": lambda x: (x.sum() > 30).item(),
+    "one after the other": lambda x: (x >= 0).all() and x.mean() > 4 and x.mean() > 12,
+    "by where": lambda x: len((x > 10).any(1).nonzero()),
+}
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("decide", DECISIONS.values(), ids=DECISIONS)
+def test_observations_of_which_the_same_is_computed_go_together(decide, k):
+    case = deciding(decide)
+    parameters = dict(case.model.named_parameters())
+    columns = torch.randn(k, N, 3, dtype=torch.float64)
+    expected = {n: torch.zeros(k, N, *p.shape).double() for n, p in parameters.items()}
+    for i in range(N):
+        for j in range(k):
+            output = case.model(case.x[i : i + 1])
+            used = [n for n in parameters if ("second" in n) == bool(decide(case.x[i : i + 1]))]
+            found = torch.autograd.grad(
+                output, [parameters[n] for n in used], columns[j, i : i + 1]
+            )
+            for n, g in zip(used, found, strict=True):
+                expected[n][j, i] = g
+    path = VmapGradients(Caller(case.model), parameters)
+    found, _ = gradients(path, list(parameters), case.x, columns)
+    assert path.looped == set()
+    for n in parameters:
+        assert torch.allclose(found[n], expected[n], rtol=1e-10, atol=1e-12)
+
+
+def test_where_each_observation_decides_otherwise_they_go_one_by_one():
+    case = deciding(lambda x: float(x.sum()) > 30)
+    path = VmapGradients(Caller(case.model), dict(case.model.named_parameters()))
+    with pytest.warns(RuntimeWarning, match="depends on a value that is another in each"):
+        list(path.gradients(["first.weight"], case.x, torch.ones(1, N, 3).double()))
+    assert path.looped == {"first.weight"}
