@@ -61,18 +61,19 @@ class RaggedRows:
     def split(self, tensor: Tensor, n: int) -> Shaped[Tensor, "N ..."]:
         """Cut into the rows of each observation, filled up with zeros."""
         order, owner, position, most = self._places
-        rows = tensor.new_zeros(n + 1, most, *tensor.shape[1:])
+        rows = tensor.new_zeros(n, most, *tensor.shape[1:])
         rows[owner, position] = tensor[order]
-        return rows[:n]
+        return rows
 
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Return the rows in the order of their owners, and the place of each among its own."""
+        """Return the owned rows in the order of their owners, and the place of each there."""
         owner, order = self.owner.sort(stable=True)
         counts = owner.bincount(minlength=self.n + 1)
         first = counts.cumsum(0) - counts
         position = torch.arange(len(owner), device=owner.device) - first[owner]
-        return order, owner, position, max(1, int(counts.max()))
+        owned, most = int(first[self.n]), int(counts[: self.n].max())
+        return order[:owned], owner[:owned], position[:owned], max(1, most)
 
 
 Placement: TypeAlias = BatchAxis | RaggedRows
