@@ -23,7 +23,15 @@ def pull_back(source: Tensor, parameter: Tensor, values: Tensor) -> Tensor:
     """
     if source is parameter:
         return values
-    batched = values.dim() > source.dim()
+    if values.dim() == source.dim():
+        return _pull(source, parameter, values)
+    try:
+        return _pull(source, parameter, values, batched=True)
+    except RuntimeError:  # some operation cannot go backwards for several at once
+        return torch.stack([_pull(source, parameter, value) for value in values])
+
+
+def _pull(source: Tensor, parameter: Tensor, values: Tensor, batched: bool = False) -> Tensor:
     return torch.autograd.grad(
         source, parameter, values.to(source), retain_graph=True, is_grads_batched=batched
     )[0].to(values)

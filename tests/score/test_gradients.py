@@ -124,6 +124,27 @@ def test_a_gradient_is_pulled_back_as_autograd_does_alone_and_in_a_batch(derive)
     assert close(pull_back(source, weight, values), expected)
 
 
+class Doubled(torch.autograd.Function):
+    """Its way back takes one gradient only, as that of an einsum does."""
+
+    @staticmethod
+    def forward(ctx, w):
+        return 2 * w
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.einsum("ij,->ij", g, g.new_tensor(2.0))
+
+
+def test_what_cannot_go_back_in_a_batch_goes_one_by_one():
+    w = torch.randn(2, 3, requires_grad=True)
+    values = torch.randn(4, 2, 3)
+    source = Doubled.apply(w)
+    with pytest.raises(RuntimeError, match="Batch"):
+        torch.autograd.grad(source, w, values, retain_graph=True, is_grads_batched=True)
+    assert torch.equal(pull_back(source, w, values), 2 * values)
+
+
 def test_what_is_pulled_back_keeps_the_precision_of_the_sums():
     weight = parameter(4, 3).detach().to(torch.float16).requires_grad_()
     back = pull_back(weight.T, weight, torch.ones(3, 4))
