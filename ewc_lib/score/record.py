@@ -24,7 +24,7 @@ from ewc_lib._checking import check_operation
 from ewc_lib.score.batch_axis import Placement
 from ewc_lib.score.graph import Graph, rounding
 from ewc_lib.score.memory import sum_dtype
-from ewc_lib.score.operations import inside, match
+from ewc_lib.score.operations import inside, match, values_read
 from ewc_lib.score.rules import Rule
 from ewc_lib.score.values import depend_on_values
 
@@ -125,38 +125,60 @@ class Recorder(TorchFunctionMode):
         if code := inside(func):
             with self:
                 return code(*args, **kwargs)
+        operands = _tensors(*values_read(func, args), *kwargs.values())
+        constant = all(map(self._is_constant, operands))
+        versions = {id(t): t._version for t in operands}
         output = func(*args, **kwargs)
         if not self.depends_on_values:
             self.depends_on_values = depend_on_values(func, args, kwargs, self._is_constant)
-        results = _tensors(output)
+        results = _tensors(args[0] if func is Tensor.__setitem__ else output)
+        results += _bases(results, versions)
         if results:
-            operands = _tensors(*args, *kwargs.values())
             if any(map(torch.is_floating_point, operands)):
                 self.eps = max(self.eps, *map(rounding, results))
             self.nbytes += sum(t.numel() * t.element_size() for t in results)
-            self._record(func, args, kwargs, operands, results)
+            if constant:
+                self._constants.update({id(t): (t, t._version) for t in results})
+            new = [t for t in results if versions.get(id(t)) != t._version]
+            if new or not constant:  # else `contiguous`, `to` and the like have nothing to do
+                self._record(func, args, kwargs, operands, results, new if constant else [])
         return output
 
     def _record(
-        self, func: Any, args: Any, kwargs: Any, operands: list[Tensor], results: list[Tensor]
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        operands: list[Tensor],
+        results: list[Tensor],
+        computed: list[Tensor],
     ) -> None:
-        constant = all(map(self._is_constant, operands))
-        if constant:
-            self._constants.update({id(t): (t, t._version) for t in results})
+        """Note what is done with watched tensors; ``computed`` comes from parameters alone."""
         results = [t for t in results if t.requires_grad]
-        touched = Counter(id(t) for t in operands if id(t) in self._steps)
-        if not touched or not results:
+        if not results:
             return
-        new = [t for t in results if all(t is not operand for operand in operands)]
-        if constant and not new:  # `contiguous`, `to` and the like, where nothing is to do
+        for tensor in operands:
+            self._adopt(tensor)
+        touched = Counter(id(t) for t in operands if id(t) in self._steps)
+        if not touched:
             return
         numbers = self._add_uses(func, args, kwargs, results[0])
+        computed = [t for t in computed if t.requires_grad]
         for key, count in touched.items():
             own = tuple(i for i in numbers if id(self.uses[i].source) == key)
-            step = Step(own if len(own) == count else None, new if constant else [])
-            self._steps[key].append(step)
-        if constant:
-            for tensor in new:
+            others = [t for t in computed if id(t) != key]
+            if others or not computed:  # what changes a tensor in place does not use that tensor
+                self._steps[key].append(Step(own if len(own) == count else None, others))
+        for tensor in computed:
+            self._steps.setdefault(id(tensor), [])
+
+    def _adopt(self, tensor: Tensor) -> None:
+        """Watch what was computed from parameters alone out of sight, by a custom function."""
+        if tensor.grad_fn is None or id(tensor) in self._steps or not self._is_constant(tensor):
+            return
+        for leaf in _leaves(tensor):
+            if id(leaf) in self._steps:
+                self._steps[id(leaf)].append(Step(None, [tensor]))
                 self._steps.setdefault(id(tensor), [])
 
     def _is_constant(self, tensor: Tensor) -> bool:
@@ -186,28 +208,22 @@ class Recorder(TorchFunctionMode):
         output count.
         """
         parameter = self._parameters[name]
-        return None if parameter.is_complex() else self._uses_of(parameter, axes)
-
-    def _uses_of(self, tensor: Tensor, axes: Sequence[Placement | None]) -> list[int] | None:
+        if parameter.is_complex():
+            return None
         found: list[int] = []
-        for step in self._steps[id(tensor)]:
-            uses: list[int] | None = None
-            if step.uses is not None and all(axes[i] is not None for i in step.uses):
-                uses = list(step.uses)
-            elif step.results:
-                uses = self._join(self._uses_of(result, axes) for result in step.results)
-            if uses is None:
-                return None
-            found += uses
-        return found
-
-    @staticmethod
-    def _join(parts: Iterator[list[int] | None]) -> list[int] | None:
-        found: list[int] = []
-        for part in parts:
-            if part is None:
-                return None
-            found += part
+        pending, seen = [parameter], set[int]()
+        while pending:
+            tensor = pending.pop()
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            for step in self._steps[id(tensor)]:
+                if step.uses is not None and all(axes[i] is not None for i in step.uses):
+                    found += step.uses
+                elif step.results:
+                    pending += step.results
+                else:
+                    return None
         return found
 
 
@@ -294,3 +310,22 @@ def _tensors(*values: Any) -> list[Tensor]:
         elif isinstance(value, tuple | list | dict):
             found += (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
     return found
+
+
+def _bases(results: list[Tensor], versions: dict[int, int]) -> list[Tensor]:
+    """Return the tensors of which some were views that an operation has changed in place."""
+    changed = (t for t in results if versions.get(id(t), t._version) != t._version)
+    return [t._base for t in changed if t._base is not None]
+
+
+def _leaves(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors that a result was computed from, as far as they have a gradient."""
+    pending, seen = [tensor.grad_fn], set[Any]()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            yield leaf
+        pending += (function for function, _ in node.next_functions)

@@ -42,7 +42,7 @@ _TAKES_PLACES = _READS_PLACES.union(
 )
 """Whole numbers and marks among the later operands are places in the first one.
 
-Rows of a table that is the same for all observations may be read by any of them.
+Each observation may read its rows of a table that is the same for all.
 """
 
 
@@ -56,10 +56,10 @@ def depend_on_values(
     if function in _LOOKS_AT_VALUES or (function is torch.where and len(args) == 1):
         deciding = tree_leaves((args, kwargs))
     elif function in _TAKES_PLACES:
-        if function in _READS_PLACES and is_constant(args[0]):
-            return False
         deciding = tree_leaves((args[1:2] if function is Tensor.__setitem__ else args[1:], kwargs))
         deciding = [t for t in deciding if isinstance(t, Tensor) and not _is_quantity(t)]
+        if function in _READS_PLACES and is_constant(args[0]) and all(t.dim() for t in deciding):
+            return False
     else:
         return False
     return not all(is_constant(t) for t in deciding if isinstance(t, Tensor))

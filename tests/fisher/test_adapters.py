@@ -135,3 +135,10 @@ def test_the_diagonal_is_that_of_one_observation_at_a_time(name, size):
     found = measure(make(name), size, kind="empirical")
     tolerance = 1e-3 if name in NO_DOUBLE else 1e-5 if name.startswith(SINGLE) else 1e-10
     assert error(found.diagonal(), expected(name)) < tolerance
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_computed_from_parameters_alone_needs_no_slow_path(name):
+    paths = measure(make(name), kind="empirical").paths
+    slow = {n: path for n, path in paths.items() if path not in ("rule", "unused")}
+    assert all(name == "c3a" and "c3a_kernel" in n for n in slow), slow

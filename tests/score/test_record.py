@@ -333,7 +333,75 @@ def test_entries_written_into_a_copy_are_seen():
 
     watched = Watched(forward, V=(4,), W=(2, 4))
     assert watched.seen_of_data("W") == [OuterProduct]
-    assert watched.seen_of_data("V") == []  # which the certificate finds out
+    assert watched.seen_of_data("V") == [OuterProduct]
+
+
+def _halves(W):
+    whole = torch.zeros(4, 2)
+    whole[:2] = W[:, :2]
+    view = whole[2:]
+    view.copy_(W[:, 2:])
+    return whole
+
+
+def _sums(W):
+    total = torch.eye(4)[:, :2].clone()
+    total += W.T
+    return total.mul_(2).add_(W.mT)
+
+
+def _each_other(W):
+    first, second = W.mT * 2, W.mT * 3
+    first.add_(second)
+    second.add_(first)
+    return second
+
+
+@pytest.mark.parametrize("write", [_halves, _sums, _each_other])
+def test_what_parameters_are_written_into_is_computed_from_them(write):
+    watched = Watched(lambda W: X @ write(W), W=(2, 4))
+    assert watched.seen_of_data("W") == [OuterProduct]
+    assert watched.uses[-1].source.shape == (4, 2)
+
+
+class Product(torch.autograd.Function):
+    """A product that nobody sees."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return a @ b
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        return g @ b.mT, a.mT @ g
+
+
+def test_what_a_custom_function_computes_from_parameters_alone_is_watched():
+    watched = Watched(lambda V, W: F.linear(X, Product.apply(V, W.T) * 2), V=(2, 3), W=(4, 3))
+    assert watched.seen_of_data("V") == watched.seen_of_data("W") == [OuterProduct]
+
+
+def test_what_a_custom_function_computes_from_data_is_not():
+    watched = Watched(lambda V, W: F.linear(Product.apply(X, V), W), V=(4, 3), W=(2, 3))
+    assert watched.seen_of_data("V") == []
+    assert watched.seen_of_data("W") == [OuterProduct]
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda W, x: W.mT.to(x),
+        lambda W, x: W.mT * torch.ones_like(x[:2].mT),
+        lambda W, x: W.mT + x.new_zeros(4, 2),
+        lambda W, x: W.reshape_as(x[:2].mT),
+        lambda W, x: W.unsqueeze(0)[x.long().sum() * 0].mT,
+    ],
+)
+def test_whatever_takes_only_form_or_choice_from_data_does_not_depend_on_them(derive):
+    watched = Watched(lambda W: X.double() @ derive(W, X.double()).double(), W=(2, 4))
+    assert watched.seen_of_data("W") == [OuterProduct]
 
 
 def test_new_tensors_without_data_are_constant():
