@@ -206,8 +206,8 @@ class ParameterGradients:
         if len(self.uses) == 1:
             yield own
             return
-        tensors = [*own.output_gradients, *(use.input for use in own.uses)]
-        row_bytes = sum(t[0].numel() * t.element_size() for t in tensors)
+        pairs = zip(own.uses, own.output_gradients, strict=True)
+        row_bytes = sum(_size(u, g) * g.element_size() for u, g in pairs if _is_small(u, g))
         for piece in memory.pieces(own.uses[0].n, row_bytes, memory.ROWS_BYTES):
             yield own._of(piece)._joined()
 
@@ -215,17 +215,29 @@ class ParameterGradients:
         """Join the uses of one tensor by one rule, which are the positions of a single one.
 
         A weight of a recurrent layer is used at every position. One large product is faster than
-        many small ones, each of which has a gradient of its own for every observation.
+        many small ones, each of which has a gradient of its own for every observation. Uses with
+        more rows than that are left alone: to copy them would cost more.
         """
         groups: dict[Any, list[tuple[UseInBatch, Tensor]]] = {}
         for use, g in zip(self.uses, self.output_gradients, strict=True):
-            groups.setdefault((id(use.source), use.rule), []).append((use, g))
+            key = (id(use.source), use.rule) if _is_small(use, g) else id(use)
+            groups.setdefault(key, []).append((use, g))
         uses, output_gradients = [], []
         for group in groups.values():
             first = group[0][0]
-            if len(group) > 1 and isinstance(first.rule, Products):
+            if len(group) > 1:
+                assert isinstance(first.rule, Products)
                 rule, a, g = first.rule.join([(use.input, g) for use, g in group])
                 group = [(replace(first, use=replace(first.use, rule=rule), input=a), g)]
             uses += [use for use, _ in group]
             output_gradients += [g for _, g in group]
         return replace(self, uses=uses, output_gradients=output_gradients)
+
+
+def _is_small(use: UseInBatch, g: Tensor) -> bool:
+    """Whether a product takes more memory than its factors."""
+    return isinstance(use.rule, Products) and _size(use, g) < use.rule.shape.numel()
+
+
+def _size(use: UseInBatch, g: Tensor) -> int:
+    return use.input[0].numel() + g[0].numel()

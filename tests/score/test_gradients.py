@@ -303,29 +303,29 @@ def of_different_tensors():
 
 
 def at_every_position():
-    """As in a recurrent network, and once at several positions together."""
-    w = parameter(2, 3)
-    inputs = [normal(N, 3, seed=i) for i in range(4)] + [normal(N, 5, 3, seed=9)]
+    """As in a recurrent network, and once at two positions together."""
+    w = parameter(8, 9)
+    inputs = [normal(N, 9, seed=i) for i in range(4)] + [normal(N, 2, 9, seed=9)]
     uses = [(w, OuterProduct(w.shape), x) for x in inputs]
     return Function(w, lambda: [F.linear(x, w) for x in inputs], uses), True
 
 
 def at_every_position_through_a_product():
-    w = parameter(2, 3)
+    w = parameter(8, 9)
     scaled = w / w.norm(dim=1, keepdim=True)
-    inputs = [normal(N, 3, seed=i) for i in range(4)]
+    inputs = [normal(N, 9, seed=i) for i in range(4)]
     uses = [(scaled, OuterProduct(scaled.shape), x) for x in inputs]
     return Function(w, lambda: [F.linear(x, scaled) for x in inputs], uses), False
 
 
 def on_images_of_two_sizes():
-    """The kernel of two groups, once as a sum of another map too."""
-    w, x, z = parameter(4, 2, 2), normal(N, 4, 5), normal(N, 4, 3, seed=4)
+    """The kernel of two groups, which is scaled entry by entry, too."""
+    w, factor = parameter(4, 2, 2), normal(N, 4, 2, 2, seed=3)
+    images = [normal(N, 4, width, seed=i) for i, width in enumerate((2, 2, 5))]
     rule = Convolution(w.shape, (1,), ((0, 0),), (1,), 2)
-    uses = [(w, rule, x), (w, rule, z), (w, Scale(w.shape), normal(N, 4, 2, 2, seed=3))]
-    outputs = [lambda: F.conv1d(x, w, groups=2), lambda: F.conv1d(z, w, groups=2)]
-    outputs.append(lambda: w * normal(N, 4, 2, 2, seed=3))
-    return Function(w, lambda: [output() for output in outputs], uses), True
+    uses = [*((w, rule, x) for x in images), (w, Scale(w.shape), factor)]
+    outputs = lambda: [*(F.conv1d(x, w, groups=2) for x in images), w * factor]  # noqa: E731
+    return Function(w, outputs, uses), True
 
 
 FUNCTIONS = (
@@ -413,9 +413,20 @@ def test_uses_at_many_positions_take_one_product(make, monkeypatch):
     monkeypatch.setattr(Factors, "sides", watched)
     gradients = function.gradients(at_outputs, selects_entries)
     gradients.gradients()
-    gradients.add_squares(torch.zeros(2, 3, dtype=torch.float64))
-    positions = sum(out[0].numel() // 2 for out in at_outputs)
+    gradients.add_squares(torch.zeros(8, 9, dtype=torch.float64))
+    positions = sum(out[0].numel() // 8 for out in at_outputs)
     assert products == [(N, 1, positions)] * 2
+
+
+def test_uses_at_so_many_positions_that_a_copy_would_cost_more_stay_apart(monkeypatch):
+    w = parameter(8, 9)
+    inputs = [normal(N, 9, 9, seed=i) for i in range(3)]
+    uses = [(w, OuterProduct(w.shape), x) for x in inputs]
+    function = Function(w, lambda: [F.linear(x, w) for x in inputs], uses)
+    at_outputs = [normal(*out.shape) for out in function.function()]
+    monkeypatch.delattr(Products, "join")
+    found = function.gradients(at_outputs, selects_entries=True).gradients()
+    assert close(found, function.by_observation(at_outputs))
 
 
 def test_what_was_computed_from_a_parameter_is_pulled_back_once(monkeypatch):
@@ -429,9 +440,9 @@ def test_what_was_computed_from_a_parameter_is_pulled_back_once(monkeypatch):
     function, selects_entries = at_every_position_through_a_product()
     at_outputs = [normal(*out.shape) for out in function.function()]
     gradients = function.gradients(at_outputs, selects_entries)
-    gradients.add_total(torch.zeros(2, 3, dtype=torch.float64))
-    gradients.add_squares(torch.zeros(2, 3, dtype=torch.float64))
-    assert shapes == [(2, 3), (N, 2, 3)]
+    gradients.add_total(torch.zeros(8, 9, dtype=torch.float64))
+    gradients.add_squares(torch.zeros(8, 9, dtype=torch.float64))
+    assert shapes == [(8, 9), (N, 8, 9)]
 
 
 def test_squares_of_terms_may_be_added_over_columns_first(case):
