@@ -128,7 +128,8 @@ class Planner:
         """Tell whether a plan that was kept is to be made again."""
         if self._always or batch.last or self._random.random() < SHARE:
             return True
-        found = whole.pull(plan.silent, random_direction(whole.output))
+        waiting = [i for i in plan.silent if not whole.uses[i].is_blank]
+        found = whole.pull(waiting, random_direction(whole.output))
         return not all(whole.uses[i].is_silent(g) for i, g in found.items())
 
     def _make(self, batch: Batch, whole: ForwardPass) -> Plan:
@@ -141,7 +142,8 @@ class Planner:
         plan = None
         if predictable and few == TRIAL_SIZE and not self._always:
             plan = self._try(batch, trial)
-        if plan is None or plan.silent or not plan.is_general:
+        waiting = plan is None or not all(whole.uses[i].is_blank for i in plan.silent)
+        if plan is None or waiting or not plan.is_general:
             plan = self._try(batch, whole)
         for part, at in ((trial, rows), (self._run_alone(whole, middle), middle)):
             check_alone(part.output, whole.output[at.to(whole.output.device)], whole.recorder.eps)

@@ -67,7 +67,12 @@ class ParameterUse:
 
     def is_silent(self, gradient: Tensor) -> bool:
         """Whether it adds nothing to the gradient of any observation, wherever these lie."""
-        return not gradient.any() or (self.rule.multiplies and not self.input.any())
+        return self.is_blank or not gradient.any()
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether its input is zero and with it its gradient, whatever arrives."""
+        return self.rule.multiplies and not self.input.any()
 
 
 class Step(NamedTuple):
