@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from ewc_lib._parameters import count
+from ewc_lib.errors import EmptyData
 
 BATCH_SIZE = 128
 """For data given as one tuple of tensors. The size changes the speed, never the result."""
@@ -53,7 +54,7 @@ def batches(data: Any, device: torch.device, n_samples: int | None = None) -> It
         if seen == n_samples:
             return
     if seen == 0:
-        raise ValueError("data is empty: it yielded no observation (was an iterator used up?)")
+        raise EmptyData("data is empty: it yielded no observation (was an iterator used up?)")
     if n_samples is not None and seen < n_samples:
         raise ValueError(f"n_samples={n_samples}, but data holds only {seen} observations")
 

@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ewc_lib.errors import EmptyData
+
 Params: TypeAlias = Tensor | dict[str, Tensor]
 """A vector ``[P]`` or named tensors, for example those of a network."""
 
@@ -45,7 +47,7 @@ def count(data: Data) -> int:
     Raises
     ------
     ValueError
-        If there is no observation, or if the lengths differ.
+        If the lengths differ; an :class:`~ewc_lib.errors.EmptyData` if there is no observation.
     """
     leaves = tree_leaves(data)
     if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
@@ -56,7 +58,7 @@ def count(data: Data) -> int:
     if len(set(lengths)) > 1:
         raise ValueError(f"data and targets have different lengths: {lengths}")
     if lengths[0] == 0:
-        raise ValueError("data is empty: there is no observation")
+        raise EmptyData("data is empty: there is no observation")
     return lengths[0]
 
 

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ewc_lib import _batches
 from ewc_lib._batches import batches, join
+from ewc_lib.errors import EmptyData
 from tests.scenarios import PROPERTY, cut, same
 
 CPU = torch.device("cpu")
@@ -110,7 +111,7 @@ def test_more_samples_than_there_are_is_refused():
     "data", [[], (X[:0], Y[:0]), [(X[:0], Y[:0])], DataLoader(TensorDataset(X[:0], Y[:0]))]
 )
 def test_empty_data_are_refused(data):
-    with pytest.raises(ValueError, match="data is empty"):
+    with pytest.raises(EmptyData, match="data is empty"):
         list(batches(data, CPU))
 
 

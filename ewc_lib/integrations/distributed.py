@@ -26,6 +26,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ewc_lib import fisher
 from ewc_lib._selecting import select_parameters
+from ewc_lib.errors import EmptyData
 from ewc_lib.fisher import BlockDiagonal, Diagonal, EigenKronecker, Fisher, LowRank
 from ewc_lib.likelihood.outputs import OutputDistribution
 
@@ -127,10 +128,8 @@ def fisher_information(
             options["generator"] = source.manual_seed(rank)
         try:
             return fisher.fisher_information(plain, shard, likelihood, **options)
-        except ValueError as error:
-            if str(error).startswith("data is empty"):
-                return None
-            raise
+        except EmptyData:
+            return None
 
     with _plain(model) as plain:
         F = _add_up(compute, device, group)
@@ -269,7 +268,7 @@ def _pool(forms: list[Fisher | None]) -> Fisher:
     """Return what all ranks have together, without the numbers."""
     present = [(rank, form) for rank, form in enumerate(forms) if form is not None]
     if not present:
-        raise ValueError("data is empty: no rank holds an observation")
+        raise EmptyData("data is empty: no rank holds an observation")
     (first, example), *others = present
     whole = example
     for rank, form in others:

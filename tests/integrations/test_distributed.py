@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from ewc_lib import EWC, Fisher
 from ewc_lib import fisher_information as in_one_process
+from ewc_lib.errors import EmptyData
 from ewc_lib.fisher import Diagonal
 from ewc_lib.integrations.distributed import all_reduce, fisher_information
 from tests.integrations.ranks import CASES, STRUCTURES, N, as_batches, images, part, words
@@ -146,7 +147,7 @@ class TestManyProcesses:
         assert_same(same_everywhere(ranks, "first_rank_is_empty"), expected)
 
     def test_no_observation_on_any_rank_is_an_error(self, ranks):
-        expected = "ValueError: data is empty: no rank holds an observation"
+        expected = "EmptyData: data is empty: no rank holds an observation"
         assert {results["all_ranks_are_empty"] for results in ranks} == {expected}
 
     def test_a_rank_that_fails_is_named_on_all_others(self, ranks):
@@ -273,7 +274,7 @@ class TestOneProcess:
 
     def test_empty_data_are_an_error(self):
         model, x, y = images()
-        with pytest.raises(ValueError, match=r"^data is empty: no rank"):
+        with pytest.raises(EmptyData, match=r"^data is empty: no rank"):
             fisher_information(model, (x[:0], y[:0]))
 
     def test_errors_are_those_of_one_process(self):
