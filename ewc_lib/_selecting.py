@@ -1,16 +1,20 @@
-"""Choosing parameters of a network by name."""
+"""Choosing parameters of a network: by name, or by the thing itself."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-Selection: TypeAlias = Sequence[str] | str | Callable[[str, Tensor], bool] | None
-"""Which parameters: names, glob patterns, a predicate of (name, tensor), or None for all."""
+Part: TypeAlias = str | nn.Module | Tensor
+"""One or several parameters: a name or glob pattern, a module with parameters, a parameter."""
+
+Selection: TypeAlias = Part | Iterable[Part] | Callable[[str, Tensor], bool] | None
+"""Which parameters: parts of a model, a predicate of (name, tensor), or None for all."""
 
 
 def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, nn.Parameter]:
@@ -19,29 +23,120 @@ def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, n
     Raises
     ------
     ValueError
-        If nothing is trainable or chosen, or if a name or pattern matches no trainable parameter.
+        If nothing is trainable or chosen, if a name or pattern matches no trainable parameter, if
+        a module or parameter is not of this model, or if a parameter has no shape yet.
     """
+    trainable = _trainable(model)
+    chosen = fixed(model, params)
+    if chosen is None:
+        return trainable
+    if callable(chosen):
+        names = {name for name, p in trainable.items() if chosen(name, p)}
+    else:
+        names = {name for pattern in chosen for name in _match(pattern, model, trainable)}
+    if not names:
+        raise ValueError("params chooses no parameter")
+    return {name: p for name, p in trainable.items() if name in names}
+
+
+def fixed(model: nn.Module, params: Selection) -> list[str] | Callable[[str, Tensor], bool] | None:
+    """Return a choice that can be made again and again: names instead of modules and parameters.
+
+    A generator is read once, and a parameter may be replaced by another one of its name.
+    """
+    if isinstance(params, str | nn.Module | Tensor):  # a module can be called too
+        params = [params]
+    if params is None:
+        return None
+    if isinstance(params, type) or not (callable(params) or isinstance(params, Iterable)):
+        raise _no_part(params)
+    if callable(params):
+        return params
+    return [name for part in params for name in _names(part, model)]
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {_kind_of(model)}")
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"parameter {name!r} of a lazy module has no shape yet: run the model once, "
+                "model(inputs), before"
+            )
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError(f"{type(model).__name__} has no trainable parameter")
-    if params is None:
-        return trainable
-    if callable(params):
-        chosen = {name for name, p in trainable.items() if params(name, p)}
-    else:
-        patterns = [params] if isinstance(params, str) else list(params)
-        chosen = {name for pattern in patterns for name in _match(pattern, model, trainable)}
-    if not chosen:
-        raise ValueError("params chooses no parameter")
-    return {name: p for name, p in trainable.items() if name in chosen}
+    return trainable
+
+
+def _names(part: Part, model: nn.Module) -> list[str]:
+    """Return the names of a module's trainable parameters, of one parameter, or the name itself."""
+    if isinstance(part, str):
+        return [part]
+    names = {id(p): name for name, p in model.named_parameters()}
+    if isinstance(part, nn.Module):
+        return _names_within(part, model, names)
+    if not isinstance(part, Tensor):
+        raise _no_part(part)
+    if id(part) not in names:
+        raise ValueError(_stranger(part, model))
+    return [names[id(part)]]
+
+
+def _names_within(module: nn.Module, model: nn.Module, names: dict[int, str]) -> list[str]:
+    for name, parameter in module.named_parameters():
+        if id(parameter) not in names:
+            own = type(model).__name__
+            raise ValueError(
+                f"params holds a {_kind_of(module)} that is no part of this {own}: its parameter "
+                f"{name!r} of shape {tuple(parameter.shape)} is not one of the model's"
+            )
+    found = [names[id(p)] for p in module.parameters() if p.requires_grad]
+    if not found:
+        raise ValueError(f"{_kind_of(module)} in params has no trainable parameter")
+    return found
+
+
+def _stranger(tensor: Tensor, model: nn.Module) -> str:
+    """Say what a tensor is that is no parameter of the model."""
+    for name, buffer in model.named_buffers():
+        if buffer is tensor:
+            return f"params holds the buffer {name!r}, which is not trained and has no information"
+    for name, parameter in model.named_parameters():
+        if parameter.is_set_to(tensor):
+            return f"params holds the values of {name!r}, not the parameter itself; give its name"
+    kind = "parameter" if isinstance(tensor, nn.Parameter) else "tensor"
+    return (
+        f"params holds a {kind} of shape {tuple(tensor.shape)} that is not one of this "
+        f"{type(model).__name__}"
+    )
+
+
+def _no_part(value: object) -> ValueError:
+    return ValueError(
+        "params must be names, glob patterns, modules or parameters of the model, or a predicate "
+        f"of (name, parameter); got {_kind_of(value)}"
+    )
+
+
+def _kind_of(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def _match(pattern: str, model: nn.Module, trainable: dict[str, nn.Parameter]) -> list[str]:
-    found = [name for name in trainable if name == pattern or fnmatchcase(name, pattern)]
+    if pattern in trainable:  # also if it would be a pattern
+        return [pattern]
+    # a tied parameter has several names, of which the first is its own
+    own = {id(p): name for name, p in trainable.items()}
+    every = list(model.named_parameters(remove_duplicate=False))
+    found = [own[id(p)] for name, p in every if id(p) in own and fnmatchcase(name, pattern)]
     if found:
         return found
-    if any(name == pattern for name, _ in model.named_parameters()):
+    if any(name == pattern for name, _ in every):
         raise ValueError(f"parameter {pattern!r} does not require grad")
+    if any(name == pattern for name, _ in model.named_modules()):
+        raise ValueError(f"{pattern!r} is a module; its parameters are '{pattern}.*'")
     near = difflib.get_close_matches(pattern, trainable, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else f"; the model has {', '.join(trainable)}"
     raise ValueError(f"no trainable parameter is named {pattern!r}{hint}")

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ewc_lib._parameters import Vector
-from ewc_lib._selecting import Selection, select_parameters
+from ewc_lib._selecting import Selection, fixed, select_parameters
 from ewc_lib.fisher.structures import Diagonal, Fisher, check_shapes
 from ewc_lib.fisher.structures.base import decode, encode, under
 
@@ -55,7 +55,7 @@ class QuadraticPenalty:
     def __init__(self, model: nn.Module, strength: float, *, params: Selection = None) -> None:
         self.model = model
         self.strength = strength
-        self.params = params
+        self.params = fixed(model, params)
         self._precision: Fisher | None = None
         self._anchor: Vector = {}
         self._offset = torch.zeros(())

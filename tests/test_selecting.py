@@ -1,9 +1,14 @@
 """Which parameters count."""
 
 import pytest
+import torch
 from torch import nn
 
-from ewc_lib._selecting import select_parameters
+from ewc_lib import EWC, fisher_information
+from ewc_lib._selecting import fixed, select_parameters
+from ewc_lib.fisher import MatrixFree
+from ewc_lib.regularizers import MAS
+from ewc_lib.score import per_observation_gradients
 
 
 def network():
@@ -67,6 +72,129 @@ def test_a_choice_that_finds_nothing_is_named(params, message):
         model.body.requires_grad_(False)
     with pytest.raises(ValueError, match=message):
         select_parameters(model, params)
+
+
+# Modules and parameters themselves
+
+PARTS = {
+    "a module": (lambda m: m.head, ["head.weight", "head.bias"]),
+    "a module that holds others": (lambda m: m.body, ALL[:4]),
+    "a list of modules": (lambda m: [m.head, m.body[0]], ALL[:2] + ALL[4:]),
+    "a module of the caller's own": (lambda m: nn.ModuleList([m.head]), ALL[4:]),
+    "the model": (lambda m: m, ALL),
+    "a parameter": (lambda m: m.head.bias, ["head.bias"]),
+    "a list of parameters": (lambda m: list(m.head.parameters()), ["head.weight", "head.bias"]),
+    "a generator of parameters": (lambda m: m.head.parameters(), ["head.weight", "head.bias"]),
+    "a set of parameters": (lambda m: {m.head.bias}, ["head.bias"]),
+    "a list of parameters in a module": (lambda m: nn.ParameterList([m.head.bias]), ["head.bias"]),
+    "names and parameters": (lambda m: dict(m.head.named_parameters(prefix="head")), ALL[4:]),
+    "a mix": (lambda m: [m.body[2], "head.w*", m.body[0].bias], [*ALL[1:4], "head.weight"]),
+}
+
+
+@pytest.mark.parametrize(("part", "chosen"), PARTS.values(), ids=PARTS)
+def test_modules_and_parameters_choose_what_their_names_would(part, chosen):
+    model = network()
+    assert list(select_parameters(model, part(model))) == chosen
+
+
+def test_of_a_module_what_is_frozen_is_left_out_and_a_frozen_parameter_is_refused():
+    model = network()
+    model.head.bias.requires_grad_(False)
+    assert list(select_parameters(model, model.head)) == ["head.weight"]
+    with pytest.raises(ValueError, match=r"parameter 'head\.bias' does not require grad"):
+        select_parameters(model, [model.head.bias])
+    model.head.requires_grad_(False)
+    with pytest.raises(ValueError, match="Linear in params has no trainable parameter"):
+        select_parameters(model, model.head)
+
+
+def test_a_tied_parameter_is_chosen_by_every_module_and_every_name_that_has_it():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].weight = model[0].weight
+    for params in (model[1], model[1].weight, "1.weight", "1.*"):
+        assert list(select_parameters(model, params)) == ["0.weight"]
+
+
+def test_an_exact_name_is_no_pattern():
+    model = nn.ParameterDict({"a[1]": torch.ones(1), "a1": torch.ones(1)})
+    assert list(select_parameters(model, "a[1]")) == ["a[1]"]
+    assert list(select_parameters(model, model["a[1]"])) == ["a[1]"]
+
+
+def test_a_choice_of_things_is_made_once_so_that_it_outlives_them():
+    """A generator is empty after one reading, and a parameter may be replaced."""
+    model = network()
+    choice = fixed(model, model.head.parameters())
+    model.head.bias = nn.Parameter(torch.zeros(2))
+    for _ in range(2):
+        assert list(select_parameters(model, choice)) == ["head.weight", "head.bias"]
+
+
+WHO_CHOOSES = {
+    "fisher_information": lambda m, data, p: fisher_information(m, data, params=p).shapes,
+    "MatrixFree": lambda m, data, p: MatrixFree(m, data, params=p).shapes,
+    "gradients": lambda m, data, p: next(per_observation_gradients(m, data, params=p)),
+    "EWC": lambda m, data, p: EWC(m, 1.0, params=p).consolidate(data).shapes,
+    "another regularizer": lambda m, data, p: MAS(m, 1.0, params=p).consolidate(data).shapes,
+}
+
+
+@pytest.mark.parametrize("found", WHO_CHOOSES.values(), ids=WHO_CHOOSES)
+def test_everyone_who_takes_a_choice_takes_modules_and_parameters(found):
+    model, data = network(), (torch.ones(3, 2), torch.arange(3) % 2)
+    for params in (model.head, model.head.parameters(), [model.head.weight, "head.bias"]):
+        assert list(found(model, data, params)) == ["head.weight", "head.bias"]
+
+
+STRANGERS = {
+    "a parameter": (
+        lambda m: nn.Parameter(torch.ones(3, 7)),
+        r"a parameter of shape \(3, 7\) that is not one of this Sequential",
+    ),
+    "a parameter of a copy": (lambda m: network().head.bias, r"of shape \(2,\) that is not one"),
+    "a module": (
+        lambda m: [m.head, nn.Linear(3, 7)],
+        r"a Linear that is no part of this Sequential: its parameter 'weight' of shape \(7, 3\)",
+    ),
+    "a module without parameters": (lambda m: m.body[1], "Tanh in params has no trainable"),
+    "values": (lambda m: m.head.bias.data, "the values of 'head.bias'.* give its name"),
+    "a buffer": (lambda m: m.norm.running_mean, "the buffer 'norm.running_mean'"),
+    "a class": (lambda m: nn.Linear, "predicate of .* got the class Linear"),
+    "a class among others": (lambda m: [nn.Linear], "got the class Linear"),
+    "pairs": (lambda m: m.named_parameters(), "got tuple"),
+    "a number": (lambda m: 2, "got int"),
+    "numbers": (lambda m: [0, 1], "got int"),
+    "the name of a module": (
+        lambda m: "head",
+        r"'head' is a module; its parameters are 'head\.\*'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("part", "message"), STRANGERS.values(), ids=STRANGERS)
+def test_what_is_not_of_the_model_is_named(part, message):
+    model = network()
+    model.add_module("norm", nn.BatchNorm1d(2))
+    with pytest.raises(ValueError, match=message):
+        select_parameters(model, part(model))
+
+
+@pytest.mark.parametrize("params", [None, "0.weight"])
+def test_a_lazy_module_is_to_be_run_first(params):
+    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"'0\.weight' of a lazy module .* run the model once"):
+        select_parameters(model, params)
+    model(torch.ones(1, 4))
+    assert list(select_parameters(model, model[0])) == ["0.weight", "0.bias"]
+
+
+@pytest.mark.parametrize("model", [[nn.Linear(1, 1)], nn.Linear, None])
+def test_what_is_no_module_is_named(model):
+    with pytest.raises(
+        ValueError, match=r"model must be a torch.nn.Module, got (list|the class|None)"
+    ):
+        select_parameters(model)
 
 
 @pytest.mark.parametrize("model", [network().requires_grad_(False), nn.Tanh()])

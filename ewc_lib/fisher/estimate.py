@@ -101,8 +101,9 @@ def fisher_information(
         ``"lowrank"``, the ``rank`` largest eigenvalues and their eigenvectors over all
         parameters, from the Gram matrix of the gradients, which are all held in memory.
     params
-        Names, glob patterns, or a predicate of ``(name, parameter)``. By default all parameters
-        that require grad.
+        Names, glob patterns (``"head.*"``), modules (``model.head``: its parameters that require
+        grad) and parameters, one or several; or a predicate of ``(name, parameter)``. By default
+        all parameters that require grad.
     n_samples
         Use exactly that many observations, then stop. By default all.
     draws
@@ -135,7 +136,8 @@ def fisher_information(
     ------
     ValueError
         If the data are empty, of unequal lengths or hold NaN; a target is outside the support;
-        an output or a parameter is not finite; no parameter is trainable or a name is unknown;
+        an output or a parameter is not finite; no parameter is trainable, a name is
+        unknown, or a module or parameter is not of this model;
         a batch normalisation has no running statistics; an embedding renormalises its rows;
         the model mixes observations; a matrix would be larger than 16 GiB; or the data cannot
         be read twice where the structure needs that.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ewc_lib._parameters import Vector
-from ewc_lib._selecting import Selection, select_parameters
+from ewc_lib._selecting import Selection, fixed, select_parameters
 from ewc_lib.fisher.output import KINDS, Kind, columns, information_times
 from ewc_lib.fisher.structures import check_shapes
 from ewc_lib.likelihood.outputs import OutputDistribution, output_distribution
@@ -85,12 +85,12 @@ class MatrixFree:
         self.data = data
         self.distribution = output_distribution(likelihood)
         self.kind = kind
-        self.params = params
+        self.params = fixed(model, params)
         self.n_samples = n_samples
         self.draws = draws
         self.seed = seed
         self.progress = progress
-        select_parameters(model, params)  # refuses unknown names now, not later
+        select_parameters(model, self.params)  # refuses unknown names now, not later
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ewc_lib import fisher
-from ewc_lib._selecting import select_parameters
+from ewc_lib._selecting import fixed, select_parameters
 from ewc_lib.errors import EmptyData
 from ewc_lib.fisher import BlockDiagonal, Diagonal, EigenKronecker, Fisher, LowRank
 from ewc_lib.likelihood.outputs import OutputDistribution
@@ -117,13 +117,20 @@ def fisher_information(
     """
     rank = _rank(group)
     options.setdefault("progress", False if rank else None)
+    mistake = None
+    try:  # while parameters that are sharded are still those that the caller knows
+        options["params"] = fixed(model, options.get("params"))
+    except ValueError as error:
+        mistake = error
     device = options.get("device") or next(model.parameters(), torch.empty(0)).device
 
     def compute() -> Fisher | None:
+        if mistake:
+            raise mistake
         if options.get("structure") in NOT_LINEAR:
             raise ValueError(_not_linear(f"structure={options['structure']!r}"))
         if options.get("generator") is None:
-            chosen = select_parameters(plain, options.get("params"))
+            chosen = select_parameters(plain, options["params"])
             source = torch.Generator(next(iter(chosen.values())).device)
             options["generator"] = source.manual_seed(rank)
         try:
