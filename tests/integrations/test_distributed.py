@@ -291,6 +291,19 @@ class TestOneProcess:
         assert list(F.shapes) == ["module.head.weight", "module.head.bias"]
         assert torch.equal(F.diagonal()["module.head.bias"], expected["head.bias"])
 
+    @pytest.mark.parametrize("wrap", [nn.DataParallel, fully_shard], ids=["wrapped", "sharded"])
+    def test_modules_and_parameters_are_chosen_though_they_are_exchanged(self, wrap):
+        model, x, y = images()
+        expected = in_one_process(model, (x, y), params="head.*").diagonal()
+        wrapped = wrap(model)
+        for params in (model.head, list(model.head.parameters())):
+            found = fisher_information(wrapped, (x, y), params=params).diagonal()
+            assert [name.removeprefix("module.") for name in found] == list(expected)
+            for value, whole in zip(found.values(), expected.values(), strict=True):
+                assert torch.equal(getattr(value, "full_tensor", lambda v=value: v)(), whole)
+        with pytest.raises(ValueError, match="that is no part of this"):
+            fisher_information(wrapped, (x, y), params=nn.Linear(1, 1))
+
     def test_parameters_of_two_dtypes_keep_theirs(self):
         model = nn.Sequential(nn.Linear(3, 4), Cast(), nn.Linear(4, 2).double())
         data = torch.randn(8, 3), torch.arange(8) % 2
