@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import nn
 
+from ewc_lib._arguments import check_choice, check_place, check_whole, random_source
 from ewc_lib._selecting import Selection, select_parameters
 from ewc_lib.fisher.output import KINDS, Kind, columns
 from ewc_lib.fisher.structures import Fisher
@@ -159,14 +160,14 @@ def fisher_information(
     >>> torch.allclose(F.diagonal()["bias"], p * (1 - p))
     True
     """
-    _check_choice("kind", kind, KINDS)
-    _check_choice("structure", structure, STRUCTURES)
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, got {draws}")
+    check_choice("kind", kind, KINDS)
+    check_choice("structure", structure, STRUCTURES)
+    check_whole(n_samples=n_samples, draws=draws, rank=rank)
+    check_place(dtype, device)
     parameters = select_parameters(model, params)
     distribution = output_distribution(likelihood)
     network = NetworkScores(model, parameters, distribution, certify)
-    generator = generator or torch.Generator(network.device).manual_seed(0)
+    generator = random_source(generator, network.device)
 
     def accumulate(total: Sum) -> Fisher:
         for batch in network.over(data, n_samples, progress):
@@ -209,8 +210,3 @@ def by_module(names: Iterable[str]) -> list[list[str]]:
     for name in names:
         groups.setdefault(name.rpartition(".")[0], []).append(name)
     return list(groups.values())
-
-
-def _check_choice(what: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{what} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ewc_lib._arguments import check_choice
+
 __all__ = ["Bernoulli", "Categorical", "Gaussian", "OutputDistribution", "Poisson"]
 
 
@@ -291,9 +293,7 @@ def output_distribution(likelihood: str | OutputDistribution) -> OutputDistribut
     """Return the output distribution of that name, or the one that was given."""
     if isinstance(likelihood, OutputDistribution):
         return likelihood
-    if likelihood not in _BY_NAME:
-        raise ValueError(
-            f"likelihood must be one of {', '.join(map(repr, _BY_NAME))} or an output "
-            f"distribution such as Gaussian(sigma=0.5), got {likelihood!r}"
-        )
+    check_choice(
+        "likelihood", likelihood, _BY_NAME, " or an output distribution such as Gaussian(sigma=0.5)"
+    )
     return _BY_NAME[likelihood]
