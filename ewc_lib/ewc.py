@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ewc_lib._arguments import check_choice
 from ewc_lib._selecting import Selection
-from ewc_lib.fisher.estimate import Structure, fisher_information
+from ewc_lib.fisher.estimate import Structure, check_request, fisher_information
 from ewc_lib.fisher.output import Kind
 from ewc_lib.fisher.structures import (
     BlockDiagonal,
@@ -25,7 +26,7 @@ from ewc_lib.fisher.structures import (
     LowRank,
     check_shapes,
 )
-from ewc_lib.likelihood.outputs import OutputDistribution
+from ewc_lib.likelihood.outputs import OutputDistribution, output_distribution
 from ewc_lib.quadratic import QuadraticPenalty
 
 __all__ = ["EWC"]
@@ -66,12 +67,17 @@ class EWC(QuadraticPenalty):
         As in :func:`ewc_lib.fisher_information`. The Kronecker structures hold one task only,
         because the sum of two of them has another structure. With ``"lowrank"`` the rank, and so
         the memory, grows with every task.
+    n_samples, draws, rank, dtype, device
+        As there, for every task. They are settings, not state: a state says nothing of them. What
+        was summed on another ``device`` moves to the model with the next penalty.
 
     Raises
     ------
     ValueError
         If the strength is negative or not finite, if the decay is outside [0, 1] or is given
-        for the separate mode, if the mode is unknown, or if ``params`` chooses nothing.
+        for the separate mode, if the mode or another word is unknown, if ``params`` chooses
+        nothing, or if a number, precision or device is none that
+        :func:`ewc_lib.fisher_information` takes.
 
     Notes
     -----
@@ -110,9 +116,15 @@ class EWC(QuadraticPenalty):
         kind: Kind = "exact",
         structure: Structure = "diagonal",
         params: Selection = None,
+        n_samples: int | None = None,
+        draws: int = 1,
+        rank: int = 32,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
-        if mode not in ("separate", "online"):
-            raise ValueError(f"mode must be 'separate' or 'online', got {mode!r}")
+        check_choice("mode", mode, ("separate", "online"))
+        check_request(kind, structure, n_samples, draws, rank, dtype, device)
+        output_distribution(likelihood)  # refuses an unknown word now, not later
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must lie between 0 and 1, got {decay}")
         if mode == "separate" and decay != 1:
@@ -123,6 +135,9 @@ class EWC(QuadraticPenalty):
         self.likelihood = likelihood
         self.kind: Kind = kind
         self.structure: Structure = structure
+        self.n_samples = n_samples
+        self.draws, self.rank = draws, rank
+        self.dtype, self.device = dtype, device
 
     @property
     def _structure(self) -> str:
@@ -143,8 +158,10 @@ class EWC(QuadraticPenalty):
 
         Parameters
         ----------
-        data, n_samples, generator, progress
+        data, generator, progress
             As in :func:`ewc_lib.fisher_information`.
+        n_samples
+            As there, for this task; by default what the constructor was given.
 
         Returns
         -------
@@ -170,9 +187,13 @@ class EWC(QuadraticPenalty):
             kind=self.kind,
             structure=self.structure,
             params=self.params,
-            n_samples=n_samples,
+            n_samples=self.n_samples if n_samples is None else n_samples,
+            draws=self.draws,
+            rank=self.rank,
             generator=generator,
             progress=progress,
+            dtype=self.dtype,
+            device=self.device,
         )
         self._remember(fisher)
         return fisher
@@ -227,6 +248,7 @@ class EWC(QuadraticPenalty):
         if self.mode == "separate" or self.precision is None:
             self._merge(fisher)
         else:
+            self._follow(fisher.trace().device)
             self._replace(self.decay * self.precision + fisher)
 
     def bayesian_strength(self, n_b: int, n_a: int | None = None) -> float:

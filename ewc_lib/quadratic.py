@@ -297,10 +297,11 @@ class QuadraticPenalty:
             self._offset = self._offset.to(device)
 
     def _optimum(self, precision: Fisher) -> Vector:
-        """Copy the present parameters, in the dtypes of a precision."""
-        dtypes = {name: d.dtype for name, d in precision.diagonal().items()}
+        """Copy the present parameters, where a precision is and in its dtypes."""
+        like = precision.diagonal()
         return {
-            name: p.detach().to(dtypes[name], copy=True) for name, p in self._parameters().items()
+            name: p.detach().to(like[name].device, like[name].dtype, copy=True)
+            for name, p in self._parameters().items()
         }
 
     def _merge(self, precision: Fisher) -> None:

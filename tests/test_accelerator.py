@@ -91,6 +91,24 @@ def test_methods_train_as_on_the_processor(name):
     assert relative_error(follow(name, "cuda"), follow(name, "cpu")) < 1e-8
 
 
+@pytest.mark.parametrize("mode", ["separate", "online"])
+def test_a_penalty_whose_sums_are_kept_on_the_processor_is_the_same(mode):
+    model, penalties = network().to("cuda"), []
+    regularizers = [EWC(model, 0.5, mode), EWC(model, 0.5, mode, device="cpu")]
+    for t in range(3):
+        data_of_task = tuple(tensor.to("cuda") for tensor in task(t))
+        for ewc in regularizers:
+            ewc.consolidate(data_of_task)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1)
+        penalties.append([ewc.penalty() for ewc in regularizers])
+    for here, there in penalties:
+        assert here.is_cuda
+        assert there.is_cuda
+        assert relative_error(there, here) < 1e-9
+
+
 @pytest.mark.parametrize("proximal", [False, True])
 def test_a_stream_is_learned_and_goes_on_from_a_checkpoint(tmp_path, proximal):
     stream = permuted(data.digits(), 3, seed=0)

@@ -160,10 +160,7 @@ def fisher_information(
     >>> torch.allclose(F.diagonal()["bias"], p * (1 - p))
     True
     """
-    check_choice("kind", kind, KINDS)
-    check_choice("structure", structure, STRUCTURES)
-    check_whole(n_samples=n_samples, draws=draws, rank=rank)
-    check_place(dtype, device)
+    check_request(kind, structure, n_samples, draws, rank, dtype, device)
     parameters = select_parameters(model, params)
     distribution = output_distribution(likelihood)
     network = NetworkScores(model, parameters, distribution, certify)
@@ -185,6 +182,22 @@ def fisher_information(
             generator.set_state(start)
             return accumulate(EigenKroneckerSum(space, factors))
         return accumulate(_sum(structure, space, rank))
+
+
+def check_request(
+    kind: str,
+    structure: str,
+    n_samples: int | None,
+    draws: int,
+    rank: int,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> None:
+    """Raise a ValueError that names the first argument that cannot be meant."""
+    check_choice("kind", kind, KINDS)
+    check_choice("structure", structure, STRUCTURES)
+    check_whole(n_samples=n_samples, draws=draws, rank=rank)
+    check_place(dtype, device)
 
 
 def _sum(structure: Structure, space: ParameterSpace, rank: int) -> Sum:
