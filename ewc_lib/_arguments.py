@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Collection
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -62,6 +63,16 @@ def check_whole(**numbers: int | None) -> None:
             raise ValueError(f"{name} must be a whole number, got {_shown(number)}")
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
+
+
+def check_strength(value: Any) -> None:
+    """Raise a ValueError unless a value can be the factor of a penalty."""
+    if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.dim() == 0):
+        raise ValueError(
+            f"strength must be a number, got {_shown(value)}; data go to consolidate(data)"
+        )
+    if not 0 <= float(value) < math.inf:
+        raise ValueError(f"strength must be non-negative and finite, got {value}")
 
 
 def check_place(dtype: torch.dtype | None, device: torch.device | str | None) -> None:

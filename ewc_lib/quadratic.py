@@ -10,13 +10,13 @@ Fisher information for the precision; other methods take other importances and s
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ewc_lib._arguments import check_strength
 from ewc_lib._parameters import Vector
 from ewc_lib._selecting import Selection, fixed, select_parameters
 from ewc_lib.fisher.structures import Diagonal, Fisher, check_shapes
@@ -71,8 +71,7 @@ class QuadraticPenalty:
 
     @strength.setter
     def strength(self, value: float) -> None:
-        if not 0 <= value < math.inf:
-            raise ValueError(f"strength must be non-negative and finite, got {value}")
+        check_strength(value)
         self._strength = float(value)
 
     @property

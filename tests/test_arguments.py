@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ewc_lib import Gaussian, fisher_information
+from ewc_lib import EWC, Gaussian, fisher_information
 from ewc_lib._arguments import WORDS, check_choice, check_place, check_whole, random_source
 from ewc_lib.fisher.estimate import STRUCTURES
 from ewc_lib.fisher.output import KINDS
 from ewc_lib.likelihood.outputs import output_distribution
+from ewc_lib.regularizers import L2, Replay
 
 ALLOWED = {"kind": KINDS, "structure": STRUCTURES}
 CPU = torch.device("cpu")
@@ -133,6 +134,26 @@ def test_a_number_that_is_not_positive_and_whole_is_named(number, message):
 
 def test_whole_numbers_of_other_libraries_and_none_are_taken():
     check_whole(a=1, b=np.int64(7), c=None)
+
+
+@pytest.mark.parametrize("method", [EWC, L2, Replay])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([(torch.ones(3, 2), torch.zeros(3).long())], "a list; data go to consolidate"),
+        (torch.ones(3), "a Tensor"),
+        ("100", "'100'"),
+        (1j, "a complex"),
+    ],
+)
+def test_data_in_place_of_a_strength_are_sent_to_where_they_belong(method, given, message):
+    with pytest.raises(ValueError, match=f"strength must be a number, got {message}"):
+        method(nn.Linear(2, 2), given)
+
+
+def test_a_strength_may_be_any_real_number():
+    for strength in (2, np.float32(2), torch.tensor(2.0)):
+        assert EWC(nn.Linear(2, 2), strength).strength == 2.0
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ewc_lib._arguments import check_strength
 from ewc_lib._calling import untouched
 from ewc_lib.heads import MultiHead, own_outputs
 
@@ -29,8 +29,8 @@ class FunctionPenalty:
 
     @strength.setter
     def strength(self, value: float | None) -> None:
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"strength must be non-negative and finite, or None, got {value}")
+        if value is not None:
+            check_strength(value)
         self._strength = None if value is None else float(value)
 
     @property
