@@ -67,12 +67,23 @@ def check_whole(**numbers: int | None) -> None:
 
 def check_strength(value: Any) -> None:
     """Raise a ValueError unless a value can be the factor of a penalty."""
-    if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.dim() == 0):
+    if not is_number(value):
         raise ValueError(
             f"strength must be a number, got {_shown(value)}; data go to consolidate(data)"
         )
     if not 0 <= float(value) < math.inf:
         raise ValueError(f"strength must be non-negative and finite, got {value}")
+
+
+def is_number(value: object) -> bool:
+    """Tell whether a value is one real number, also in a tensor."""
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.dim() == 0)
+
+
+def check_damping(damping: float) -> None:
+    """Raise a ValueError unless a damping is zero or positive."""
+    if not damping >= 0:
+        raise ValueError(f"damping must not be negative, got {damping}")
 
 
 def check_place(dtype: torch.dtype | None, device: torch.device | str | None) -> None:

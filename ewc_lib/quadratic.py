@@ -20,7 +20,7 @@ from ewc_lib._arguments import check_strength
 from ewc_lib._parameters import Vector
 from ewc_lib._selecting import Selection, fixed, select_parameters
 from ewc_lib.fisher.structures import Diagonal, Fisher, check_shapes
-from ewc_lib.fisher.structures.base import decode, encode, under
+from ewc_lib.fisher.structures.states import decode, encode, under
 
 __all__ = ["QuadraticPenalty"]
 

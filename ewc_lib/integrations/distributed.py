@@ -187,7 +187,7 @@ def all_reduce(F: Fisher, group: dist.ProcessGroup | None = None) -> Fisher:
         for block in _blocks(F):
             if isinstance(block, EigenKronecker | LowRank):
                 raise ValueError(_not_linear(f"{type(block).__name__} of {list(block.shapes)}"))
-        if any(isinstance(tensor, DTensor) for tensor in _tensors(F)):
+        if any(isinstance(tensor, DTensor) for tensor in F._numbers()):
             raise ValueError("F is sharded, so it is that of all ranks already")
         return F
 
@@ -239,17 +239,17 @@ def _add_up(
     F, failure = None, None
     try:
         if F := compute():
-            numbers = torch.cat([tensor.reshape(-1) for tensor in _tensors(F)])
+            numbers = torch.cat([tensor.reshape(-1) for tensor in F._numbers()])
     except Exception as error:
         failure = error
     whole = _pool(_exchange(F, failure, group))
     if F:
         numbers *= F.n_samples / whole.n_samples
     else:
-        like = torch.cat([tensor.reshape(-1) for tensor in _tensors(whole)])
+        like = torch.cat([tensor.reshape(-1) for tensor in whole._numbers()])
         numbers = torch.zeros_like(like, device=device)
     dist.all_reduce(numbers, group=group)
-    pieces = iter(numbers.split([tensor.numel() for tensor in _tensors(whole)]))
+    pieces = iter(numbers.split([tensor.numel() for tensor in whole._numbers()]))
     return whole._map(lambda tensor: next(pieces).view(tensor.shape).to(tensor.dtype))
 
 
@@ -289,19 +289,7 @@ def _pool(forms: list[Fisher | None]) -> Fisher:
 
 
 def _order(F: Fisher) -> Any:
-    return list(F.shapes), [tensor.dtype for tensor in _tensors(F)]
-
-
-def _tensors(F: Fisher) -> list[Tensor]:
-    """Return the tensors that add up, in the order in which ``F._map`` visits them."""
-    found: list[Tensor] = []
-
-    def visit(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    F._map(visit)
-    return found
+    return list(F.shapes), [tensor.dtype for tensor in F._numbers()]
 
 
 def _blocks(F: Fisher) -> list[Fisher]:

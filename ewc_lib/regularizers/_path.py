@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ewc_lib._parameters import Vector
 from ewc_lib._selecting import Selection
 from ewc_lib.fisher.structures import check_shapes
-from ewc_lib.fisher.structures.base import under
+from ewc_lib.fisher.structures.states import under
 from ewc_lib.regularizers._importance import ImportancePenalty
 
 NO_STEPS = "Call before_step and after_step in every step of a task."

@@ -19,7 +19,7 @@ from ewc_lib._parameters import Vector
 from ewc_lib.fisher import Diagonal, fisher_information
 from ewc_lib.fisher.output import Kind
 from ewc_lib.fisher.structures import Fisher, check_shapes
-from ewc_lib.fisher.structures.base import under
+from ewc_lib.fisher.structures.states import under
 from ewc_lib.likelihood.outputs import OutputDistribution
 from ewc_lib.regularizers._function import FunctionPenalty
 

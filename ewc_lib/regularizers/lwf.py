@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ewc_lib._batches import batches
 from ewc_lib.fisher.structures import check_shapes
-from ewc_lib.fisher.structures.base import under
+from ewc_lib.fisher.structures.states import under
 from ewc_lib.heads import all_outputs, read
 from ewc_lib.regularizers._function import FunctionPenalty, contains, no_step
 

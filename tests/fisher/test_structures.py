@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial, reduce
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -23,7 +24,7 @@ from ewc_lib.fisher import (
     LowRank,
 )
 from ewc_lib.fisher.structures import check_shapes
-from ewc_lib.fisher.structures.base import encode
+from ewc_lib.fisher.structures.states import encode
 from tests.scenarios import PROPERTY, SCENARIOS, estimate, same
 
 DOUBLE = torch.float64
@@ -223,6 +224,22 @@ def test_names_and_not_the_order_of_a_vector_count(make):
 
 @every
 @either
+def test_a_flat_vector_is_one_in_the_order_of_the_shapes(make, singular):
+    F = make(singular=singular)
+    v = vector(F)
+    row = flat(F, v)
+    for found, expected in [(F @ row, F @ v), (F.solve(row, 0.3), F.solve(v, 0.3))]:
+        assert found.shape == row.shape
+        assert torch.equal(found, flat(F, expected))
+    close(F @ row, F.to_dense() @ row)
+    row.requires_grad_()
+    assert torch.equal(F.quadratic(row), F.quadratic(v))
+    (gradient,) = torch.autograd.grad(F.quadratic(row), row)
+    close(gradient, 2 * F.to_dense() @ row)
+
+
+@every
+@either
 def test_quadratic_form_and_its_gradient(make, singular):
     F = make(singular=singular)
     v = vector(F, requires_grad=True)
@@ -340,6 +357,33 @@ def test_conversion(make):
     assert torch.allclose(single.to_dense().double(), F.to_dense(), rtol=1e-5, atol=1e-5)
     assert (single.n_samples, single.kind, single.paths) == (F.n_samples, F.kind, F.paths)
     assert F.to(device="meta").trace().device.type == "meta"
+
+
+@every
+def test_precision_and_device_are_those_of_the_numbers(make):
+    F = make()
+    assert (F.dtype, F.device) == (DOUBLE, torch.device("cpu"))
+    assert (F.to(dtype=torch.float32).dtype, F.to("meta").device.type) == (torch.float32, "meta")
+
+
+def test_the_precision_of_parameters_that_differ_is_the_widest():
+    values = {"a": torch.ones(1, dtype=torch.float32), "b": torch.ones(1, dtype=DOUBLE)}
+    F = Diagonal(1, "exact", dict.fromkeys(values, "rule"), values)
+    assert F.dtype == F.to_dense().dtype == DOUBLE
+
+
+@every
+def test_it_is_shown_in_one_line_without_a_number_of_its_own(make):
+    shown = repr(make())
+    expected = f"(kind='exact', n_samples=20, parameters={count(make().shapes)}, "
+    assert expected + "dtype=torch.float64, device='cpu')" in shown
+    assert shown.startswith(type(make()).__name__)
+    assert "\n" not in shown
+
+
+def test_blocks_are_counted_by_their_form():
+    shown = repr(MAKERS["Kronecker in blocks"]())
+    assert shown.startswith("BlockDiagonal[2 Kronecker, 1 Diagonal](kind='exact'")
 
 
 def as_single(v):
@@ -463,6 +507,49 @@ def test_sums(make, singular):
     close((F + G).to_dense(), F.to_dense() + G.to_dense())
     assert (F + G).n_samples == 25
     assert type(F + G) is type(F)
+
+
+@every
+def test_quotients(make):
+    F = make()
+    close((F / 4).to_dense(), F.to_dense() / 4)
+    assert ((F / 4).n_samples, (F / 4).paths) == (20, F.paths)
+    with pytest.raises(ZeroDivisionError):
+        F / 0
+
+
+@every
+@pytest.mark.parametrize("two", [2, np.float32(2), np.float64(2), torch.tensor(2.0)])
+def test_a_number_may_come_from_any_library(make, two):
+    F = make()
+    for found in (two * F, F * two, F / (1 / two)):
+        close(found.to_dense(), 2 * F.to_dense())
+
+
+@every_with_sums
+@either
+def test_differences(make, singular):
+    F, G = make(seed=0, n=20, singular=singular), make(seed=1, n=5, singular=singular)
+    D = F - G
+    assert (type(D), D.n_samples) == (type(F), 25)
+    matrix = F.to_dense() - G.to_dense()
+    close(D.to_dense(), matrix)
+    v = vector(F)
+    close(flat(F, D @ v), matrix @ flat(F, v))
+    close(D.quadratic(v), flat(F, v) @ matrix @ flat(F, v))
+    close((F + G - G).to_dense(), F.to_dense())
+    close((F - F).to_dense(), torch.zeros_like(matrix))
+    assert not flat(F, (F - F).solve(v)).any()
+
+
+@every_with_sums
+def test_an_indefinite_difference_is_solved_with_its_negative_eigenvalues(make):
+    D = make(seed=0) - 2 * make(seed=1)
+    eigenvalues = torch.linalg.eigvalsh(D.to_dense())
+    assert eigenvalues[0] < 0 < eigenvalues[-1]
+    v = vector(D)
+    close(D.to_dense() @ flat(D, D.solve(v)), flat(D, v), 1e-8)
+    assert D.logdet().isnan()
 
 
 @every_with_sums
@@ -756,11 +843,15 @@ def add(F, G):
     return F + G
 
 
+def subtract(F, G):
+    return F - G
+
+
 def pool(F, G):
     return F.pool(G)
 
 
-both = pytest.mark.parametrize("combine", [add, pool])
+both = pytest.mark.parametrize("combine", [add, subtract, pool])
 
 
 @both
@@ -824,8 +915,33 @@ def test_parameters_in_other_blocks_cannot_be_combined(combine):
 @pytest.mark.parametrize("name", sorted(MAKERS.keys() - HAVE_SUMS.keys()))
 def test_the_sum_of_kronecker_products_is_refused_and_points_to_the_pool(name):
     F = MAKERS[name]()
-    with pytest.raises(TypeError, match=r"is not a Kronecker product; .* use F.pool\(G\)"):
-        F + MAKERS[name](seed=1)
+    for combine in (add, subtract):
+        with pytest.raises(TypeError, match=r"is not a Kronecker product; .* use F.pool\(G\)"):
+            combine(F, MAKERS[name](seed=1))
+
+
+@every
+def test_what_is_no_number_does_not_scale(make):
+    F = make()
+    for wrong in (F, "2", torch.ones(2), None):
+        with pytest.raises(TypeError):
+            F * wrong
+        with pytest.raises(TypeError):
+            F / wrong
+
+
+@every
+def test_a_vector_in_another_form_is_refused_with_the_forms_that_there_are(make):
+    F = make()
+    size = count(F.shapes)
+    for use in (F.__matmul__, F.quadratic, F.solve):
+        for shape in [(size + 1,), (size, 1), ()]:
+            message = rf"a flat vector must have shape \({size},\), got \({str(shape)[1:-1]}\)"
+            with pytest.raises(ValueError, match=message):
+                use(torch.ones(shape, dtype=DOUBLE))
+        for wrong in (list(vector(F).values()), F, None):
+            with pytest.raises(ValueError, match=f"one flat tensor; got {type(wrong).__name__}"):
+                use(wrong)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ewc_lib._arguments import check_damping, is_number
 from ewc_lib._parameters import Vector
+from ewc_lib.fisher.structures.states import decode, encode
+from ewc_lib.fisher.structures.vectors import V, check_shapes, in_form_of, named
 
 PATHS = ("unused", "rule", "generic", "loop")
 """How a parameter can be computed; where several apply, the last is the one that is told."""
@@ -25,7 +29,7 @@ class ReportRow(NamedTuple):
     share: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Fisher(ABC):
     """A Fisher information, the mean over observations.
 
@@ -54,6 +58,23 @@ class Fisher(ABC):
     def shapes(self) -> dict[str, torch.Size]:
         """Shapes of the parameters, by name."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers are."""
+        return self._numbers()[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the numbers; the widest, if that of the parameters differs."""
+        return reduce(torch.promote_types, (tensor.dtype for tensor in self._numbers()))
+
+    def __repr__(self) -> str:
+        size = sum(shape.numel() for shape in self.shapes.values())
+        return (
+            f"{self._form()}(kind={self.kind!r}, n_samples={self.n_samples}, parameters={size}, "
+            f"dtype={self.dtype}, device={str(self.device)!r})"
+        )
+
     @abstractmethod
     def diagonal(self) -> Vector:
         """Return the diagonal, in the shapes of the parameters."""
@@ -62,18 +83,22 @@ class Fisher(ABC):
     def to_dense(self) -> Float[Tensor, "P P"]:
         """Return the whole matrix, parameters in the order of :attr:`shapes`."""
 
-    def __matmul__(self, v: Vector) -> Vector:
-        """Return the product with a vector."""
-        check_shapes(self.shapes, {name: t.shape for name, t in v.items()})
-        return self._product(v)
+    def __matmul__(self, v: V) -> V:
+        """Return the product with a vector.
 
-    def quadratic(self, v: Vector) -> Float[Tensor, ""]:
-        r"""Return :math:`v^\top F v`, differentiable in ``v``."""
-        product = self @ v
+        It is a dict of tensors with the names and shapes of the parameters, or one flat tensor
+        ``[P]`` with all of them in the order of :attr:`shapes`; the product has the same form.
+        """
+        return in_form_of(v, self._product(named(v, self.shapes)), self.shapes)
+
+    def quadratic(self, v: Vector | Tensor) -> Float[Tensor, ""]:
+        r"""Return :math:`v^\top F v`, differentiable in ``v``, named or flat."""
+        v = named(v, self.shapes)
+        product = self._product(v)
         return torch.stack([(v[name] * product[name]).sum() for name in product]).sum()
 
-    def solve(self, v: Vector, damping: float = 0.0) -> Vector:
-        r"""Return :math:`(F + \text{damping} \cdot I)^{-1} v`.
+    def solve(self, v: V, damping: float = 0.0) -> V:
+        r"""Return :math:`(F + \text{damping} \cdot I)^{-1} v`, in the form of ``v``, named or flat.
 
         Without damping, directions of zero information are left out: the pseudo-inverse.
 
@@ -83,9 +108,8 @@ class Fisher(ABC):
             If the damping is negative, or if ``v`` does not have the names and shapes of the
             parameters.
         """
-        _check_damping(damping)
-        check_shapes(self.shapes, {name: t.shape for name, t in v.items()})
-        return self._solve(v, damping)
+        check_damping(damping)
+        return in_form_of(v, self._solve(named(v, self.shapes), damping), self.shapes)
 
     def trace(self) -> Float[Tensor, ""]:
         """Return the sum of the diagonal."""
@@ -93,7 +117,7 @@ class Fisher(ABC):
 
     def logdet(self, damping: float = 0.0) -> Float[Tensor, ""]:
         r"""Return :math:`\log\det(F + \text{damping} \cdot I)`; minus infinity if singular."""
-        _check_damping(damping)
+        check_damping(damping)
         return self._logdet(damping)
 
     def to(
@@ -118,11 +142,32 @@ class Fisher(ABC):
         self._check_like(other)
         return self._over_both(self._plus(other), other)
 
+    def __sub__(self, other: Self) -> Self:
+        """Return the difference of two Fisher informations, where the structure can hold it.
+
+        Diagonals, blocks, dense and low-rank matrices can, and eigen-Kronecker factors with the
+        same eigenvectors; the difference of two Kronecker products is none, a TypeError. It may
+        be indefinite, and is no Fisher information then: :meth:`solve` inverts what is not zero,
+        :meth:`logdet` is NaN where a negative eigenvalue is left. ``n_samples`` counts the
+        observations of both, as that of a sum.
+        """
+        if not isinstance(other, Fisher):
+            return NotImplemented
+        return self + -1 * other
+
     def __mul__(self, factor: float) -> Self:
         """Scale by a number."""
+        if not is_number(factor):
+            return NotImplemented
         return self._times(factor)
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Self:
+        """Divide by a number."""
+        if not is_number(divisor):
+            return NotImplemented
+        return self._times(1 / divisor)
 
     def pool(self, other: Self) -> Self:
         r"""Return the Fisher information of the data of both together.
@@ -223,6 +268,21 @@ class Fisher(ABC):
         cls, state: dict[str, Tensor], n_samples: int, kind: str, paths: dict[str, str]
     ) -> Self: ...
 
+    def _numbers(self) -> list[Tensor]:
+        """Return every tensor, in the order in which :meth:`_map` visits them."""
+        found: list[Tensor] = []
+
+        def visit(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self._map(visit)
+        return found
+
+    def _form(self) -> str:
+        """Say in which form it is kept."""
+        return type(self).__name__
+
     def _pooled(self, other: Self, weight: float) -> Self:
         return self._times(weight)._plus(other._times(1 - weight))
 
@@ -244,41 +304,3 @@ class Fisher(ABC):
 def _number(value: Tensor) -> float:
     """Return a scalar; of a sharded one, each rank holds a part only."""
     return float(value.full_tensor() if hasattr(value, "full_tensor") else value)
-
-
-def divide(x: Tensor, d: Tensor) -> Tensor:
-    """Divide by a diagonal, leaving out where it is zero."""
-    return x / d.where(d > 0, torch.inf)
-
-
-def check_shapes(expected: dict[str, torch.Size], given: dict[str, torch.Size]) -> None:
-    """Raise a ValueError that lists every name or shape that differs."""
-    problems = [f"{name!r} is missing" for name in expected if name not in given]
-    problems += [f"{name!r} is not expected" for name in given if name not in expected]
-    problems += [
-        f"{name!r} has shape {tuple(given[name])} instead of {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in given and given[name] != shape
-    ]
-    if problems:
-        raise ValueError("parameters do not match: " + "; ".join(problems))
-
-
-def _check_damping(damping: float) -> None:
-    if not damping >= 0:
-        raise ValueError(f"damping must not be negative, got {damping}")
-
-
-def encode(text: str) -> Tensor:
-    """Write text as a tensor."""
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)
-
-
-def decode(codes: Tensor) -> str:
-    """Read what :func:`encode` wrote."""
-    return bytes(codes.tolist()).decode()
-
-
-def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the part of a state whose keys begin with a prefix, without it."""
-    return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -13,12 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ewc_lib._parameters import Vector, unravel
-from ewc_lib.fisher.structures.base import Fisher, under
+from ewc_lib.fisher.structures.base import Fisher
+from ewc_lib.fisher.structures.states import under
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BlockDiagonal(Fisher):
     r"""One block for each group of parameters; what lies between groups is taken as zero.
 
@@ -68,6 +70,10 @@ class BlockDiagonal(Fisher):
     @property
     def shapes(self) -> dict[str, torch.Size]:
         return self._merge(lambda block: block.shapes)
+
+    def _form(self) -> str:
+        numbers = Counter(block._form() for block in self.blocks)
+        return f"{super()._form()}[{', '.join(f'{n} {form}' for form, n in numbers.items())}]"
 
     def diagonal(self) -> Vector:
         return self._merge(lambda block: block.diagonal())

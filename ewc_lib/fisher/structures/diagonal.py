@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ewc_lib._parameters import Vector, ravel
-from ewc_lib.fisher.structures.base import Fisher, divide
+from ewc_lib.fisher.structures.base import Fisher
+from ewc_lib.fisher.structures.vectors import divide
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Diagonal(Fisher):
     """Only the diagonal; everything off it is taken as zero.
 

@@ -82,7 +82,7 @@ class Layer(Spectral):
             raise ValueError("cannot add weights of which one is transposed and one is not")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Kronecker(Layer):
     r"""Two small factors for one layer, as if outputs and inputs were independent (KFAC).
 
@@ -166,8 +166,8 @@ class Kronecker(Layer):
 
     def _plus(self, other: Self) -> Self:
         raise TypeError(
-            "the sum of two Kronecker products is not a Kronecker product; for the information "
-            "of the data of both together use F.pool(G)"
+            "the sum or difference of two Kronecker products is not a Kronecker product; for the "
+            "information of the data of both together use F.pool(G)"
         )
 
     def _pooled(self, other: Self, weight: float) -> Self:
@@ -178,7 +178,7 @@ class Kronecker(Layer):
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class EigenKronecker(Layer):
     r"""The second moments of one layer's gradients in a Kronecker product's eigenvectors (EKFAC).
 

@@ -13,7 +13,7 @@ from ewc_lib._parameters import Vector
 from ewc_lib.fisher.structures.spectral import Spectral, without_rounding
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LowRank(Spectral):
     r"""A few eigenvectors over all parameters; what is orthogonal to them is taken as zero.
 
@@ -90,7 +90,8 @@ class LowRank(Spectral):
 
     def _plus(self, other: Self) -> Self:
         basis, triangle = torch.linalg.qr(torch.cat([self.directions, other.directions], 1))
-        inside = triangle * torch.cat([self.eigenvalues, other.eigenvalues]) @ triangle.mT
-        eigenvalues, rotation = torch.linalg.eigh(inside)
-        kept = without_rounding(eigenvalues, len(basis)) > 0
+        both = torch.cat([self.eigenvalues, other.eigenvalues])
+        eigenvalues, rotation = torch.linalg.eigh(triangle * both @ triangle.mT)
+        scale = both.abs().max() if both.numel() else None
+        kept = without_rounding(eigenvalues, len(basis), scale) != 0
         return replace(self, directions=basis @ rotation[:, kept], eigenvalues=eigenvalues[kept])

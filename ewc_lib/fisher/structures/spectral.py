@@ -18,7 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ewc_lib._parameters import Vector, ravel, unravel
-from ewc_lib.fisher.structures.base import Fisher, divide
+from ewc_lib.fisher.structures.base import Fisher
+from ewc_lib.fisher.structures.vectors import divide
 
 
 class Spectral(Fisher):
@@ -89,13 +90,17 @@ class Spectral(Fisher):
         return {name: state[name].clone() for name in cls._TENSORS}
 
 
-def without_rounding(eigenvalues: Tensor, size: int | None = None) -> Tensor:
+def without_rounding(
+    eigenvalues: Tensor, size: int | None = None, scale: Tensor | None = None
+) -> Tensor:
     """Set those to zero that are no larger than the rounding error of a zero.
 
-    ``size`` is that of the matrix, by default the number of eigenvalues.
+    ``size`` is that of the matrix, by default the number of eigenvalues, and ``scale`` that of
+    what they were computed from, by default the largest of them.
     """
     if not eigenvalues.numel():
         return eigenvalues
     epsilon = torch.finfo(eigenvalues.dtype).eps
-    floor = (size or eigenvalues.numel()) * epsilon * eigenvalues.abs().max()
-    return eigenvalues.where(eigenvalues > floor, 0.0)
+    scale = eigenvalues.abs().max() if scale is None else scale
+    floor = (size or eigenvalues.numel()) * epsilon * scale
+    return eigenvalues.where(eigenvalues.abs() > floor, 0.0)

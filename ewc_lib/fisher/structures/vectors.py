@@ -1,0 +1,55 @@
+"""Vectors in the space of the parameters: named tensors, or one flat tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ewc_lib._parameters import Vector, ravel, unravel
+
+V = TypeVar("V", Vector, Tensor)
+"""A vector in the form of the caller: named tensors, or one flat tensor ``[P]``."""
+
+
+def divide(x: Tensor, d: Tensor) -> Tensor:
+    """Divide by a diagonal, leaving out where it is zero."""
+    return x / d.where(d != 0, torch.inf)
+
+
+def named(v: Vector | Tensor, shapes: dict[str, torch.Size]) -> Vector:
+    """Cut a flat vector into the parameters; raise a ValueError if a vector does not fit them."""
+    if isinstance(v, Tensor):
+        size = sum(shape.numel() for shape in shapes.values())
+        if v.shape != (size,):
+            raise ValueError(f"a flat vector must have shape ({size},), got {tuple(v.shape)}")
+        return unravel(v, shapes)
+    if not isinstance(v, Mapping):
+        raise ValueError(
+            "a vector must be a dict of tensors with the names of the parameters, or one flat "
+            f"tensor; got {type(v).__name__}"
+        )
+    check_shapes(shapes, {name: t.shape for name, t in v.items()})
+    return v
+
+
+def in_form_of(v: V, found: Vector, shapes: dict[str, torch.Size]) -> V:
+    """Return named tensors flat if a vector was given flat."""
+    if isinstance(v, Tensor):
+        return ravel({name: found[name] for name in shapes})[0]
+    return found
+
+
+def check_shapes(expected: dict[str, torch.Size], given: dict[str, torch.Size]) -> None:
+    """Raise a ValueError that lists every name or shape that differs."""
+    problems = [f"{name!r} is missing" for name in expected if name not in given]
+    problems += [f"{name!r} is not expected" for name in given if name not in expected]
+    problems += [
+        f"{name!r} has shape {tuple(given[name])} instead of {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in given and given[name] != shape
+    ]
+    if problems:
+        raise ValueError("parameters do not match: " + "; ".join(problems))
