@@ -143,6 +143,9 @@ class EWC(QuadraticPenalty):
     def _structure(self) -> str:
         return self.structure
 
+    def _shown(self) -> dict[str, Any]:
+        return super()._shown() | {"mode": self.mode, "kind": self.kind}
+
     def consolidate(
         self,
         data: Any,
@@ -248,7 +251,7 @@ class EWC(QuadraticPenalty):
         if self.mode == "separate" or self.precision is None:
             self._merge(fisher)
         else:
-            self._follow(fisher.trace().device)
+            self._follow(fisher.device)
             self._replace(self.decay * self.precision + fisher)
 
     def bayesian_strength(self, n_b: int, n_a: int | None = None) -> float:

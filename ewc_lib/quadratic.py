@@ -64,6 +64,18 @@ class QuadraticPenalty:
         self._kept_scaled: tuple[Fisher, float, Fisher] | None = None
         self._parameters()
 
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in self._shown().items())
+        return f"{type(self).__name__}({shown})"
+
+    def _shown(self) -> dict[str, Any]:
+        """Return what tells this penalty from others of its class."""
+        return {
+            "strength": self.strength,
+            "n_tasks": self.n_tasks,
+            "structure": self._structure,
+        }
+
     @property
     def strength(self) -> float:
         r"""The factor :math:`\lambda`; it may be changed at any time."""
@@ -313,7 +325,7 @@ class QuadraticPenalty:
         if self._precision is None:
             self._replace(precision)
             return
-        self._follow(precision.trace().device)
+        self._follow(precision.device)
         old, anchor = self._precision, self._anchor
         merged = old + precision
         shift = merged.solve(precision @ _minus(optimum, anchor))

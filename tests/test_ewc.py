@@ -657,6 +657,14 @@ def test_a_state_says_nothing_of_the_settings(mode):
     assert fine.consolidate(task()).n_samples == 4
 
 
+def test_it_is_shown_in_one_line():
+    ewc = EWC(network(), 100, mode="online", structure="block", kind="sketch")
+    shown = "EWC(strength=100.0, n_tasks={}, structure='block', mode='online', kind='sketch')"
+    assert repr(ewc) == shown.format(0)
+    ewc.consolidate(task())
+    assert repr(ewc) == shown.format(1)
+
+
 # Settings
 
 

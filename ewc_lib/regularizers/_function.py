@@ -22,6 +22,9 @@ class FunctionPenalty:
         self._heads: list[range] = []
         self._n_tasks = 0
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(strength={self.strength!r}, n_tasks={self.n_tasks})"
+
     @property
     def strength(self) -> float | None:
         """The factor of the penalty; None for the number of earlier tasks."""

@@ -33,7 +33,7 @@ class ImportancePenalty(QuadraticPenalty):
     def _accumulate(self, task: Diagonal) -> None:
         """Add the importance of a task, around the present parameters."""
         if self.precision is not None:
-            self._follow(task.trace().device)
+            self._follow(task.device)
         self._replace(task if self.precision is None else self.precision + task)
 
     def _zeros(self) -> Vector:

@@ -139,7 +139,7 @@ class KroneckerLaplace(QuadraticPenalty):
         )
         mean = fisher
         if self.precision is not None:
-            self._follow(fisher.trace().device)
+            self._follow(fisher.device)
             mean = (self.precision * (1 / self.n_tasks)).pool(fisher)
         self._replace((self.n_tasks + 1) * mean)
         return fisher

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -41,6 +42,13 @@ def noted(regularizer, seed=9):
 @each
 def test_it_is_a_regularizer(name):
     assert isinstance(METHODS[name](network(), 1.0), Regularizer)
+
+
+@each
+def test_it_is_shown_in_one_line(name):
+    method = METHODS[name](network(), 3.0)
+    shown = r"strength=3\.0, n_tasks=0(, structure='[\w ]+')?(, mode='\w+', kind='\w+')?"
+    assert re.fullmatch(rf"{type(method).__name__}\({shown}\)", repr(method))
 
 
 @each
