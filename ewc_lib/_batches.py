@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from ewc_lib._arguments import check_whole
+from ewc_lib._forms import check_iterable, is_whole, pair
 from ewc_lib._parameters import count
 from ewc_lib.errors import EmptyData
 
@@ -37,15 +39,14 @@ def batches(data: Any, device: torch.device, n_samples: int | None = None) -> It
         If there is no observation, fewer than ``n_samples``, a batch of another form, inputs and
         targets of different lengths, or a NaN among the inputs.
     """
-    if n_samples is not None and n_samples < 1:
-        raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+    check_whole(n_samples=n_samples)
     seen = 0
     for number, raw in enumerate(_raw_batches(data)):
-        inputs, target = _pair(raw, number)
+        inputs, target = pair(raw, f"batch {number}")
         n = _length(inputs, target, number)
         keep = n if n_samples is None else min(n, n_samples - seen)
         inputs, target = tree_map(
-            lambda t, keep=keep: t[:keep].detach().to(device), (inputs, target)
+            lambda t, keep=keep: _ordinary(t[:keep].detach().to(device)), (inputs, target)
         )
         _check_inputs(inputs, seen)
         if keep:
@@ -103,43 +104,19 @@ def _joined(parts: list[Batch]) -> Batch:
 
 
 def _raw_batches(data: Any) -> Iterable[Any]:
-    if isinstance(data, tuple) and data and isinstance(data[-1], Tensor):
-        n = count(data)
+    if is_whole(data):
+        inputs, target = pair(data, "data")
         return (
-            tree_map(lambda t, start=start: t[start : start + BATCH_SIZE], data)
-            for start in range(0, n, BATCH_SIZE)
+            tree_map(lambda t, start=start: t[start : start + BATCH_SIZE], (inputs, target))
+            for start in range(0, count((inputs, target)), BATCH_SIZE)
         )
-    if isinstance(data, (Tensor, Mapping)) or not isinstance(data, Iterable):
-        raise ValueError(
-            "data must be a DataLoader, another iterable of batches (inputs, targets), or one "
-            f"tuple of tensors (inputs, targets); got {type(data).__name__}"
-        )
-    return data
+    return check_iterable(data)
 
 
-def _pair(raw: Any, number: int) -> tuple[Any, Tensor]:
-    if isinstance(raw, Mapping):
-        if "labels" not in raw:
-            raise ValueError(f"batch {number} is a dict without 'labels'; it has {sorted(raw)}")
-        inputs: Any = {key: value for key, value in raw.items() if key != "labels"}
-        target = raw["labels"]
-    elif isinstance(raw, (tuple, list)) and len(raw) == 2:
-        inputs, target = raw
-    else:
-        raise ValueError(f"batch {number} must be a pair (inputs, targets), got {_describe(raw)}")
-    if not all(isinstance(leaf, Tensor) for leaf in tree_leaves((inputs, target))):
-        raise ValueError(f"batch {number} must hold tensors, got {_describe(raw)}")
-    if any(leaf.dim() == 0 for leaf in tree_leaves((inputs, target))):
-        raise ValueError(
-            f"batch {number} must have one observation per row, but holds a 0-d tensor"
-        )
-    return inputs, target
-
-
-def _describe(raw: Any) -> str:
-    if isinstance(raw, (tuple, list)):
-        return f"{len(raw)} items of types {[type(item).__name__ for item in raw]}"
-    return type(raw).__name__
+def _ordinary(tensor: Tensor) -> Tensor:
+    """Copy what was made in inference mode, of which autograd can save nothing."""
+    with torch.inference_mode(False):
+        return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _length(inputs: Any, target: Tensor, number: int) -> int:

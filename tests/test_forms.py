@@ -1,0 +1,180 @@
+"""What to do about data in a form that nobody can read."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from ewc_lib import EWC, fisher_information
+from ewc_lib._forms import check_iterable, is_whole, pair
+from ewc_lib.regularizers import Replay
+from tests.scenarios import same
+
+X, Y = torch.arange(8.0).reshape(4, 2), torch.tensor([0, 1, 1, 0])
+
+
+class Table:
+    """What a data frame of pandas looks like from outside."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __iter__(self):
+        return iter(["first column", "second column"])
+
+    def __len__(self):
+        return len(self.values)
+
+    def to_numpy(self):
+        return self.values.numpy()
+
+
+class Words(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, n):
+        return X[n], "cat" if Y[n] else "dog"
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(zip(X, Y, strict=True))
+
+
+def boxes(batch):
+    """Collate as the recipes for detection do."""
+    return tuple(zip(*batch, strict=True))
+
+
+OBJECTS = [(X[n], {"boxes": torch.ones(n + 1, 4), "labels": torch.ones(n + 1)}) for n in range(4)]
+
+# Each as one item of a list of batches and, where that can be, as all data
+
+OF_PAIRS = {
+    "None for targets": ((X, None), r"targets are None: .*give any .* torch\.zeros\(len\(inputs\)"),
+    "no targets": ((X,), "got 1 items .*targets matter to kind='empirical' alone"),
+    "a task beside": ((X, Y, Y), r"got 3 items .* left out, as by \[\(x, y\) for x, y, task in"),
+    "boxes in a list": ((X, [o[1] for o in OBJECTS]), "a list of several tensors, as boxes"),
+    "boxes in a dict": ((X, {"boxes": X, "labels": Y}), "a dict of several tensors, as boxes"),
+    "a list of strings": ((X, ["a", "b", "a", "b"]), r"strings: .*numpy\.unique\(targets"),
+    "an array of strings": ((X, np.array(["a", "b", "a", "b"])), r"strings: .*numpy\.unique"),
+    "an array of objects": ((X, np.array(["a", None, 1, 2], dtype=object)), "targets are strings"),
+    "numbers in a list": ((X, [0, 1, 1, 0]), r"a list of int: give torch\.tensor\(list\)"),
+    "numbers in a tuple": ((X, (0.0, 1.0, 1.0, 0.0)), r"a tuple of float: give torch\.tensor"),
+    "numbers in lists": ((X, [[0], [1], [1], [0]]), r"a list of int: give torch\.tensor\(list\)"),
+    "a data frame": ((X, Table(Y)), r"targets are a Table: give \.to_numpy\(\) of it"),
+    "inputs in a data frame": ((Table(X), Y), r"inputs are a Table: give \.to_numpy\(\) of it"),
+    "dates": ((X, np.array(["2026-01-01"] * 4, "datetime64[D]")), "ndarray, not torch.Tensor"),
+    "a masked array": ((X, np.ma.masked_equal(Y.numpy(), 0)), "MaskedArray, not torch.Tensor"),
+    "numbers of another precision": ((X.numpy().astype(np.longdouble), Y), "inputs are no tensor"),
+    "texts": ((("a", "b", "a", "b"), Y), "inputs are strings: .* tokenise texts"),
+    "nothing among the inputs": (((X, None), Y), "inputs are None, not torch.Tensor"),
+    "one number": ((X, 1), "targets are int, not torch.Tensor; batches have one observation per"),
+    "sparse inputs": ((X.to_sparse(), Y), r"torch\.sparse_coo.*give \.to_dense\(\)"),
+}
+
+
+@pytest.mark.parametrize(("raw", "message"), OF_PAIRS.values(), ids=OF_PAIRS)
+def test_a_pair_in_another_form_is_answered_by_what_to_do(raw, message):
+    with pytest.raises(ValueError, match=f"^batch 3 .*{message}"):
+        pair(raw, "batch 3")
+    with pytest.raises(ValueError, match=f"^batch 0 .*{message}"):
+        fisher_information(nn.Linear(2, 2), [raw])
+    if is_whole(raw):
+        with pytest.raises(ValueError, match=f"^data must .*{message}|^data holds .*{message}"):
+            EWC(nn.Linear(2, 2), 1.0).consolidate(raw)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested", "ignore:Sparse CSR tensor support")
+def test_tensors_without_rows_are_answered_by_what_to_do():
+    nested = torch.nested.nested_tensor(list(X), layout=torch.jagged)
+    for inputs, message in [(nested, "jagged.* pad a nested"), (X.to_sparse_csr(), "csr.*dense")]:
+        with pytest.raises(ValueError, match=f"^data holds a tensor with the layout .*{message}"):
+            pair((inputs, Y), "data")
+
+
+OF_DATA = {
+    "a data set": (TensorDataset(X, Y), r"TensorDataset; make batches of it: .*DataLoader\("),
+    "a data set without an iterator": (Words(), "Words; make batches of it"),
+    "a stream": (Stream(), "Stream; make batches of it"),
+    "a model": (nn.ModuleList([nn.Linear(2, 2)]), "ModuleList; the model comes first"),
+    "one dict": ({"x": X, "labels": Y}, "dict; if it is one batch, give a list with it"),
+    "inputs alone": (X, r"Tensor; inputs and targets go together, \(inputs, targets\)"),
+    "an array alone": (X.numpy(), "ndarray; inputs and targets go together"),
+    "a data frame alone": (Table(X), "Table; inputs and targets go together"),
+    "a file": ("train.csv", "str; read the file first"),
+    "a function": (lambda: iter([]), "function; call it, and give what it returns"),
+    "a number": (3, "int$"),
+    "None": (None, "NoneType$"),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), OF_DATA.values(), ids=OF_DATA)
+def test_data_that_are_no_batches_are_answered_by_what_to_do(data, message):
+    with pytest.raises(ValueError, match=f"must be a DataLoader.* got {message}"):
+        check_iterable(data)
+    with pytest.raises(ValueError, match=f"must be a DataLoader.* got {message}"):
+        fisher_information(nn.Linear(2, 2), data)
+
+
+def test_a_list_of_inputs_and_targets_is_told_from_batches():
+    with pytest.raises(
+        ValueError, match=r"got Tensor; .* one tuple \(inputs, targets\), not a list"
+    ):
+        fisher_information(nn.Linear(2, 2), [X, Y])
+
+
+def test_what_loaders_make_of_odd_data_sets_is_answered_too():
+    for loader, message in [
+        (DataLoader(Words(), batch_size=2), "targets are strings"),
+        (
+            DataLoader(OBJECTS, batch_size=2, collate_fn=boxes),
+            "a tuple of several tensors, as boxes",
+        ),
+        (DataLoader(TensorDataset(X), batch_size=2), "1 items"),
+        (DataLoader(TensorDataset(X, Y), batch_size=None), "0-d tensor"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fisher_information(nn.Linear(2, 2), loader)
+
+
+def test_a_dict_without_labels_says_what_it_has():
+    with pytest.raises(
+        ValueError, match=r"without 'labels'; it has \['1', 'label', 'x'\]\. Give its"
+    ):
+        pair({"x": X, "label": Y, 1: Y}, "batch 0")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int8", "uint8", "int32", "bool", ">f8"])
+def test_arrays_of_numbers_keep_their_precision(dtype):
+    values = np.array([[0, 1], [1, 1]]).astype(dtype)
+    if dtype == ">f8":
+        with pytest.raises(ValueError, match=r"inputs are no tensor: .*byte"):
+            pair((values, Y[:2]), "data")
+        return
+    inputs, _ = pair((values, Y[:2]), "data")
+    assert str(inputs.dtype) == f"torch.{dtype}"
+    assert inputs.tolist() == values.tolist()
+
+
+def test_arrays_are_as_good_as_tensors_for_everyone_who_reads_data():
+    torch.manual_seed(0)
+    model = nn.Linear(2, 2)
+    of_tensors, of_arrays = (X, Y), (X.numpy(), Y.numpy())
+    found = fisher_information(model, of_arrays).diagonal()
+    assert same(found, fisher_information(model, of_tensors).diagonal())
+    replay = Replay(model)
+    replay.consolidate(of_arrays)
+    assert replay.n_stored == 4
+
+
+def test_the_two_items_of_a_tuple_are_data_or_batches():
+    assert is_whole((X, Y))
+    assert is_whole(((X, X), Y))
+    assert is_whole(({"x": X}, Y.numpy()))
+    assert is_whole((X, None))
+    assert not is_whole(((X, Y), (X, Y)))
+    assert not is_whole(())
+    assert not is_whole([X, Y])
