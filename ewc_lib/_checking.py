@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+T = TypeVar("T")
+
+DTYPES_DIFFER = re.compile(r"same dtype|scalar type|type .* should be the same|have the type")
+"""How PyTorch says that inputs and parameters are of two precisions, or no indices."""
 
 
 def check_finite_parameters(parameters: dict[str, Tensor]) -> None:
     """Raise a ValueError that names the first parameter with a NaN or infinity."""
     for name, parameter in parameters.items():
+        if parameter.is_meta:
+            raise ValueError(f"parameter {name!r} is on the meta device: it has no values yet")
         parameter = parameter.detach()
         # One finite sum tells that all are finite, in a third of the time.
         if not parameter.sum().isfinite() and not parameter.isfinite().all():
@@ -39,6 +49,20 @@ def _trains(
     return training
 
 
+def explaining(batches: Iterable[T], model: nn.Module) -> Iterator[T]:
+    """Yield what a model makes of data; where it cannot take their dtype, say which it takes."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if not DTYPES_DIFFER.search(str(error)):
+            raise
+        own = sorted({str(p.dtype) for p in model.parameters()})
+        raise ValueError(
+            f"{type(model).__name__}, with parameters of {', '.join(own)}, cannot take inputs of "
+            f"this dtype, so convert one, as by inputs.to(dtype) or model.to(dtype): {error}"
+        ) from error
+
+
 def check_modules(model: nn.Module) -> None:
     """Refuse, by name, what has no score of its own for each observation."""
     for name, parameter in model.named_parameters():
@@ -46,6 +70,17 @@ def check_modules(model: nn.Module) -> None:
             raise ValueError(
                 f"parameter {name!r} is sharded over processes; use "
                 "ewc_lib.integrations.distributed.fisher_information"
+            )
+        if parameter.is_inference():
+            raise ValueError(
+                f"parameter {name!r} was made under torch.inference_mode(), so that no gradient "
+                "can be taken in it; copy.deepcopy(model) can be used"
+            )
+    for name, buffer in model.named_buffers():
+        if is_lazy(buffer):
+            raise ValueError(
+                f"buffer {name!r} of a lazy module has no shape yet: run the model once, "
+                "model(inputs), before"
             )
     for name, module in model.named_modules():
         who = f"{type(module).__name__} {name!r}"

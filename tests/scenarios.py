@@ -411,8 +411,8 @@ class Checked(nn.Module):
         self.head = nn.Linear(4, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.isnan().any():
-            raise ValueError("an input is missing")
+        if max(x.flatten(1).sum(1).tolist()) > 100:  # no two observations have this in common
+            raise ValueError("an input is too large")
         return self.head(torch.tanh(HiddenLinear.apply(x, self.unseen)))
 
 

@@ -1,6 +1,7 @@
 """Arguments that cannot be meant, and what may be meant instead."""
 
 from functools import partial
+from inspect import isclass, isroutine, signature
 
 import numpy as np
 import pytest
@@ -8,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ewc_lib import EWC, Gaussian, fisher_information
+from ewc_lib import (
+    EWC,
+    Gaussian,
+    ewc,
+    fisher,
+    fisher_information,
+    likelihood,
+    quadratic,
+    regularizers,
+    score,
+)
 from ewc_lib._arguments import WORDS, check_choice, check_place, check_whole, random_source
 from ewc_lib.fisher.estimate import STRUCTURES
 from ewc_lib.fisher.output import KINDS
@@ -194,6 +205,22 @@ def test_randomness_in_another_form_is_answered_by_the_one_form(given):
 def test_a_generator_on_another_device_than_the_draws_is_named():
     with pytest.raises(ValueError, match=r"on cpu, but draws on meta: torch\.Generator\('meta'\)"):
         random_source(torch.Generator(), torch.device("meta"))
+
+
+PUBLIC = [ewc, fisher, likelihood, quadratic, regularizers, score]
+
+
+@pytest.mark.parametrize("module", PUBLIC, ids=lambda module: module.__name__)
+def test_randomness_has_one_word_and_one_form_in_the_core(module):
+    others = {"seed", "seeds", "rng", "random_state", "key"}
+    for name in module.__all__:
+        thing = getattr(module, name)
+        methods = [m for m in vars(thing).values() if callable(m)] if isclass(thing) else []
+        for function in filter(isroutine, [thing, *methods]):
+            arguments = signature(function).parameters
+            assert not others & arguments.keys(), name
+            if "generator" in arguments:
+                assert "torch.Generator" in str(arguments["generator"].annotation), name
 
 
 def test_arguments_are_refused_before_the_data_are_read():

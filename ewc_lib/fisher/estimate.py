@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from ewc_lib._arguments import check_choice, check_place, check_whole, random_source
+from ewc_lib._checking import explaining
+from ewc_lib._drawing import random_part
 from ewc_lib._selecting import Selection, select_parameters
 from ewc_lib.fisher.output import KINDS, Kind, columns
 from ewc_lib.fisher.structures import Fisher
@@ -106,7 +108,12 @@ def fisher_information(
         grad) and parameters, one or several; or a predicate of ``(name, parameter)``. By default
         all parameters that require grad.
     n_samples
-        Use exactly that many observations, then stop. By default all.
+        Use exactly that many observations: the mean is over these. They are drawn by
+        ``generator``, without replacement, from data that can be indexed: one tuple of tensors,
+        or a DataLoader that goes through a map-style data set in order (no ``shuffle``, no
+        sampler of its own, no ``drop_last``). Errors then number the observations that were
+        drawn. Of all other data - a list or a generator of batches, a loader that shuffles - they
+        are the first ones, in the order of the data. By default all.
     draws
         Random columns for each observation, for ``"sketch"`` and ``"sampled"``.
     certify
@@ -117,8 +124,10 @@ def fisher_information(
         one more pass forward and backward.
     rank that ``"lowrank"`` keeps at most.
     generator
-        The source of randomness, on the model's device. By default a fresh one with seed 0, so
-        that results repeat and the global random state is not used.
+        The source of randomness, a ``torch.Generator`` on the model's device. By default a fresh
+        one with seed 0, so that results repeat and the global random state is not used. There is
+        no other form: a number could only mean the same draws in every call, so that the errors
+        of two tasks would be the same unnoticed, where a generator goes on.
     progress
         True or False; by default a bar appears in terminals and notebooks after two seconds.
     dtype
@@ -165,9 +174,10 @@ def fisher_information(
     distribution = output_distribution(likelihood)
     network = NetworkScores(model, parameters, distribution, certify)
     generator = random_source(generator, network.device)
+    data = random_part(data, n_samples, generator)
 
     def accumulate(total: Sum) -> Fisher:
-        for batch in network.over(data, n_samples, progress):
+        for batch in explaining(network.over(data, n_samples, progress), model):
             target = batch.batch.target
             total.add(batch, columns(kind, distribution, batch.output, target, draws, generator))
             del batch  # and with it the graph, before the next one grows

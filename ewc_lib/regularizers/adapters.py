@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ewc_lib._arguments import random_source
 from ewc_lib._parameters import Vector
 from ewc_lib.fisher import Diagonal, fisher_information
 from ewc_lib.fisher.output import Kind
@@ -57,7 +58,13 @@ class LowRankUpdate(nn.Module):
         return weight + self.B @ self.A
 
 
-def add_adapters(model: nn.Module, layers: Iterable[str], rank: int, *, seed: int = 0) -> None:
+def add_adapters(
+    model: nn.Module,
+    layers: Iterable[str],
+    rank: int,
+    *,
+    generator: torch.Generator | None = None,
+) -> None:
     r"""Freeze a network and put a trainable low-rank update beside the weight of some layers.
 
     The network computes what it did, because the update begins at zero. To make the updates part
@@ -71,8 +78,9 @@ def add_adapters(model: nn.Module, layers: Iterable[str], rank: int, *, seed: in
         Names of modules with a ``weight`` of two dimensions, as linear layers.
     rank
         Of each update.
-    seed
-        Of the first values; the global random state is not used.
+    generator
+        Of the first values, on the processor. By default a fresh one with seed 0; the global
+        random state is not used.
 
     Raises
     ------
@@ -98,7 +106,7 @@ def add_adapters(model: nn.Module, layers: Iterable[str], rank: int, *, seed: in
         raise ValueError(f"adapters need layers and a positive rank, got {list(modules)}, {rank}")
     if wrong := [name for name, module in modules.items() if _weight(module).dim() != 2]:
         raise ValueError(f"the weights of {wrong} have not two dimensions")
-    generator = torch.Generator().manual_seed(seed)
+    generator = random_source(generator, torch.device("cpu"))
     model.requires_grad_(False)
     for module in modules.values():
         update = LowRankUpdate(_weight(module), rank, generator)
@@ -171,12 +179,19 @@ class AdapterEWC(FunctionPenalty):
     def before_step(self, inputs: Any = None) -> None:
         """Do nothing: the penalty does not depend on the data of a step."""
 
-    def consolidate(self, data: Any) -> None:
+    def consolidate(
+        self,
+        data: Any,
+        *,
+        n_samples: int | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool | None = None,
+    ) -> None:
         """Finish a task: add the Fisher information of the weights, and hold them where they are.
 
         Parameters
         ----------
-        data
+        data, n_samples, generator, progress
             As in :func:`ewc_lib.fisher_information`.
 
         Warns
@@ -190,7 +205,14 @@ class AdapterEWC(FunctionPenalty):
             parameter.requires_grad_(True)
         try:
             new = fisher_information(
-                self.model, data, self.likelihood, kind=self.kind, params=names
+                self.model,
+                data,
+                self.likelihood,
+                kind=self.kind,
+                params=names,
+                n_samples=n_samples,
+                generator=generator,
+                progress=progress,
             )
         finally:
             for parameter in frozen:

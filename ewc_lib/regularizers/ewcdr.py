@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ewc_lib.fisher.estimate import fisher_information
@@ -75,13 +76,18 @@ class EWCDR(ImportancePenalty):
     importance: ClassVar[str] = "logits reversal"
 
     def consolidate(
-        self, data: Any, *, n_samples: int | None = None, progress: bool | None = None
+        self,
+        data: Any,
+        *,
+        n_samples: int | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool | None = None,
     ) -> Diagonal:
         """Finish a task: compute its importance and remember its parameters.
 
         Parameters
         ----------
-        data, n_samples, progress
+        data, n_samples, generator, progress
             As in :func:`ewc_lib.fisher_information`. The targets are classes.
 
         Returns
@@ -106,6 +112,7 @@ class EWCDR(ImportancePenalty):
             kind="empirical",
             params=[PREFIX + name for name in self._parameters()],
             n_samples=n_samples,
+            generator=generator,
             progress=progress,
         )
         values = {key.removeprefix(PREFIX): v for key, v in squares.diagonal().items()}

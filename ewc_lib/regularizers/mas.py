@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from ewc_lib._arguments import check_whole, random_source
 from ewc_lib._calling import untouched
+from ewc_lib._drawing import random_part
 from ewc_lib.fisher.structures import Diagonal
 from ewc_lib.regularizers._importance import ImportancePenalty
 from ewc_lib.score import per_observation_gradients
@@ -63,12 +66,18 @@ class MAS(ImportancePenalty):
 
     importance: ClassVar[str] = "output sensitivity"
 
-    def consolidate(self, data: Any, *, n_samples: int | None = None) -> Diagonal:
+    def consolidate(
+        self,
+        data: Any,
+        *,
+        n_samples: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Diagonal:
         """Finish a task: add its importance, and remember the parameters.
 
         Parameters
         ----------
-        data, n_samples
+        data, n_samples, generator
             As in :func:`ewc_lib.fisher_information`. The targets are not used.
 
         Returns
@@ -87,6 +96,9 @@ class MAS(ImportancePenalty):
             If it is zero everywhere, so that nothing of this task would be protected.
         """
         total, n = self._zeros(), 0
+        check_whole(n_samples=n_samples)
+        device = next(iter(total.values())).device
+        data = random_part(data, n_samples, random_source(generator, device))
         found = per_observation_gradients(
             self.model,
             data,

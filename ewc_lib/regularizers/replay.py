@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from ewc_lib._arguments import random_source
 from ewc_lib._batches import batches
 from ewc_lib._parameters import count
 from ewc_lib.heads import all_outputs
@@ -47,8 +48,9 @@ class Replay(FunctionPenalty):
         then tensors are kept, not copied.
     batch_size
         :math:`B`, observations of earlier tasks in each step.
-    seed
-        Of what is kept and of what is drawn; the global random state is not used.
+    generator
+        Of what is kept and of what is drawn, on the processor. By default a fresh one with seed
+        0; the global random state is not used. A state holds that of the generator, too.
 
     Raises
     ------
@@ -79,7 +81,7 @@ class Replay(FunctionPenalty):
         strength: float | None = None,
         capacity: int | None = None,
         batch_size: int = 128,
-        seed: int = 0,
+        generator: torch.Generator | None = None,
     ) -> None:
         if capacity is not None and capacity < 1:
             raise ValueError(f"capacity must be at least 1, or None for all, got {capacity}")
@@ -87,7 +89,7 @@ class Replay(FunctionPenalty):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         super().__init__(model, strength)
         self.capacity, self.batch_size = capacity, batch_size
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = random_source(generator, torch.device("cpu"))
         self._stored: list[tuple[Tensor, Tensor]] = []
         self._batch: tuple[Tensor, Tensor, Tensor] | None = None
 

@@ -25,7 +25,7 @@ def plain(seed=0):
 
 def adapted(seed=0, rank=2):
     model = plain(seed)
-    add_adapters(model, LAYERS, rank, seed=seed)
+    add_adapters(model, LAYERS, rank, generator=torch.Generator().manual_seed(seed))
     return model
 
 
@@ -72,7 +72,7 @@ def test_removing_the_parametrization_leaves_the_update_in_the_weight():
 def test_the_first_values_follow_the_seed_and_leave_the_global_random_state_alone():
     state = torch.get_rng_state()
     one, again, other = adapted(0), adapted(0), plain(0)
-    add_adapters(other, LAYERS, 2, seed=1)
+    add_adapters(other, LAYERS, 2, generator=torch.Generator().manual_seed(1))
     assert torch.equal(torch.get_rng_state(), state)
     assert same(copies(one), copies(again))
     assert not same(copies(one), copies(other))

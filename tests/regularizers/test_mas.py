@@ -60,13 +60,25 @@ def test_the_result_does_not_depend_on_how_many_gradients_are_held_at_once(limit
         torch.testing.assert_close(value, expected[name], **TIGHT)
 
 
-def test_exactly_n_samples_are_used():
+def test_exactly_n_samples_are_used_drawn_by_the_generator_from_one_tuple():
     model = network()
     x, y = task()
+    found = {
+        seed: MAS(model, 1.0).consolidate(
+            (x, y), n_samples=5, generator=torch.Generator().manual_seed(seed)
+        )
+        for seed in (0, 1)
+    }
+    default = MAS(model, 1.0).consolidate((x, y), n_samples=5)
+    assert torch.equal(default.values["net.0.bias"], found[0].values["net.0.bias"])
+    for seed, importance in found.items():
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+        expected = sensitivity(model, x[order[:5]])
+        assert importance.n_samples == 5
+        torch.testing.assert_close(importance.values["net.0.bias"], expected["net.0.bias"], **TIGHT)
+    first = MAS(model, 1.0).consolidate([(x, y)], n_samples=5)
     expected = sensitivity(model, x[:5])
-    found = MAS(model, 1.0).consolidate((x, y), n_samples=5)
-    assert found.n_samples == 5
-    torch.testing.assert_close(found.values["net.0.bias"], expected["net.0.bias"], **TIGHT)
+    torch.testing.assert_close(first.values["net.0.bias"], expected["net.0.bias"], **TIGHT)
 
 
 def test_dropout_is_off():

@@ -19,6 +19,10 @@ def numbered(n, first, classes=2):
     return x / 100, torch.arange(n) % classes
 
 
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 def after(heads, tasks, **options):
     model = network()
     regularizer = Replay(model, **options)
@@ -82,11 +86,13 @@ def test_inputs_keep_their_labels():
     assert torch.equal(y, data[1][number] + 2)
 
 
-def test_what_is_kept_and_drawn_depends_on_the_seed_alone():
+def test_what_is_kept_and_drawn_depends_on_the_generator_alone():
     def draws(seed, global_seed):
         with torch.random.fork_rng():
             torch.manual_seed(global_seed)
-            _, regularizer = after([range(2)], [numbered(50, 0)], capacity=10, seed=seed)
+            _, regularizer = after(
+                [range(2)], [numbered(50, 0)], capacity=10, generator=seeded(seed)
+            )
             return [drawn(regularizer)[0] for _ in range(3)]
 
     assert same(draws(0, 0), draws(0, 1))
@@ -116,10 +122,10 @@ def test_tasks_that_share_their_memory_can_be_stored_by_safetensors():
 
 
 def test_a_restored_method_draws_what_the_first_one_would_have_drawn():
-    model, regularizer = after([range(2)] * 2, [task(0), task(1)], capacity=5, seed=4)
+    model, regularizer = after([range(2)] * 2, [task(0), task(1)], capacity=5, generator=seeded(4))
     for _ in range(3):
         regularizer.before_step()
-    restored = Replay(copy.deepcopy(model), capacity=5, seed=0)
+    restored = Replay(copy.deepcopy(model), capacity=5, generator=seeded(0))
     restored.load_state_dict(load(save(regularizer.state_dict())))
     for r in (regularizer, restored):
         r.consolidate(task(2))

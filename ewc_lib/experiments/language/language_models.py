@@ -126,7 +126,8 @@ def _play(protocol: Mapping[str, Any], run: Run) -> dict[str, Any]:
     english, code, learned, seconds_training = _learned(json.dumps(protocol), seed)
     model = copy.deepcopy(learned)
     if "LoRA" in method:
-        add_adapters(model, adaptable(model), protocol["rank"], seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        add_adapters(model, adaptable(model), protocol["rank"], generator=generator)
     optimum = copy.deepcopy(model.state_dict())
     start = time.perf_counter()
     regularizer = _regularizer(method, model, protocol["kind"])

@@ -43,6 +43,11 @@ __all__ = ["METHODS", "RESULTS", "Experiment", "Protocol", "measure", "outcome",
 Protocol: TypeAlias = Mapping[str, Any]
 """What all runs of an experiment share, plain values for JSON."""
 
+
+def _from(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 METHODS: dict[str, Callable[[nn.Module, float, int], Regularizer | None]] = {
     "none": lambda model, strength, seed: None,
     "EWC": lambda model, strength, seed: EWC(model, strength),
@@ -54,8 +59,8 @@ METHODS: dict[str, Callable[[nn.Module, float, int], Regularizer | None]] = {
     "L2": lambda model, strength, seed: L2(model, strength),
     "Kronecker Laplace": lambda model, strength, seed: KroneckerLaplace(model, strength),
     "LwF": lambda model, strength, seed: LwF(model),
-    "replay": lambda model, strength, seed: Replay(model, capacity=100, seed=seed),
-    "joint": lambda model, strength, seed: Replay(model, seed=seed),
+    "replay": lambda model, strength, seed: Replay(model, capacity=100, generator=_from(seed)),
+    "joint": lambda model, strength, seed: Replay(model, generator=_from(seed)),
 }
 """Methods by the name that tables show, made from a model, a strength and a seed.
 
