@@ -12,7 +12,9 @@ from torch.nn.parameter import is_lazy
 
 T = TypeVar("T")
 
-DTYPES_DIFFER = re.compile(r"same dtype|scalar type|type .* should be the same|have the type")
+DTYPES_DIFFER = re.compile(
+    r"(same|mixed) d(ata)?type|scalar type|type .* should be the same|have the type"
+)
 """How PyTorch says that inputs and parameters are of two precisions, or no indices."""
 
 

@@ -55,7 +55,11 @@ INPUTS = {
 def test_inputs_of_another_dtype_than_the_model_are_told_with_what_to_do(model, x):
     data = (x, torch.zeros(3, dtype=torch.long))
     message = r"with parameters of torch\.float32, cannot take .* inputs\.to\(dtype\)"
-    for use in (fisher_information, lambda *args: MatrixFree(*args) @ torch.ones(1)):
+
+    def multiply(model, data):
+        return MatrixFree(model, data) @ torch.ones(sum(p.numel() for p in model.parameters()))
+
+    for use in (fisher_information, multiply):
         with pytest.raises(ValueError, match=message):
             use(model, data)
 

@@ -2,6 +2,7 @@
 
 from ewc_lib.fisher.definitions import every_label, negative_expected_hessian, score_covariance
 from ewc_lib.fisher.estimate import fisher_information
+from ewc_lib.fisher.iterative import Estimate
 from ewc_lib.fisher.matrix_free import MatrixFree
 from ewc_lib.fisher.structures import (
     BlockDiagonal,
@@ -21,6 +22,7 @@ __all__ = [
     "Dense",
     "Diagonal",
     "EigenKronecker",
+    "Estimate",
     "Fisher",
     "Gaussian",
     "Kronecker",

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ewc_lib._arguments import (
+    check_choice,
+    check_place,
+    check_whole,
+    random_source,
+)
+from ewc_lib._checking import explaining
+from ewc_lib._drawing import random_part
 from ewc_lib._parameters import Vector
 from ewc_lib._selecting import Selection, fixed, select_parameters
+from ewc_lib.fisher.linear_map import LinearMap
 from ewc_lib.fisher.output import KINDS, Kind, columns, information_times
-from ewc_lib.fisher.structures import check_shapes
+from ewc_lib.fisher.structures.vectors import V, in_form_of, named
 from ewc_lib.likelihood.outputs import OutputDistribution, output_distribution
 from ewc_lib.score.batch import BatchScores
 from ewc_lib.score.batch_axis import weigh
@@ -21,29 +30,35 @@ from ewc_lib.score.memory import sum_dtype
 from ewc_lib.score.network import NetworkScores
 
 
-class MatrixFree:
+class MatrixFree(LinearMap):
     r"""The whole Fisher information as a linear map, never written down.
 
     .. math:: F v = \frac1N \sum_{n=1}^N J_n^\top \, H_n \, (J_n v)
 
-    A product takes one forward and three backward network, whatever the number of classes: the
+    A product takes one forward and three backward passes, whatever the number of classes: the
     Fisher information :math:`H_n` of the output distribution is multiplied in closed form, and
     :math:`J_n v` is the derivative of :math:`v^\top J_n^\top u` in :math:`u`, since only
-    backward network know what every operation treats as constant (compare Schraudolph 2002, who
-    uses forward derivatives). Memory is about twice that of training.
+    backward passes know what every operation treats as constant (compare Schraudolph 2002, who
+    uses forward derivatives). Memory is about twice that of training. Whatever else it answers,
+    it answers by products: each is a pass over all data.
 
     Parameters
     ----------
-    model, likelihood, params, n_samples, draws, progress
+    model, likelihood, params, draws, progress
         As for :func:`~ewc_lib.fisher_information`. The model is run as it is when a product is
         asked for.
     data
         As there; it is read again for every product, so a generator is refused.
     kind
-        ``"exact"`` by default. The random kinds are one fixed random matrix each, drawn from
-        ``seed``; a shuffled loader changes which observation gets which draw.
-    seed
-        Of the random kinds.
+        ``"exact"`` by default. The random kinds are one fixed random matrix each; a shuffled
+        loader changes which observation gets which draw.
+    n_samples
+        As there; each product is of the same part, if the data have an order.
+    generator
+        As there. Its state is copied: every product begins from it anew, and the generator itself
+        does not go on.
+    dtype, device
+        Of the sums, and of what is returned, as there.
 
     Raises
     ------
@@ -72,13 +87,14 @@ class MatrixFree:
         params: Selection = None,
         n_samples: int | None = None,
         draws: int = 1,
-        seed: int = 0,
+        generator: torch.Generator | None = None,
         progress: bool | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
-        if draws < 1:
-            raise ValueError(f"draws must be at least 1, got {draws}")
+        check_choice("kind", kind, KINDS)
+        check_whole(n_samples=n_samples, draws=draws)
+        check_place(dtype, device)
         if isinstance(data, Iterator):
             raise ValueError("data is an iterator, which can be read only once; give a list")
         self.model = model
@@ -88,9 +104,19 @@ class MatrixFree:
         self.params = fixed(model, params)
         self.n_samples = n_samples
         self.draws = draws
-        self.seed = seed
         self.progress = progress
-        select_parameters(model, self.params)  # refuses unknown names now, not later
+        self._place = dtype, device
+        first = next(iter(self.parameters.values()))  # refuses unknown names now, not later
+        self._state: Tensor | None = None
+        if generator is not None:
+            self._state = random_source(generator, first.device).get_state()
+
+    def __repr__(self) -> str:
+        size = sum(shape.numel() for shape in self.shapes.values())
+        return (
+            f"{type(self).__name__}(kind={self.kind!r}, n_samples={self.n_samples}, "
+            f"parameters={size}, dtype={self.dtype}, device={str(self.device)!r})"
+        )
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -102,28 +128,52 @@ class MatrixFree:
         """Shapes of the parameters, by name."""
         return {name: p.shape for name, p in self.parameters.items()}
 
-    def __matmul__(self, v: Vector) -> Vector:
-        """Return the product with a vector."""
-        check_shapes(self.shapes, {name: t.shape for name, t in v.items()})
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of a flat product; the widest, if that of the parameters differs."""
+        dtypes = (self._place[0] or sum_dtype(p) for p in self.parameters.values())
+        return reduce(torch.promote_types, dtypes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where products are."""
+        return torch.device(self._place[1] or next(iter(self.parameters.values())).device)
+
+    @property
+    def _rounding(self) -> float:
+        return max(torch.finfo(p.dtype).eps for p in self.parameters.values())
+
+    def __matmul__(self, v: V) -> V:
+        """Return the product with a vector, named or flat, in the same form.
+
+        A flat vector ``[P]`` holds all parameters in the order of :attr:`shapes`.
+        """
+        shapes = self.shapes
+        return in_form_of(v, self._times(named(v, shapes)), shapes)
+
+    def _zeros(self, parameter: nn.Parameter) -> Tensor:
+        dtype, device = self._place
+        return torch.zeros(
+            parameter.shape,
+            dtype=dtype or sum_dtype(parameter),
+            device=parameter.device if device is None else device,
+        )
+
+    def _times(self, v: Vector) -> Vector:
+        """Return the product with named tensors."""
         parameters = self.parameters
         network = NetworkScores(self.model, parameters, self.distribution)
-        generator = torch.Generator(network.device).manual_seed(self.seed)
-        n = 0
+        generator = random_source(None, network.device)
+        if self._state is not None:
+            generator.set_state(self._state)
+        data, n = random_part(self.data, self.n_samples, generator), 0
         with network.leaving_no_trace(), sdpa_kernel(SDPBackend.MATH):
-            total = {
-                name: torch.zeros(p.shape, dtype=sum_dtype(p), device=p.device)
-                for name, p in parameters.items()
-            }
-            for batch in network.over(self.data, self.n_samples, self.progress):
+            total = {name: self._zeros(p) for name, p in parameters.items()}
+            for batch in explaining(network.over(data, self.n_samples, self.progress), self.model):
                 for name, g in self._product(batch, parameters, v, generator).items():
-                    total[name] += g
+                    total[name] += g.to(total[name])
                 n += len(batch)
             return {name: t / n for name, t in total.items()}
-
-    def quadratic(self, v: Vector) -> Float[Tensor, ""]:
-        r"""Return :math:`v^\top F v`, a number without a graph: its gradient is :math:`2 F v`."""
-        product = self @ v
-        return torch.stack([(v[name].detach() * product[name]).sum() for name in product]).sum()
 
     def _product(
         self,

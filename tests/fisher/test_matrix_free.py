@@ -95,10 +95,15 @@ def test_the_product_does_not_depend_on_the_batches(name, kind):
 
 
 @pytest.mark.parametrize("kind", ["sketch", "sampled"])
-def test_a_random_kind_is_one_matrix_for_each_seed(kind):
+def test_a_random_kind_is_one_matrix_for_each_state_of_the_generator(kind):
     case = SCENARIOS["mlp_categorical"]()
-    F, again, other = (matrix_free(case, kind=kind, seed=seed) for seed in (1, 1, 2))
+    sources = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2, 0)]
+    before = [source.get_state() for source in sources]
+    F, again, other, zero = (matrix_free(case, kind=kind, generator=source) for source in sources)
     v = vector(F)
+    assert same(zero @ v, matrix_free(case, kind=kind) @ v)
+    for source, state in zip(sources, before, strict=True):
+        assert same(source.get_state(), state)
     assert same(F @ v, F @ v)
     assert same(F @ v, again @ v)
     assert not same(F @ v, other @ v)
@@ -163,7 +168,7 @@ def test_the_quadratic_form_is_a_number_without_a_graph():
     assert not any(t.requires_grad for t in (F @ v).values())
 
 
-def test_it_solves_by_conjugate_gradients():
+def test_another_library_solves_with_it_by_conjugate_gradients():
     case, damping = SCENARIOS["mlp_categorical"](), 1e-2
     F, dense = matrix_free(case), estimate(case, structure="dense")
     b, shapes = vector(F), F.shapes
@@ -177,6 +182,106 @@ def test_it_solves_by_conjugate_gradients():
     found, failed = cg(operator, ravel(b)[0].numpy(), rtol=1e-12)
     assert not failed
     close(torch.from_numpy(found), ravel(dense.solve(b, damping))[0], 1e-8)
+
+
+# A flat vector, and what is asked by products alone
+
+
+def whole(name="mlp_categorical", **options):
+    """A map, and its matrix."""
+    case = SCENARIOS[name]()
+    return matrix_free(case, 3, **options), estimate(case, structure="dense", **options).to_dense()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_flat_vector_is_one_in_the_order_of_the_shapes(dtype):
+    F, matrix = whole()
+    v = vector(F)
+    row = ravel(v)[0].to(dtype)
+    found = F @ row
+    assert (found.shape, found.dtype) == (row.shape, torch.float64)
+    close(found, matrix @ row.double())
+    close(F.quadratic(row), row.double() @ matrix @ row.double())
+    for shape in [(len(row) + 1,), (len(row), 1)]:
+        for use in (F.__matmul__, F.quadratic, F.solve):
+            with pytest.raises(ValueError, match=rf"must have shape \({len(row)},\), got"):
+                use(torch.ones(shape))
+
+
+@pytest.mark.parametrize("name", ["mlp_categorical", "cnn_with_norms", "attention"])
+def test_it_solves_a_damped_system(name):
+    F, matrix = whole(name)
+    v, damping = vector(F), 1e-2
+    row = ravel(v)[0]
+    damped = matrix + damping * torch.eye(len(matrix), dtype=torch.float64)
+    expected = torch.linalg.solve(damped, row)
+    found = F.solve(v, damping)
+    assert {name: t.shape for name, t in found.items()} == F.shapes
+    assert torch.equal(ravel(found)[0], F.solve(row, damping))
+    close(ravel(found)[0], expected, 1e-6)
+    close(F.solve(row, damping, tolerance=1e-13), expected, 1e-11)
+
+
+def test_without_damping_it_solves_what_is_in_its_range():
+    F, matrix = whole()
+    b = matrix @ ravel(vector(F))[0]
+    close(F.solve(b, tolerance=1e-10), torch.linalg.pinv(matrix, hermitian=True) @ b, 1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("name", ["mlp_categorical", "mlp_gaussian", "attention"])
+def test_it_finds_its_largest_eigenvalues(name, k):
+    F, matrix = whole(name)
+    expected = torch.linalg.eigvalsh(matrix).flip(0)[:k]
+    close(F.eigenvalues(k), expected, 1e-7)
+
+
+def test_an_eigenvalue_that_is_there_for_every_output_is_found_as_often():
+    """For a linear model with Gaussian outputs the matrix has one equal block for each."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 4).double(), torch.randn(10, 3).double(), torch.zeros(10, 4).double()
+    F = MatrixFree(model, (x, y), "gaussian")
+    inputs = torch.cat([x, torch.ones(10, 1).double()], 1)
+    expected = torch.linalg.eigvalsh(inputs.mT @ inputs / 10).flip(0)
+    close(F.eigenvalues(5), torch.cat([expected[:1].repeat(4), expected[1:2]]), 1e-8)
+
+
+@each_kind
+def test_trace_and_diagonal_are_found_within_their_errors(kind):
+    F, matrix = whole(kind=kind)
+    trace, diagonal = F.trace(64), F.diagonal(64)
+    assert abs(float(trace.value - matrix.trace())) < 4 * float(trace.standard_error)
+    assert {name: t.shape for name, t in diagonal.value.items()} == F.shapes
+    off = ravel(diagonal.value)[0] - matrix.diagonal()
+    error = ravel(diagonal.standard_error)[0]
+    assert (off.abs() < 5 * error + 1e-12).all()
+    assert 0.5 < float((off / error).square().mean()) < 2
+    close(sum(t.sum() for t in diagonal.value.values()), trace.value)
+
+
+def test_it_is_shown_in_one_line():
+    F, matrix = whole(n_samples=4)
+    expected = f"MatrixFree(kind='exact', n_samples=4, parameters={len(matrix)}, "
+    assert repr(F) == expected + "dtype=torch.float64, device='cpu')"
+
+
+def test_sums_are_kept_in_the_precision_that_is_asked_for():
+    case = SCENARIOS["mlp_categorical"]()
+    model, data = case.model.float(), [(case.x.float(), case.y)]
+    plain, fine = (
+        MatrixFree(model, data),
+        MatrixFree(model, data, dtype=torch.float64, device="cpu"),
+    )
+    assert (plain.dtype, fine.dtype, fine.device) == (
+        torch.float32,
+        torch.float64,
+        torch.device("cpu"),
+    )
+    v = vector(plain)
+    assert {t.dtype for t in (fine @ v).values()} == {torch.float64}
+    assert {t.dtype for t in fine.solve(v, 0.1).values()} == {torch.float64}
+    assert fine.eigenvalues().dtype == fine.trace(2).value.dtype == torch.float64
+    close(product(fine, v), product(plain, v).double(), 1e-5)
 
 
 # Data and parameters
@@ -397,9 +502,13 @@ def spoiled(**changes):
         ({"kind": "sampeld"}, "kind must be one of .* got 'sampeld'"),
         ({"draws": 0}, "draws must be at least 1, got 0"),
         ({"params": "0.wieght"}, "did you mean '0.weight'"),
+        ({"params": nn.Linear(1, 1)}, "a Linear that is no part of this Sequential"),
+        ({"n_samples": 0}, "n_samples must be at least 1"),
+        ({"generator": 0}, "generator must be a torch.Generator, got 0"),
+        ({"dtype": torch.int8}, "dtype must be a real"),
+        ({"device": "gpu"}, "device must be one of PyTorch"),
         ({"likelihood": "normal"}, "likelihood must be one of .* got 'normal'"),
     ],
-    ids=["iterator", "generator", "kind", "draws", "params", "likelihood"],
 )
 def test_a_wrong_argument_is_refused_at_once(changes, message):
     with pytest.raises(ValueError, match=message):
