@@ -15,13 +15,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ewc_lib._arguments import random_source
+from ewc_lib._arguments import check_choice, random_source
 from ewc_lib._parameters import Vector
 from ewc_lib.fisher import Diagonal, fisher_information
-from ewc_lib.fisher.output import Kind
+from ewc_lib.fisher.output import KINDS, Kind
 from ewc_lib.fisher.structures import Fisher, check_shapes
 from ewc_lib.fisher.structures.states import under
-from ewc_lib.likelihood.outputs import OutputDistribution
+from ewc_lib.likelihood.outputs import OutputDistribution, output_distribution
 from ewc_lib.regularizers._function import FunctionPenalty
 
 __all__ = ["AdapterEWC", "LowRankUpdate", "add_adapters"]
@@ -140,7 +140,8 @@ class AdapterEWC(FunctionPenalty):
     Raises
     ------
     ValueError
-        If the strength is negative or not finite, or if the model has no adapters.
+        If the strength is negative or not finite, if a word is unknown, or if the model has no
+        adapters.
 
     Examples
     --------
@@ -163,6 +164,8 @@ class AdapterEWC(FunctionPenalty):
         likelihood: str | OutputDistribution = "categorical",
         kind: Kind = "exact",
     ) -> None:
+        check_choice("kind", kind, KINDS)
+        output_distribution(likelihood)  # refuses an unknown word now, not later
         super().__init__(model, strength)
         self.likelihood = likelihood
         self.kind: Kind = kind

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ewc_lib._arguments import check_choice
 from ewc_lib._selecting import Selection
 from ewc_lib.fisher.estimate import fisher_information
-from ewc_lib.fisher.output import Kind
+from ewc_lib.fisher.output import KINDS, Kind
 from ewc_lib.fisher.structures import Fisher
-from ewc_lib.likelihood.outputs import OutputDistribution
+from ewc_lib.likelihood.outputs import OutputDistribution, output_distribution
 from ewc_lib.quadratic import QuadraticPenalty
 from ewc_lib.regularizers._importance import warn_if_zero
 
@@ -52,7 +53,8 @@ class KroneckerLaplace(QuadraticPenalty):
     Raises
     ------
     ValueError
-        If the strength is negative or not finite, or if ``params`` chooses nothing.
+        If the strength is negative or not finite, if a word is unknown, or if ``params`` chooses
+        nothing.
 
     References
     ----------
@@ -78,6 +80,8 @@ class KroneckerLaplace(QuadraticPenalty):
         kind: Kind = "exact",
         params: Selection = None,
     ) -> None:
+        check_choice("kind", kind, KINDS)
+        output_distribution(likelihood)  # refuses an unknown word now, not later
         super().__init__(model, strength, params=params)
         self.likelihood = likelihood
         self.kind: Kind = kind

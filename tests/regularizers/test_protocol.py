@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from ewc_lib import EWC
-from ewc_lib.regularizers import Regularizer
+from ewc_lib.regularizers import AdapterEWC, KroneckerLaplace, Regularizer, add_adapters
 from tests.regularizers.cases import (
     FUNCTION,
     METHODS,
@@ -42,6 +42,15 @@ def noted(regularizer, seed=9):
 @each
 def test_it_is_a_regularizer(name):
     assert isinstance(METHODS[name](network(), 1.0), Regularizer)
+
+
+@pytest.mark.parametrize("wrong", [{"kind": "mc"}, {"likelihood": "regression"}], ids=str)
+@pytest.mark.parametrize("method", [EWC, KroneckerLaplace, AdapterEWC])
+def test_an_unknown_word_is_refused_when_a_method_is_made(method, wrong):
+    model = nn.Sequential(nn.Linear(2, 2))
+    add_adapters(model, ["0"], 1)
+    with pytest.raises(ValueError, match=r"did you mean '(sampled|gaussian)'"):
+        method(model, 1.0, **wrong)
 
 
 @each
