@@ -129,21 +129,27 @@ def _check_rows(tensor: Tensor, where: str) -> None:
             "give .to_dense() of a sparse one, and pad a nested one"
         )
     if tensor.dim() == 0:
-        raise ValueError(f"{where} must have one observation per row, but holds a 0-d tensor")
+        raise ValueError(
+            f"{where} must have one observation per row, but holds a 0-d tensor; a DataLoader "
+            "makes batches of single observations"
+        )
 
 
 def _describe(raw: Any) -> str:
     if not isinstance(raw, (tuple, list)):
-        advice = ""
         if _is_array(raw):
-            advice = "; if these are all data, give one tuple (inputs, targets), not a list"
-        return type(raw).__name__ + advice
-    advice = ""
+            return (
+                f"{type(raw).__name__}; if these are all data, give one tuple (inputs, targets), "
+                "not a list"
+            )
+        return type(raw).__name__
+    kinds = list(dict.fromkeys(type(item).__name__ for item in raw))
+    advice = "; give tensors, as by torch.tensor(list)"
     if len(raw) == 1:
         advice = f"; {NO_TARGETS}"
-    elif len(raw) > 2:
+    elif any(map(_is_array, raw)):
         advice = (
             "; several inputs are one tuple, ((x, z), y), and what the model does not take is "
             "left out, as by [(x, y) for x, y, task in data]"
         )
-    return f"{len(raw)} items of types {[type(item).__name__ for item in raw]}{advice}"
+    return f"{len(raw)} items of {', '.join(kinds)}{advice}"

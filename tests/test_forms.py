@@ -71,6 +71,7 @@ OF_PAIRS = {
     "numbers of another precision": ((X.numpy().astype(np.longdouble), Y), "inputs are no tensor"),
     "texts": ((("a", "b", "a", "b"), Y), "inputs are strings: .* tokenise texts"),
     "nothing among the inputs": (((X, None), Y), "inputs are None, not torch.Tensor"),
+    "numbers for everything": (([[0.0, 1.0]] * 3), r"3 items of list; give tensors, as by torch"),
     "one number": ((X, 1), "targets are int, not torch.Tensor; batches have one observation per"),
     "sparse inputs": ((X.to_sparse(), Y), r"torch\.sparse_coo.*give \.to_dense\(\)"),
 }

@@ -920,6 +920,16 @@ def test_the_sum_of_kronecker_products_is_refused_and_points_to_the_pool(name):
             combine(F, MAKERS[name](seed=1))
 
 
+@pytest.mark.parametrize("name", [name for name in MAKERS if "diagonal" not in name])
+def test_a_vector_of_another_precision_is_refused_where_it_would_be_rounded(name):
+    F = MAKERS[name]().to(dtype=torch.float32)
+    message = r"the vector is torch\.float64 and the matrix torch\.float32; convert one"
+    for use in (F.__matmul__, F.quadratic, F.solve):
+        for v in (vector(F), flat(F, vector(F))):
+            with pytest.raises(ValueError, match=message):
+                use(v)
+
+
 @every
 def test_what_is_no_number_does_not_scale(make):
     F = make()

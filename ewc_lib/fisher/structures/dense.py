@@ -52,7 +52,7 @@ class Dense(Spectral):
         return self._eigen[1] @ coordinates
 
     def _product(self, v: Vector) -> Vector:
-        return self._unpack(self.matrix @ self._pack(v))
+        return self._unpack(self.matrix @ self._packed(v))
 
     def _times(self, factor: float) -> Self:
         return replace(self, matrix=factor * self.matrix)

@@ -159,7 +159,7 @@ class Kronecker(Layer):
         return outputs.outer(inputs)
 
     def _product(self, v: Vector) -> Vector:
-        return self._unpack(self.output_factor @ self._pack(v) @ self.input_factor)
+        return self._unpack(self.output_factor @ self._packed(v) @ self.input_factor)
 
     def _times(self, factor: float) -> Self:
         return replace(self, output_factor=factor * self.output_factor)

@@ -49,13 +49,23 @@ class Spectral(Fisher):
         """Turn named tensors into one array; here a vector, in the order of the shapes."""
         return ravel({name: v[name] for name in self.shapes})[0]
 
+    def _packed(self, v: Vector) -> Tensor:
+        """Pack a vector, or raise a ValueError if it has another precision than the matrix."""
+        packed, own = self._pack(v), getattr(self, self._TENSORS[0]).dtype
+        if packed.dtype != own:
+            raise ValueError(
+                f"the vector is {packed.dtype} and the matrix {own}; convert one, as by "
+                "F.to(dtype=v.dtype)"
+            )
+        return packed
+
     def _unpack(self, x: Tensor) -> Vector:
         """Undo :meth:`_pack`."""
         return unravel(x, self.shapes)
 
     def _in_basis(self, v: Vector, change: Callable[[Tensor], Tensor]) -> Vector:
         """Change the coordinates of a vector in the basis of the eigenvectors."""
-        return self._unpack(self._from_basis(change(self._to_basis(self._pack(v)))))
+        return self._unpack(self._from_basis(change(self._to_basis(self._packed(v)))))
 
     def _solve(self, v: Vector, damping: float) -> Vector:
         return self._in_basis(v, lambda along: divide(along, self._spectrum + damping))
