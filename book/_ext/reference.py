@@ -22,7 +22,7 @@ from sphinx.util.docstrings import prepare_docstring
 from sphinx.util.docutils import SphinxDirective
 
 PACKAGE = "ewc_lib"
-OPERATORS = {"__add__", "__matmul__", "__mul__"}
+OPERATORS = {"__add__", "__matmul__", "__mul__", "__sub__", "__truediv__"}
 DESCRIPTORS = (property, cached_property, classmethod, staticmethod)
 
 

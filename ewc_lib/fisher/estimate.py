@@ -70,7 +70,8 @@ def fisher_information(
         such ``.logits``. One entry of the first axis is one observation.
     data
         A DataLoader or any iterable of batches ``(inputs, targets)``, or of dicts with
-        ``"labels"``; or one tuple of tensors ``(inputs, targets)``.
+        ``"labels"``; or one tuple of tensors ``(inputs, targets)``. NumPy arrays of numbers may
+        take the place of tensors, in the precision of the model.
     likelihood
         How to read the output: ``"categorical"`` (logits), ``"bernoulli"`` (logits),
         ``"gaussian"`` (means), ``"poisson"`` (log rates), or an object such as
