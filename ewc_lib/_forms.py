@@ -49,6 +49,8 @@ def pair(raw: Any, where: str) -> tuple[Any, Tensor]:
         raise ValueError(f"{where} must be a pair (inputs, targets), got {_describe(raw)}")
     if target is None:
         raise ValueError(f"{where} must hold tensors, but its targets are None: {NO_TARGETS}")
+    if isinstance(inputs, Mapping):  # also that of another library, which has no leaves
+        inputs = dict(inputs)
     target = _tensor(target, f"{where} must hold tensors, but its targets")
     inputs = tree_map(lambda x: _tensor(x, f"{where} must hold tensors, but its inputs"), inputs)
     for leaf in tree_leaves((inputs, target)):

@@ -1,5 +1,7 @@
 """Data in every form that people have them, cut into batches."""
 
+from collections import UserDict
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -35,6 +37,7 @@ FORMS = {
     "one tuple of several inputs": lambda: ((X, X + 1), Y),
     "one tuple of named inputs": lambda: ({"x": X}, Y),
     "batches of one": lambda: cut(X, Y, 1),
+    "one tuple of named inputs of another class": lambda: (UserDict(x=X), Y),
     "one tuple of arrays": lambda: (X.numpy(), Y.numpy()),
     "pairs of arrays": lambda: [(x.numpy(), y.numpy()) for x, y in cut(X, Y, 4)],
     "arrays and tensors": lambda: ((X.numpy(), X), Y),
