@@ -22,10 +22,23 @@ PATHS = ("unused", "rule", "generic", "loop")
 
 
 class ReportRow(NamedTuple):
-    """How the Fisher information of one parameter was computed, and how much of it there is."""
+    """How the Fisher information of one parameter was computed, and what there is of it.
+
+    Attributes
+    ----------
+    parameter
+        Name of the parameter.
+    path
+        How it was computed, as in :attr:`Fisher.paths`.
+    keeps
+        What is kept of it, as in :attr:`Fisher.keeps`.
+    share
+        Its share of the trace.
+    """
 
     parameter: str
     path: str
+    keeps: str
     share: float
 
 
@@ -74,6 +87,15 @@ class Fisher(ABC):
             f"{self._form()}(kind={self.kind!r}, n_samples={self.n_samples}, parameters={size}, "
             f"dtype={self.dtype}, device={str(self.device)!r})"
         )
+
+    @property
+    def keeps(self) -> dict[str, str]:
+        """What is kept of each parameter: the name of a structure.
+
+        ``"diagonal"``, ``"block"``, ``"dense"``, ``"kronecker"``, ``"eigenkronecker"`` or
+        ``"lowrank"``. A block is the whole matrix of the parameter, or of those of its module.
+        """
+        return dict.fromkeys(self.shapes, type(self).__name__.lower())
 
     @abstractmethod
     def diagonal(self) -> Vector:
@@ -127,11 +149,11 @@ class Fisher(ABC):
         return self._map(lambda tensor: tensor.to(device=device, dtype=dtype))
 
     def report(self) -> list[ReportRow]:
-        """Return, for each parameter, the path taken and its share of the trace."""
+        """Return, for each parameter, the path taken, what is kept, and its share of the trace."""
         shares = {name: _number(d.sum()) for name, d in self.diagonal().items()}
-        trace = sum(shares.values())
+        trace, keeps = sum(shares.values()), self.keeps
         return [
-            ReportRow(name, self.paths[name], share / trace if trace else 0.0)
+            ReportRow(name, self.paths[name], keeps[name], share / trace if trace else 0.0)
             for name, share in shares.items()
         ]
 

@@ -75,6 +75,11 @@ class BlockDiagonal(Fisher):
         numbers = Counter(block._form() for block in self.blocks)
         return f"{super()._form()}[{', '.join(f'{n} {form}' for form, n in numbers.items())}]"
 
+    @property
+    def keeps(self) -> dict[str, str]:
+        found = self._merge(lambda block: block.keeps)
+        return {name: "block" if kept == "dense" else kept for name, kept in found.items()}
+
     def diagonal(self) -> Vector:
         return self._merge(lambda block: block.diagonal())
 
