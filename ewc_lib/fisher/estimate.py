@@ -95,12 +95,23 @@ def fisher_information(
         What is kept. ``"diagonal"``; ``"block"``, one matrix for each parameter; ``"module"``,
         one for all parameters of a module; ``"dense"``, the whole matrix of a small model.
 
-        ``"kronecker"``, two small factors for each weight matrix or convolution and its bias
-        (KFAC; Martens and Grosse 2015), with sums over shared positions as in "KFAC-expand", or
+        ``"kronecker"``, two small factors for each weight matrix and its bias (KFAC; Martens and
+        Grosse 2015), with sums over shared positions as in "KFAC-expand", or
         ``"kronecker-reduce"`` as in "KFAC-reduce" (Eschenhagen et al. 2023);
         ``"eigenkronecker"``, exact second moments in the eigenvectors of these factors (George
-        et al. 2018), which reads the data twice. Other vectors keep their whole block and other
-        parameters their diagonal.
+        et al. 2018), which reads the data twice. What has factors:
+
+        * the weight of a linear map or of a convolution, with the bias that the same operations
+          add; a grouped convolution has two factors for each group, nothing between groups;
+        * the weight of a transposed convolution, grouped or not, with one factor for the input
+          channels and one for the windows of outputs that an input position reaches. Its bias
+          stands alone, unless the windows are single positions.
+
+        Other parameters of at most one axis and 4,096 entries (biases that stand alone,
+        normalisations) keep their whole block. All others keep their diagonal only: embeddings,
+        longer vectors, and matrices that are used in another operation (as ``einsum`` or a
+        recurrent cell), in several ways, or in a form that is computed from the parameter (as by
+        weight normalisation). :meth:`ewc_lib.Fisher.report` names what each keeps.
 
         ``"lowrank"``, the ``rank`` largest eigenvalues and their eigenvectors over all
         parameters, from the Gram matrix of the gradients, which are all held in memory.

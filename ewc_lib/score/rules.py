@@ -64,13 +64,34 @@ def add_rows(out: Tensor, rows: Float[Tensor, "N ..."]) -> None:
 
 @dataclass(frozen=True)
 class Products(Rule):
-    r"""A sum of products over positions: :math:`G_n = \sum_t l_{nt} r_{nt}^\top`."""
+    r"""A sum of products over positions: :math:`G_n = \sum_t l_{nt} r_{nt}^\top`.
+
+    For each group of channels the parameter is a matrix with one row for each output and one
+    column for each input, or transposed.
+    """
+
+    groups = 1
+    transposed = False
 
     @abstractmethod
+    def input_rows(self, a: Tensor) -> Float[Tensor, "N groups T I"]:
+        """Return the inputs of the matrix at all positions."""
+
+    @abstractmethod
+    def output_rows(self, a: Tensor, g: Tensor) -> Float[Tensor, "N groups T O"]:
+        """Return the gradients of the outputs of the matrix at all positions."""
+
+    @property
+    def covers_output(self) -> bool:
+        """Whether each entry of the output comes from the matrix at one position."""
+        return True
+
     def sides(
         self, a: Tensor, g: Tensor
     ) -> tuple[Float[Tensor, "N groups T L"], Float[Tensor, "N groups T R"]]:
         """Return the factors of the rows and of the columns, for each group of channels."""
+        inputs, outputs = self.input_rows(a), self.output_rows(a, g)
+        return (inputs, outputs) if self.transposed else (outputs, inputs)
 
     def gradients(self, a: Tensor, g: Tensor) -> Tensor:
         left, right = self.sides(a, g)
@@ -85,10 +106,7 @@ class Products(Rule):
 
     def add_squares(self, out: Tensor, a: Tensor, g: Tensor) -> None:
         left, right = self.sides(a, g)
-        if left.shape[1] > 1:
-            super().add_squares(out, a, g)
-        else:
-            add_squared_products(out.view(left.shape[3], -1), left[:, 0], right[:, 0])
+        add_squared_products(out.view(left.shape[1], left.shape[3], -1), left, right)
 
     def join(self, uses: Sequence[tuple[Tensor, Tensor]]) -> tuple[Rule, Tensor, Tensor]:
         """Return one rule, input and gradient with the positions of several uses by this one."""
@@ -107,12 +125,26 @@ class Factors(Products):
 
 
 def add_squared_products(
-    out: Float[Tensor, "L R"], left: Float[Tensor, "N T L"], right: Float[Tensor, "N T R"]
+    out: Float[Tensor, "groups L R"],
+    left: Float[Tensor, "N groups T L"],
+    right: Float[Tensor, "N groups T R"],
 ) -> None:
     r"""Add :math:`\sum_n (\sum_t l_{nt} r_{nt}^\top)^2` to ``out``, entry by entry."""
-    if left.shape[1] == 1:  # the square of a product is a product of squares
-        out.addmm_(left.squeeze(1).square().mT, right.squeeze(1).square())
-        return
+    if left.shape[2] == 1:  # the square of a product is a product of squares
+        squares = (side.squeeze(2).transpose(0, 1).square() for side in (left, right))
+        out.baddbmm_(next(squares).mT, next(squares))
+    elif len(out) == 1:
+        _add_squared_products_of_one(out[0], left[:, 0], right[:, 0])
+    else:
+        row_bytes = out.numel() * out.element_size()
+        for part in memory.pieces(len(left), row_bytes, memory.SQUARES_BYTES):
+            add_rows(out, (left[part].mT @ right[part]).square_())
+
+
+def _add_squared_products_of_one(
+    out: Float[Tensor, "L R"], left: Float[Tensor, "N T L"], right: Float[Tensor, "N T R"]
+) -> None:
+    """Do that for one group, in pieces of the matrix and of the observations."""
     row_bytes = right.shape[2] * out.element_size()
     for rows in memory.pieces(out.shape[0], row_bytes, memory.SQUARES_BYTES):
         height = len(out[rows])
@@ -139,18 +171,12 @@ class OuterProduct(Products):
     transposed: bool = False
     from_left: bool = False
 
-    def input_rows(self, a: Tensor) -> Float[Tensor, "N T I"]:
-        """Return the inputs of the map, one row for each position."""
+    def input_rows(self, a: Tensor) -> Float[Tensor, "N 1 T I"]:
         a = a.mT if self.from_left else a
-        return a.reshape(len(a), -1, a.shape[-1])
+        return a.reshape(len(a), 1, -1, a.shape[-1])
 
-    def output_rows(self, g: Tensor) -> Float[Tensor, "N T O"]:
-        """Return the gradients of the outputs of the map, one row for each position."""
+    def output_rows(self, a: Tensor, g: Tensor) -> Float[Tensor, "N 1 T O"]:
         return self.input_rows(g)
-
-    def sides(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        inputs, outputs = self.input_rows(a).unsqueeze(1), self.output_rows(g).unsqueeze(1)
-        return (inputs, outputs) if self.transposed else (outputs, inputs)
 
 
 @dataclass(frozen=True)
@@ -178,16 +204,12 @@ class Convolution(Products):
         fits = windows.numel() * windows.element_size() <= room
         return windows.contiguous() if fits else windows
 
-    def input_rows(self, a: Tensor) -> Float[Tensor, "N T I"]:
-        """Return the windows of the input, for one group; one row for each position."""
-        return self._window_rows(a).squeeze(1)
+    def input_rows(self, a: Tensor) -> Float[Tensor, "N groups T I"]:
+        """Return the windows that :meth:`prepare` has cut."""
+        return self._window_rows(a)
 
-    def output_rows(self, g: Tensor) -> Float[Tensor, "N T O"]:
-        """Return the gradients of the output channels, for one group."""
-        return self._channel_rows(g).squeeze(1)
-
-    def sides(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        return self._channel_rows(g), self._window_rows(a)
+    def output_rows(self, a: Tensor, g: Tensor) -> Float[Tensor, "N groups T O"]:
+        return self._channel_rows(g)
 
     def _windows(self, image: Float[Tensor, "N P C ..."]) -> Float[Tensor, "N P C ..."]:
         """Return a view ``[N, P, C, *kernel, *positions]`` on the padded image."""
@@ -216,16 +238,30 @@ class Convolution(Products):
 
 @dataclass(frozen=True)
 class TransposedConvolution(Convolution):
-    """The transpose of a convolution: input and gradient of the output change places."""
+    """The transpose of a convolution: a matrix from each input position to a window of outputs.
+
+    Its outputs are those of the window, so each channel has as many as the kernel has entries.
+    """
+
+    transposed = True
 
     def prepare(self, a: Tensor, room: int) -> Tensor:
         return a
 
-    def sides(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    def input_rows(self, a: Tensor) -> Float[Tensor, "N groups T I"]:
+        return self._channel_rows(a)
+
+    def output_rows(self, a: Tensor, g: Tensor) -> Float[Tensor, "N groups T O"]:
         windows = self._windows(g)
         for axis, size in enumerate(a.shape[3:], windows.dim() - len(a.shape[3:])):
             windows = windows.narrow(axis, 0, size)
-        return self._channel_rows(a), self._window_rows(windows)
+        return self._window_rows(windows)
+
+    @property
+    def covers_output(self) -> bool:
+        """Windows overlap, or leave gaps, unless they are single positions side by side."""
+        sizes = {*self.shape[2:], *self.stride, *self.dilation}
+        return sizes == {1} and not any(map(any, self.padding))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ewc_lib import fisher_information
+from ewc_lib.fisher.sums.kronecker import MAX_VECTOR
 from ewc_lib.likelihood.outputs import Categorical, Gaussian
 from ewc_lib.score import gradcheck
 from tests.scenarios import (
@@ -672,6 +673,52 @@ def test_the_report_shares_out_the_whole_trace(name):
         expected = float(found.diagonal()[row.parameter].sum() / found.trace())
         assert row.share == pytest.approx(expected)
         assert row.path == found.paths[row.parameter]
+
+
+def test_the_report_tells_which_parameters_of_a_structure_have_only_a_diagonal():
+    """As the documentation of the structures says it, one kind of parameter after another."""
+
+    class Kinds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(5, 4)
+            self.norm = nn.LayerNorm(4)
+            self.grouped = nn.Conv1d(4, 4, 2, groups=2)
+            self.back = nn.ConvTranspose1d(4, 4, 2)
+            self.cell = nn.LSTM(4, 4, batch_first=True)
+            self.product = nn.Parameter(torch.randn(4, 4))
+            self.head = nn.Linear(4, CLASSES)
+            self.head.long = nn.Parameter(torch.ones(MAX_VECTOR + 1))
+            self.idle = nn.Parameter(torch.ones(2))
+
+        def forward(self, words):
+            x = self.back(self.grouped(self.norm(self.table(words)).mT))
+            x, _ = self.cell(torch.einsum("nct,cd->ntd", x, self.product))
+            return self.head(x[:, -1]) + self.head.long.mean()
+
+    words, y = torch.arange(12).reshape(4, 3) % 5, torch.zeros(4, dtype=torch.long)
+    with slow_path_allowed():
+        for structure, factors in (("kronecker", "kronecker"), ("eigenkronecker",) * 2):
+            found = fisher_information(Kinds(), (words, y), structure=structure)
+            kept = {row.parameter: row.keeps for row in found.report()}
+            assert kept == {
+                "product": "diagonal",
+                "idle": "block",
+                "table.weight": "diagonal",
+                "norm.weight": "block",
+                "norm.bias": "block",
+                "grouped.weight": factors,
+                "grouped.bias": factors,
+                "back.weight": factors,
+                "back.bias": "block",
+                "cell.weight_ih_l0": "diagonal",
+                "cell.weight_hh_l0": "diagonal",
+                "cell.bias_ih_l0": "block",
+                "cell.bias_hh_l0": "block",
+                "head.long": "diagonal",
+                "head.weight": factors,
+                "head.bias": factors,
+            }
 
 
 def test_the_key_bias_of_attention_has_no_information():

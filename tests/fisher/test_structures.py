@@ -36,7 +36,15 @@ LAYERS = {
     "transposed, no bias": ({"w": (3, 2)}, True),
     "square": ({"w": (2, 2)}, False),
     "convolution": ({"w": (2, 2, 1, 2), "b": (2,)}, False),
+    "transposed convolution": ({"w": (2, 1, 2)}, True),
 }
+IN_GROUPS = {
+    "grouped": ({"w": (4, 2, 2), "b": (4,)}, False, 2),
+    "depthwise": ({"w": (3, 1, 2)}, False, 3),
+    "transposed and grouped": ({"w": (4, 1, 3)}, True, 2),
+    "pointwise, transposed and grouped": ({"w": (4, 2, 1), "b": (4,)}, True, 2),
+}
+ALL_LAYERS = {**{name: (*layer, 1) for name, layer in LAYERS.items()}, **IN_GROUPS}
 
 
 # One of each, always the same for the same seed, of full rank or singular
@@ -62,7 +70,9 @@ def basis(size, seed):
     return torch.linalg.qr(randn(size, size, seed=seed)).Q.contiguous()
 
 
-def factor(size, rank, seed):
+def factor(size, rank, seed, groups=1):
+    if groups > 1:
+        return torch.stack([factor(size, rank, seed + 100 * group) for group in range(groups)])
     directions = basis(size, seed)[:, :rank]
     return directions * (randn(rank, seed=seed).square() + 0.1) @ directions.mT
 
@@ -92,11 +102,12 @@ def lowrank(seed=0, singular=False, n=20, kind="exact", shapes=SHAPES):
 
 
 def kronecker(seed=0, singular=False, n=20, kind="exact", layer="linear", prefix=""):
-    shapes, transposed = LAYERS[layer]
-    outputs = shapes["w"][1 if transposed else 0]
-    inputs = count(shapes) // outputs
-    B = factor(outputs, outputs, seed)
-    A = factor(inputs, inputs - 1 if singular else inputs, seed + 1)
+    shapes, transposed, groups = ALL_LAYERS[layer]
+    first, *others = shapes["w"]
+    outputs = math.prod(others) if transposed else first // groups
+    inputs = count(shapes) // (groups * outputs)
+    B = factor(outputs, outputs, seed, groups)
+    A = factor(inputs, inputs - 1 if singular else inputs, seed + 1, groups)
     shapes = {prefix + name: torch.Size(shape) for name, shape in shapes.items()}
     return Kronecker(n, kind, paths(shapes), B, A, shapes, transposed)
 
@@ -105,7 +116,7 @@ def eigenkronecker(seed=0, singular=False, n=20, kind="exact", layer="linear", p
     F = kronecker(0, False, n, kind, layer, prefix)  # the same eigenvectors for every seed
     moments = randn(*F.size, seed=seed).square() + 0.1
     if singular:
-        moments[0, 1:] = 0
+        moments[..., 0, 1:] = 0
     return EigenKronecker(n, kind, F.paths, moments, *F.bases, F.shapes, F.transposed)
 
 
@@ -143,8 +154,8 @@ MAKERS: dict[str, Callable[..., Fisher]] = {
         only(lowrank, "path.scale"),
         order=["1.b", "path.scale", "1.w"],
     ),
-    **{f"Kronecker {layer}": partial(kronecker, layer=layer) for layer in LAYERS},
-    **{f"eigen-Kronecker {layer}": partial(eigenkronecker, layer=layer) for layer in LAYERS},
+    **{f"Kronecker {layer}": partial(kronecker, layer=layer) for layer in ALL_LAYERS},
+    **{f"eigen-Kronecker {layer}": partial(eigenkronecker, layer=layer) for layer in ALL_LAYERS},
 }
 HAVE_SUMS = {name: make for name, make in MAKERS.items() if not name.startswith("Kronecker")}
 
@@ -336,13 +347,33 @@ def test_a_low_rank_of_zero_is_no_information():
 
 
 @every
-def test_the_report_names_path_and_share(make):
+def test_the_report_names_path_and_what_is_kept_and_share(make):
     F = make()
     report = F.report()
     assert {row.parameter: row.path for row in report} == F.paths
+    assert {row.parameter: row.keeps for row in report} == F.keeps
     for row in report:
         assert row.share == pytest.approx(float(F.diagonal()[row.parameter].sum() / F.trace()))
     assert sum(row.share for row in report) == pytest.approx(1)
+
+
+KEPT = {
+    "diagonal": ["diagonal"] * 3,
+    "dense": ["dense"] * 3,
+    "low rank": ["lowrank"] * 3,
+    "a block a parameter": ["block"] * 3,
+    "a block a module": ["block", "diagonal", "block"],
+    "Kronecker in blocks": ["kronecker", "kronecker", "diagonal", "kronecker"],
+    "eigen-Kronecker in blocks": ["eigenkronecker", "lowrank", "eigenkronecker"],
+    "Kronecker grouped": ["kronecker"] * 2,
+    "eigen-Kronecker depthwise": ["eigenkronecker"],
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), KEPT.items(), ids=KEPT)
+def test_what_is_kept_of_each_parameter_is_told_in_the_order_of_the_parameters(name, expected):
+    F = MAKERS[name]()
+    assert F.keeps == dict(zip(F.shapes, expected, strict=True))
 
 
 @every
@@ -431,6 +462,9 @@ def layer_with_gradient(layer):
     if layer == "convolution":
         x = randn(1, *w.shape[1:], seed=7)
         output = nn.functional.conv2d(x, w, bias).flatten()
+    elif layer == "transposed convolution":
+        x = randn(2, 1, seed=7)
+        output = nn.functional.conv_transpose1d(x, w).flatten()
     else:
         x = randn(len(w) if transposed else w.shape[1], seed=7)
         output = x @ (w if transposed else w.mT) + (0 if bias is None else bias)
@@ -468,6 +502,35 @@ def test_eigenvalues_of_kronecker_factors_as_second_moments_change_nothing():
 
 
 @pytest.mark.parametrize("make", [kronecker, eigenkronecker])
+@pytest.mark.parametrize("layer", IN_GROUPS)
+def test_a_layer_in_groups_is_one_layer_for_each_group(layer, make):
+    F = make(layer=layer)
+    shapes, _, groups = IN_GROUPS[layer]
+    own = sizes({name: (shape[0] // groups, *shape[1:]) for name, shape in shapes.items()})
+    places = torch.arange(count(shapes)).split([math.prod(shape) for shape in shapes.values()])
+    rest = F.to_dense().clone()
+    for group in range(groups):
+        tensors = {name: getattr(F, name)[group] for name in F._TENSORS}
+        G = replace(F, parameter_shapes=own, **tensors)
+        at = torch.cat([place.chunk(groups)[group] for place in places])
+        close(rest[at[:, None], at], G.to_dense())
+        rest[at[:, None], at] = 0
+    assert not rest.any()
+
+
+@pytest.mark.parametrize("make", [kronecker, eigenkronecker])
+def test_a_group_with_little_information_is_not_taken_for_a_rounding_error(make):
+    F = make(layer="grouped")
+    name = F._TENSORS[0]
+    faint = getattr(F, name) * torch.tensor([1, 1e-20], dtype=DOUBLE)[:, None, None]
+    G, v = replace(F, **{name: faint}), vector(F)
+    solution, expected = G.solve(v), F.solve(v)
+    assert torch.isfinite(G.logdet())
+    close(solution["w"][:2], expected["w"][:2])
+    close(solution["w"][2:] / 1e20, expected["w"][2:])
+
+
+@pytest.mark.parametrize("make", [kronecker, eigenkronecker])
 def test_the_memory_layout_of_the_factors_does_not_matter(make):
     F = make()
     side = {field for field in ("output_factor", "output_basis") if hasattr(F, field)}.pop()
@@ -487,6 +550,13 @@ def test_sizes_that_do_not_belong_to_the_parameters_are_refused(make):
     for others in ({"b": (3,)}, {"b": (2,), "c": (2,)}):
         with pytest.raises(ValueError, match=r"one bias of shape \(2,\) at most, got {'b'"):
             replace(F, parameter_shapes=sizes({"w": (2, 3), **others}))
+    F = make(layer="grouped")
+    with pytest.raises(ValueError, match=r"'w' are of \(2, 2, 5\) instead of \(2, 2, 3\)"):
+        replace(F, parameter_shapes=sizes({"w": (4, 2, 1), "b": (4,)}))
+    with pytest.raises(ValueError, match=r"one bias of shape \(4,\) at most, got {'b'"):
+        replace(F, parameter_shapes=sizes({"w": (4, 2, 2), "b": (2,)}))
+    with pytest.raises(ValueError, match="factors of 'w' are of different numbers of groups"):
+        replace(F, **{F._TENSORS[-1]: getattr(F, F._TENSORS[-1])[0]})
 
 
 # Sums, multiples and pools
@@ -559,7 +629,7 @@ def test_a_pool_is_the_mean_over_all_observations(make):
     assert type(F.pool(G)) is type(F)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", ALL_LAYERS)
 def test_a_pool_of_kronecker_products_averages_each_factor(layer):
     F, G = kronecker(0, n=20, layer=layer), kronecker(5, n=5, layer=layer)
     pooled = F.pool(G)
@@ -890,6 +960,20 @@ def test_a_transposed_weight_cannot_be_combined_with_one_that_is_not(make, combi
     F = make(layer="square")
     with pytest.raises(ValueError, match="one is transposed and one is not"):
         combine(F, replace(F, transposed=True))
+
+
+@both
+@pytest.mark.parametrize("make", [kronecker, eigenkronecker])
+def test_weights_with_other_groups_cannot_be_combined(make, combine):
+    F, shapes = make(layer="no bias"), sizes({"w": (3, 2)})
+    tensors = {
+        name: randn(3, *getattr(make(layer="depthwise"), name).shape[1:], seed=0)
+        for name in F._TENSORS
+    }
+    G = replace(F, parameter_shapes=shapes, **tensors)
+    assert F.shapes == G.shapes
+    with pytest.raises(ValueError, match="different numbers of groups"):
+        combine(F, G)
 
 
 @both

@@ -36,13 +36,39 @@ def test_the_precision_is_the_number_of_tasks_times_the_factors_pooled_over_obse
     assert regularizer.n_tasks == 3
 
 
-def test_after_one_task_it_is_ewc_of_kronecker_structure():
-    model = network()
+def convolutions():
+    """A network of grouped, depthwise and transposed convolutions that reads a task."""
+    return nn.Sequential(
+        nn.Unflatten(1, (3, 1)),
+        nn.Conv1d(3, 6, 3, padding=1, groups=3),
+        nn.Tanh(),
+        nn.ConvTranspose1d(6, 4, 3, groups=2),
+        nn.Flatten(),
+        nn.Linear(12, 2),
+    ).double()
+
+
+@pytest.mark.parametrize("make", [network, convolutions])
+def test_after_one_task_it_is_ewc_of_kronecker_structure(make):
+    model = make()
     ours, ewc = KroneckerLaplace(model, 3.0), EWC(model, 3.0, structure="kronecker")
     for regularizer in (ours, ewc):
-        regularizer.consolidate(task())
+        F, anchor = regularizer.consolidate(task()), copies(model)
     move(model)
+    d = torch.cat([(p - anchor[name]).flatten() for name, p in copies(model).items()])
     torch.testing.assert_close(ours.penalty(), ewc.penalty(), **TIGHT)
+    torch.testing.assert_close(ewc.penalty(), 3 / 2 * d @ F.to_dense() @ d, **TIGHT)
+
+
+def test_several_tasks_keep_the_factors_of_each_group():
+    model = convolutions()
+    regularizer = KroneckerLaplace(model, 1.0)
+    for t in range(3):
+        regularizer.consolidate(task(t))
+        move(model, t)
+    sizes = [tuple(block.size) for block in regularizer.precision.blocks[:3]]
+    assert sizes == [(3, 2, 4), (2, 6, 3), (2, 13)]
+    assert regularizer.penalty() > 0
 
 
 def test_the_fisher_information_of_each_task_is_returned():

@@ -125,21 +125,24 @@ def test_input_and_output_rows_are_the_factors_of_a_gradient():
         rule = OuterProduct(torch.Size([3, 2]), from_left=from_left)
         a, g = normal(4, 5, 2), normal(4, 5, 3, seed=1)
         a, g = (a.mT, g.mT) if from_left else (a, g)
-        assert rule.input_rows(a).shape == (4, 5, 2)
-        assert rule.output_rows(g).shape == (4, 5, 3)
-        product = rule.output_rows(g).mT @ rule.input_rows(a)
-        assert torch.allclose(product, rule.gradients(a, g))
+        assert rule.input_rows(a).shape == (4, 1, 5, 2)
+        assert rule.output_rows(a, g).shape == (4, 1, 5, 3)
+        product = rule.output_rows(a, g).mT @ rule.input_rows(a)
+        assert torch.allclose(product[:, 0], rule.gradients(a, g))
 
 
 @PROPERTY
-@given(COUNTS, st.integers(1, 5), st.integers(1, 7), COUNTS, st.integers(1, 400), SEEDS)
-def test_products_are_squared_in_strips_of_any_size(n, positions, rows, columns, size, seed):
-    left = normal(n, positions, rows, seed=seed)
-    right = normal(n, positions, columns, seed=seed + 1)
-    expected = torch.einsum("ntl,ntr->nlr", left, right).square().sum(0)
+@given(COUNTS, COUNTS, st.integers(1, 5), st.integers(1, 7), COUNTS, st.integers(1, 400), SEEDS)
+def test_products_are_squared_in_pieces_of_any_size(
+    n, groups, positions, rows, columns, size, seed
+):
+    left = normal(n, groups, positions, rows, seed=seed)
+    right = normal(n, groups, positions, columns, seed=seed + 1)
+    expected = torch.einsum("ngtl,ngtr->nglr", left, right).square().sum(0)
+    start = torch.ones(groups, rows, columns).double()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "SQUARES_BYTES", size)
-        found = added(add_squared_products, torch.ones(rows, columns).double(), left, right)
+        found = added(add_squared_products, start, left, right)
     assert torch.allclose(found, 1 + expected, rtol=1e-11, atol=1e-11)
 
 
@@ -149,11 +152,11 @@ def test_no_piece_of_the_squares_is_larger_than_the_cache(monkeypatch):
     monkeypatch.setattr(
         torch, "bmm", lambda a, b, out: pieces.append(out.nbytes) or bmm(a, b, out=out)
     )
-    left, right = normal(6, 3, 16), normal(6, 3, 8)
+    left, right = normal(6, 1, 3, 16), normal(6, 1, 3, 8)
     for size in (8 * 8, 5 * 8 * 8, 16 * 8 * 8, 40 * 8 * 8):
         pieces.clear()
         monkeypatch.setattr(memory, "SQUARES_BYTES", size)
-        add_squared_products(torch.zeros(16, 8).double(), left, right)
+        add_squared_products(torch.zeros(1, 16, 8).double(), left, right)
         assert max(pieces) <= size
         assert sum(pieces) == 6 * 16 * 8 * 8
 
@@ -280,14 +283,43 @@ def test_windows_of_any_memory_layout(images, padding):
     check(rule, partial(F.conv2d, padding=padding), weight, a)
 
 
-def test_rows_of_a_convolution_are_the_factors_of_a_gradient():
-    a, weight = normal(4, 1, 2, 5, 5), normal(3, 2, 3, 3)
-    rule = rule_of(F.conv2d, a[0], weight, stride=2)
-    windows, g = rule.prepare(a, 0), normal(4, 1, 3, 2, 2, seed=1)
-    assert rule.input_rows(windows).shape == (4, 4, 18)
-    assert rule.output_rows(g).shape == (4, 4, 3)
-    product = (rule.output_rows(g).mT @ rule.input_rows(windows)).reshape(4, *weight.shape)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_rows_of_a_convolution_are_the_factors_of_a_gradient(groups):
+    a, weight = normal(4, 1, 2, 5, 5), normal(6, 2 // groups, 3, 3)
+    rule = rule_of(F.conv2d, a[0], weight, stride=2, groups=groups)
+    windows, g = rule.prepare(a, 0), normal(4, 1, 6, 2, 2, seed=1)
+    inputs, outputs = rule.input_rows(windows), rule.output_rows(windows, g)
+    assert inputs.shape == (4, groups, 4, 18 // groups)
+    assert outputs.shape == (4, groups, 4, 6 // groups)
+    product = (outputs.mT @ inputs).reshape(4, *weight.shape)
     assert torch.allclose(product, rule.gradients(windows, g))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_rows_of_a_transposed_convolution_are_the_factors_of_a_gradient(groups):
+    a, weight = normal(4, 1, 2, 3), normal(2, 4 // groups, 2)
+    rule = rule_of(F.conv_transpose1d, a[0], weight, stride=2, groups=groups)
+    g = normal(4, 1, 4, 6, seed=1)
+    inputs, outputs = rule.input_rows(a), rule.output_rows(a, g)
+    assert inputs.shape == (4, groups, 3, 2 // groups)
+    assert outputs.shape == (4, groups, 3, 8 // groups)
+    product = (inputs.mT @ outputs).reshape(4, *weight.shape)
+    assert torch.allclose(product, rule.gradients(a, g))
+
+
+def test_only_a_transposed_convolution_can_miss_outputs_or_reach_them_twice():
+    a = normal(1, 2, 3)
+    for kernel, options, covers in [
+        (1, {}, True),
+        (2, {}, False),
+        (1, {"stride": 2}, False),
+        (1, {"padding": 1}, False),
+        (1, {"dilation": 2, "output_padding": 1}, False),
+    ]:
+        weight = normal(2, 2, kernel)
+        assert rule_of(F.conv_transpose1d, a, weight, **options).covers_output == covers
+        options.pop("output_padding", None)
+        assert rule_of(F.conv1d, a, weight, **options).covers_output
 
 
 # Sums and products

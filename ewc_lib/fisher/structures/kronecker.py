@@ -2,7 +2,9 @@ r"""The parameters of one layer, through the sizes of its outputs and inputs onl
 
 The weight of a linear map or of a convolution, reshaped to :math:`[O, I]`, and its bias as one
 more column (the weight of a constant input 1) are one matrix :math:`V`. The gradient of one
-output column is :math:`G = g a^\top`, summed over positions.
+output column is :math:`G = g a^\top`, summed over positions. A grouped convolution is one such
+matrix for each group of channels, and nothing is kept between groups. All tensors of such a layer
+have the groups as an axis in front.
 """
 
 from __future__ import annotations
@@ -20,6 +22,12 @@ from ewc_lib._parameters import Vector
 from ewc_lib.fisher.structures.spectral import Spectral, without_rounding
 
 
+def matrix_size(shape: torch.Size, groups: int, transposed: bool) -> tuple[int, int]:
+    """Return the outputs and inputs that the weight of a layer has in each group."""
+    rows, columns = shape[0] // groups, shape[1:].numel()
+    return (columns, rows) if transposed else (rows, columns)
+
+
 class Layer(Spectral):
     """A matrix over one weight and perhaps its bias, whose eigenvectors are products."""
 
@@ -27,44 +35,55 @@ class Layer(Spectral):
 
     def __post_init__(self) -> None:
         (weight, shape), *biases = self.parameter_shapes.items()
-        outputs = shape[1 if self.transposed else 0]
-        expected = (outputs, shape.numel() // outputs + len(biases))
-        if len(biases) > 1 or any(s != (outputs,) for _, s in biases):
-            raise ValueError(f"one bias of shape {(outputs,)} at most, got {dict(biases)}")
+        groups = self.size[:-2]
+        outputs, inputs = matrix_size(shape, groups.numel(), self.transposed)
+        expected = (*groups, outputs, inputs + len(biases))
+        bias = (groups.numel() * outputs,)
+        if len(biases) > 1 or any(s != bias for _, s in biases):
+            raise ValueError(f"one bias of shape {bias} at most, got {dict(biases)}")
         if self.size != expected:
-            raise ValueError(f"the factors of {weight!r} are of {self.size} instead of {expected}")
+            size = tuple(self.size)
+            raise ValueError(f"the factors of {weight!r} are of {size} instead of {expected}")
+        if len({getattr(self, name).shape[:-2] for name in self._TENSORS}) > 1:
+            raise ValueError(f"the factors of {weight!r} are of different numbers of groups")
 
     @property
     @abstractmethod
-    def size(self) -> tuple[int, int]:
-        """Outputs O and inputs I, the constant 1 of the bias among them."""
+    def size(self) -> torch.Size:
+        """Outputs O and inputs I, the constant 1 of the bias among them; groups in front."""
 
     @property
     @abstractmethod
-    def bases(self) -> tuple[Float[Tensor, "O O"], Float[Tensor, "I I"]]:
+    def bases(self) -> tuple[Float[Tensor, "*groups O O"], Float[Tensor, "*groups I I"]]:
         """Eigenvectors of the output side and of the input side, in columns."""
 
-    def _pack(self, v: Vector) -> Float[Tensor, "O I"]:
+    def _pack(self, v: Vector) -> Float[Tensor, "*groups O I"]:
         weight, *biases = (v[name] for name in self.shapes)
-        matrix = weight.mT if self.transposed else weight.flatten(1)
-        return torch.cat([matrix, *(bias.unsqueeze(1) for bias in biases)], 1)
+        *groups, outputs, inputs = self.size
+        inputs -= len(biases)
+        if self.transposed:
+            matrix = weight.reshape(*groups, inputs, outputs).mT
+        else:
+            matrix = weight.reshape(*groups, outputs, inputs)
+        return torch.cat([matrix, *(bias.reshape(*groups, outputs, 1) for bias in biases)], -1)
 
-    def _unpack(self, x: Float[Tensor, "O I"]) -> Vector:
+    def _unpack(self, x: Float[Tensor, "*groups O I"]) -> Vector:
         (weight, shape), *biases = self.shapes.items()
-        matrix = x[:, : x.shape[1] - len(biases)]
+        matrix = x[..., : x.shape[-1] - len(biases)]
         matrix = matrix.mT if self.transposed else matrix
-        return {weight: matrix.reshape(shape)} | {name: x[:, -1] for name, _ in biases}
+        return {weight: matrix.reshape(shape)} | {name: x[..., -1].reshape(s) for name, s in biases}
 
-    def _to_basis(self, x: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
+    def _to_basis(self, x: Float[Tensor, "*groups O I"]) -> Float[Tensor, "*groups O I"]:
         outputs, inputs = self.bases
         return outputs.mT @ x @ inputs
 
-    def _from_basis(self, coordinates: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
+    def _from_basis(self, x: Float[Tensor, "*groups O I"]) -> Float[Tensor, "*groups O I"]:
         outputs, inputs = self.bases
-        return outputs @ coordinates @ inputs.mT
+        return outputs @ x @ inputs.mT
 
-    def _in_order(self, matrix: Float[Tensor, "P P"]) -> Float[Tensor, "P P"]:
+    def _in_order(self, matrices: Float[Tensor, "*groups OI OI"]) -> Float[Tensor, "P P"]:
         """Bring rows and columns from the order of :meth:`_pack` to that of the shapes."""
+        matrix: Tensor = torch.block_diag(*matrices.reshape(-1, *matrices.shape[-2:]))
         place = self._unpack(torch.arange(len(matrix), device=matrix.device).reshape(self.size))
         order = torch.cat([place[name].reshape(-1) for name in self.shapes])
         return matrix[order[:, None], order]
@@ -80,6 +99,8 @@ class Layer(Spectral):
         super()._check_like(other)
         if self.transposed != other.transposed:
             raise ValueError("cannot add weights of which one is transposed and one is not")
+        if self.size != other.size:
+            raise ValueError("cannot add weights with different numbers of groups")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -90,7 +111,13 @@ class Kronecker(Layer):
 
     with :math:`B` from the gradients :math:`g` at the outputs of the layer and :math:`A` from
     its inputs :math:`a` (Martens and Grosse 2015; Grosse and Martens 2016 for convolutions;
-    Eschenhagen et al. 2023 for weights shared over positions).
+    Eschenhagen et al. 2023 for weights shared over positions). A grouped convolution has one pair
+    for each group of channels, ``[groups, O, O]`` and ``[groups, I, I]``.
+
+    A transposed convolution is a matrix from the ``I`` input channels of a group, at each
+    *input* position, to the window of outputs that this position reaches, ``O`` output channels
+    times kernel entries. The bias is added to every output once, however many windows reach it:
+    it is not in the block, unless the windows are the single positions.
 
     :meth:`solve` and :meth:`logdet` are exact for :math:`B \otimes A + \delta I`, by the
     eigenvectors of both factors; the damping is *not* split between them, as optimisers do.
@@ -108,7 +135,8 @@ class Kronecker(Layer):
     parameter_shapes
         Name and shape of the weight, then of the bias if it is in the block.
     transposed
-        Whether the weight is stored ``[I, O]``, as ``torch.addmm`` takes it.
+        Whether the weight is stored ``[I, O]``, as ``torch.addmm`` and transposed convolutions
+        take it.
 
     Raises
     ------
@@ -127,19 +155,20 @@ class Kronecker(Layer):
     tensor([0.2500, 0.2500])
     """
 
-    output_factor: Float[Tensor, "O O"]
-    input_factor: Float[Tensor, "I I"]
+    output_factor: Float[Tensor, "*groups O O"]
+    input_factor: Float[Tensor, "*groups I I"]
     parameter_shapes: dict[str, torch.Size]
     transposed: bool = False
 
     _TENSORS = ("output_factor", "input_factor")
 
     @property
-    def size(self) -> tuple[int, int]:
-        return len(self.output_factor), len(self.input_factor)
+    def size(self) -> torch.Size:
+        return torch.Size([*self.output_factor.shape[:-1], self.input_factor.shape[-1]])
 
     def diagonal(self) -> Vector:
-        return self._unpack(self.output_factor.diagonal().outer(self.input_factor.diagonal()))
+        factors = self.output_factor, self.input_factor
+        return self._unpack(_outer(*(factor.diagonal(dim1=-2, dim2=-1) for factor in factors)))
 
     def to_dense(self) -> Float[Tensor, "P P"]:
         return self._in_order(kron(self.output_factor, self.input_factor))
@@ -149,14 +178,13 @@ class Kronecker(Layer):
         return torch.linalg.eigh(self.output_factor), torch.linalg.eigh(self.input_factor)
 
     @property
-    def bases(self) -> tuple[Float[Tensor, "O O"], Float[Tensor, "I I"]]:
+    def bases(self) -> tuple[Float[Tensor, "*groups O O"], Float[Tensor, "*groups I I"]]:
         outputs, inputs = self._eigen
         return outputs.eigenvectors.contiguous(), inputs.eigenvectors.contiguous()
 
     @property
-    def _spectrum(self) -> Float[Tensor, "O I"]:
-        outputs, inputs = (without_rounding(factor.eigenvalues) for factor in self._eigen)
-        return outputs.outer(inputs)
+    def _spectrum(self) -> Float[Tensor, "*groups O I"]:
+        return _outer(*(without_rounding(factor.eigenvalues) for factor in self._eigen))
 
     def _product(self, v: Vector) -> Vector:
         return self._unpack(self.output_factor @ self._packed(v) @ self.input_factor)
@@ -187,7 +215,8 @@ class EigenKronecker(Layer):
 
     Of all matrices with these eigenvectors it is the closest to the Fisher information
     (George et al. 2018). ``F + G`` and :meth:`pool` need the same eigenvectors, bit by bit:
-    choose them once, then take the moments of all data in them.
+    choose them once, then take the moments of all data in them. Groups and transposed
+    convolutions are as in :class:`Kronecker`.
 
     Attributes
     ----------
@@ -200,7 +229,8 @@ class EigenKronecker(Layer):
     parameter_shapes
         Name and shape of the weight, then of the bias if it is in the block.
     transposed
-        Whether the weight is stored ``[I, O]``, as ``torch.addmm`` takes it.
+        Whether the weight is stored ``[I, O]``, as ``torch.addmm`` and transposed convolutions
+        take it.
 
     Raises
     ------
@@ -219,26 +249,25 @@ class EigenKronecker(Layer):
             [3., 4., 5.]])
     """
 
-    second_moments: Float[Tensor, "O I"]
-    output_basis: Float[Tensor, "O O"]
-    input_basis: Float[Tensor, "I I"]
+    second_moments: Float[Tensor, "*groups O I"]
+    output_basis: Float[Tensor, "*groups O O"]
+    input_basis: Float[Tensor, "*groups I I"]
     parameter_shapes: dict[str, torch.Size]
     transposed: bool = False
 
     _TENSORS = ("second_moments", "output_basis", "input_basis")
 
     @property
-    def size(self) -> tuple[int, int]:
-        outputs, inputs = self.second_moments.shape
-        return outputs, inputs
+    def size(self) -> torch.Size:
+        return self.second_moments.shape
 
     @property
-    def bases(self) -> tuple[Float[Tensor, "O O"], Float[Tensor, "I I"]]:
+    def bases(self) -> tuple[Float[Tensor, "*groups O O"], Float[Tensor, "*groups I I"]]:
         return self.output_basis, self.input_basis
 
     @property
-    def _spectrum(self) -> Float[Tensor, "O I"]:
-        return without_rounding(self.second_moments)
+    def _spectrum(self) -> Float[Tensor, "*groups O I"]:
+        return without_rounding(self.second_moments, axes=(-2, -1))
 
     def diagonal(self) -> Vector:
         outputs, inputs = (basis.square() for basis in self.bases)
@@ -246,7 +275,7 @@ class EigenKronecker(Layer):
 
     def to_dense(self) -> Float[Tensor, "P P"]:
         basis = kron(*self.bases)
-        return self._in_order(basis * self.second_moments.flatten() @ basis.mT)
+        return self._in_order(basis * self.second_moments.flatten(-2).unsqueeze(-2) @ basis.mT)
 
     def _product(self, v: Vector) -> Vector:
         return self._in_basis(v, lambda along: self.second_moments * along)
@@ -266,6 +295,12 @@ class EigenKronecker(Layer):
             )
 
 
-def kron(B: Float[Tensor, "O O"], A: Float[Tensor, "I I"]) -> Float[Tensor, "P P"]:
-    """Return the Kronecker product; ``torch.kron`` refuses factors of mixed memory layouts."""
-    return torch.kron(B.contiguous(), A.contiguous())
+def kron(
+    B: Float[Tensor, "*groups O O"], A: Float[Tensor, "*groups I I"]
+) -> Float[Tensor, "*groups OI OI"]:
+    """Return the Kronecker product, that of each group."""
+    return torch.einsum("...op,...ij->...oipj", B, A).flatten(-4, -3).flatten(-2)
+
+
+def _outer(x: Float[Tensor, "*groups O"], y: Float[Tensor, "*groups I"]) -> Tensor:
+    return x.unsqueeze(-1) * y.unsqueeze(-2)

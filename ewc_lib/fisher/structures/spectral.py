@@ -8,6 +8,7 @@ solve and take determinants in the basis of the eigenvectors :math:`U`.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
@@ -101,16 +102,19 @@ class Spectral(Fisher):
 
 
 def without_rounding(
-    eigenvalues: Tensor, size: int | None = None, scale: Tensor | None = None
+    eigenvalues: Tensor,
+    size: int | None = None,
+    scale: Tensor | None = None,
+    axes: tuple[int, ...] = (-1,),
 ) -> Tensor:
     """Set those to zero that are no larger than the rounding error of a zero.
 
-    ``size`` is that of the matrix, by default the number of eigenvalues, and ``scale`` that of
-    what they were computed from, by default the largest of them.
+    ``size`` is that of the matrix, by default the number of its eigenvalues, which lie along
+    ``axes``, and ``scale`` that of what they were computed from, by default the largest of them.
     """
     if not eigenvalues.numel():
         return eigenvalues
     epsilon = torch.finfo(eigenvalues.dtype).eps
-    scale = eigenvalues.abs().max() if scale is None else scale
-    floor = (size or eigenvalues.numel()) * epsilon * scale
-    return eigenvalues.where(eigenvalues.abs() > floor, 0.0)
+    size = size or math.prod(eigenvalues.shape[axis] for axis in axes)
+    scale = eigenvalues.abs().amax(axes, keepdim=True) if scale is None else scale
+    return eigenvalues.where(eigenvalues.abs() > size * epsilon * scale, 0.0)

@@ -1,7 +1,8 @@
 r"""Sums of Kronecker factors, and of squares in their eigenvectors.
 
 The gradient of a weight matrix is :math:`G_n = \sum_t g_{nt} a_{nt}^\top` over the positions
-:math:`t` at which the matrix is used: those of a sequence, of an image, or of several calls.
+:math:`t` at which the matrix is used: those of a sequence, of an image, or of several calls. A
+grouped convolution is one matrix for each group of channels.
 """
 
 from __future__ import annotations
@@ -17,19 +18,14 @@ from torch import Tensor
 
 from ewc_lib._parameters import Vector
 from ewc_lib.fisher.structures import BlockDiagonal, EigenKronecker, Fisher, Kronecker
+from ewc_lib.fisher.structures.kronecker import matrix_size
 from ewc_lib.fisher.sums.base import ParameterSpace, Sum
 from ewc_lib.fisher.sums.diagonal import DiagonalSum
 from ewc_lib.fisher.sums.rows import DenseSum
 from ewc_lib.score import memory
 from ewc_lib.score.batch import BatchScores
 from ewc_lib.score.gradients import ParameterGradients, UseInBatch
-from ewc_lib.score.rules import (
-    Broadcast,
-    Convolution,
-    OuterProduct,
-    Rule,
-    add_squared_products,
-)
+from ewc_lib.score.rules import Broadcast, Products, Rule, add_squared_products
 
 MAX_VECTOR = 4096
 """Vectors up to this size keep their whole block."""
@@ -37,46 +33,49 @@ MAX_VECTOR = 4096
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight matrix, and the bias that the same operations add."""
+    """A weight matrix, or one for each group, and the bias that the same operations add."""
 
     weight: str
     bias: str | None
     transposed: bool
+    groups: int
 
     @property
     def names(self) -> list[str]:
         """The weight, and the bias if there is one."""
         return [self.weight, *([self.bias] if self.bias else [])]
 
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The sizes of the axes in front of the matrices: the number of groups, if several."""
+        return (self.groups,) if self.groups > 1 else ()
+
     def input_rows(
         self, uses: Iterable[UseInBatch], part: slice = slice(None)
-    ) -> Float[Tensor, "N T I"]:
+    ) -> Float[Tensor, "N groups T I"]:
         """Return the inputs at all positions, with a constant 1 for the bias."""
-        rows = torch.cat([_matrix_rule(r).input_rows(r.input[part]) for r in uses], 1)
+        rows = torch.cat([_products(use.rule).input_rows(use.input[part]) for use in uses], 2)
         return F.pad(rows, (0, 1), value=1.0) if self.bias else rows
 
     @staticmethod
-    def output_rows(gradients: ParameterGradients) -> Float[Tensor, "N T O"]:
+    def output_rows(gradients: ParameterGradients) -> Float[Tensor, "N groups T O"]:
         """Return the gradients of the outputs at all positions."""
         pairs = zip(gradients.uses, gradients.output_gradients, strict=True)
-        return torch.cat([_matrix_rule(r).output_rows(g) for r, g in pairs], 1)
+        return torch.cat([_products(use.rule).output_rows(use.input, g) for use, g in pairs], 2)
 
 
-def _matrix_rule(use: UseInBatch) -> OuterProduct | Convolution:
-    assert _is_matrix(use.rule)
-    return use.rule  # type: ignore[return-value]
-
-
-def _is_matrix(rule: Rule) -> bool:
-    return isinstance(rule, OuterProduct) or (type(rule) is Convolution and rule.groups == 1)
+def _products(rule: Rule) -> Products:
+    assert isinstance(rule, Products)
+    return rule
 
 
 def layers(batch: BatchScores) -> Iterator[Layer]:
     """Find the parameters of a batch that are matrices wherever they are used."""
+    parameters = batch.vmap_gradients.parameters
     direct = {
         name: list(uses.values())
         for name, uses in batch.uses.items()
-        if all(use.source is batch.vmap_gradients.parameters[name] for use in uses.values())
+        if all(use.source is parameters[name] for use in uses.values())
     }
     shifts = {
         name: [use.use.edge for use in uses]
@@ -84,22 +83,27 @@ def layers(batch: BatchScores) -> Iterator[Layer]:
         if all(type(use.rule) is Broadcast for use in uses)
     }
     for name, uses in direct.items():
-        sides = {getattr(use.rule, "transposed", False) for use in uses}
-        if len(sides) == 1 and all(_is_matrix(use.rule) for use in uses):
-            transposed, edges = sides.pop(), [use.use.edge for use in uses]
-            outputs = uses[0].rule.shape[1 if transposed else 0]
+        rules = [use.rule for use in uses if isinstance(use.rule, Products)]
+        forms = {(rule.transposed, rule.groups) for rule in rules}
+        if len(rules) == len(uses) and len(forms) == 1:
+            transposed, groups = forms.pop()
+            outputs, _ = matrix_size(rules[0].shape, groups, transposed)
+            edges = [use.use.edge for use in uses]
             biases = [
                 bias
                 for bias, its in shifts.items()
-                if its == edges and batch.vmap_gradients.parameters[bias].shape == (outputs,)
+                if its == edges and parameters[bias].shape == (groups * outputs,)
             ]
-            yield Layer(name, biases[0] if biases else None, transposed)
+            shared = biases and all(rule.covers_output for rule in rules)
+            yield Layer(name, biases[0] if shared else None, transposed, groups)
 
 
 class KroneckerSum(Sum):
     r"""Two factors for each weight matrix and its bias; whole blocks of vectors; else diagonals.
 
-    With :math:`T` positions, ``expand`` (Eschenhagen et al. 2023) takes
+    A matrix is the weight of a linear map, of a convolution or of a transposed convolution, or
+    what a grouped convolution has for each group. With :math:`T` positions, ``expand``
+    (Eschenhagen et al. 2023) takes
 
     .. math:: A = \frac1N \sum_n \frac1T \sum_t a_{nt} a_{nt}^\top, \qquad
               B = \frac1N \sum_n \sum_k \sum_t g_{nkt} g_{nkt}^\top ,
@@ -107,6 +111,11 @@ class KroneckerSum(Sum):
     and ``reduce`` first averages the inputs and sums the gradients over positions. Both are the
     factors of Martens and Grosse (2015) where there is one position. :math:`A` is the mean over
     the observations of the batches that use the matrix.
+
+    The positions of a convolution are those of its output, and :math:`a_{nt}` is the window of
+    inputs there. Those of a transposed convolution are those of its input, and :math:`g_{nt}` is
+    the window of output gradients there. Its bias is added once to each output, not once in
+    each window, so it keeps its own whole block, unless windows are single positions.
     """
 
     def __init__(self, space: ParameterSpace, reduce: bool = False) -> None:
@@ -126,9 +135,9 @@ class KroneckerSum(Sum):
             for part in memory.pieces(len(batch), row_bytes, memory.ROWS_BYTES):
                 rows = layer.input_rows(uses, part)
                 if self.reduce:
-                    self._add(self.inputs[layer.weight], rows.mean(1))
+                    self._add(self.inputs[layer.weight], rows.mean(2, keepdim=True))
                 else:
-                    self._add(self.inputs[layer.weight], rows.flatten(0, 1), 1 / rows.shape[1])
+                    self._add(self.inputs[layer.weight], rows, 1 / rows.shape[2])
         super().add(batch, columns)
 
     def _place(self, batch: BatchScores) -> None:
@@ -136,11 +145,11 @@ class KroneckerSum(Sum):
         known = {*self._others}.union(*(layer.names for layer in self.layers))
         for layer in layers(batch):
             if known.isdisjoint(layer.names):
-                shape = self.space.shapes[layer.weight]
-                o = shape[1 if layer.transposed else 0]
-                i = shape.numel() // o + (layer.bias is not None)
-                self.inputs[layer.weight] = self.space.zeros(layer.names, i, i)
-                self.outputs[layer.weight] = self.space.zeros(layer.names, o, o)
+                shape, axes = self.space.shapes[layer.weight], layer.axes
+                o, i = matrix_size(shape, layer.groups, layer.transposed)
+                i += layer.bias is not None
+                self.inputs[layer.weight] = self.space.zeros(layer.names, *axes, i, i)
+                self.outputs[layer.weight] = self.space.zeros(layer.names, *axes, o, o)
                 self.layers.append(layer)
                 known.update(layer.names)
         for name in {*batch.uses, *batch.by_vmap} - known:
@@ -167,9 +176,9 @@ class KroneckerSum(Sum):
             yield layer, list(batch.uses[layer.weight].values())
 
     @staticmethod
-    def _add(total: Tensor, rows: Float[Tensor, "R _"], weight: float = 1.0) -> None:
-        rows = rows.to(total)
-        total.addmm_(rows.mT, rows, alpha=weight)
+    def _add(total: Tensor, rows: Float[Tensor, "N groups T _"], weight: float = 1.0) -> None:
+        rows = rows.to(total).transpose(0, 1).flatten(1, 2)
+        _by_group(total).baddbmm_(rows.mT, rows, alpha=weight)
 
     def add_by_vmap(self, parts: Iterable[tuple[slice, Vector]]) -> None:
         for part, found in parts:
@@ -180,7 +189,7 @@ class KroneckerSum(Sum):
         for layer in self.layers:
             if layer.weight in found:
                 rows = layer.output_rows(found[layer.weight])
-                rows = rows.sum(1) if self.reduce else rows.flatten(0, 1)
+                rows = rows.sum(2, keepdim=True) if self.reduce else rows
                 self._add(self.outputs[layer.weight], rows)
         for name, other in self._others.items():
             other.add_column({name: found[name]} if name in found else {}, k, n)
@@ -224,7 +233,7 @@ class EigenKroneckerSum(Sum):
             name: (_basis(first.outputs[name]), _basis(a)) for name, a in first.inputs.items()
         }
         self.moments = {
-            name: self.space.zeros([name], len(outputs), len(inputs))
+            name: self.space.zeros([name], *outputs.shape[:-1], inputs.shape[-1])
             for name, (outputs, inputs) in self._bases.items()
         }
         self._inputs: dict[str, Tensor] = {}
@@ -233,7 +242,7 @@ class EigenKroneckerSum(Sum):
         self._inputs = {}
         for layer, uses in self.first.uses(batch):
             basis = self._bases[layer.weight][1]
-            self._inputs[layer.weight] = layer.input_rows(uses).to(basis) @ basis
+            self._inputs[layer.weight] = _rotated(layer.input_rows(uses), basis)
         super().add(batch, columns)
 
     def add_by_vmap(self, parts: Iterable[tuple[slice, Vector]]) -> None:
@@ -241,9 +250,8 @@ class EigenKroneckerSum(Sum):
 
     def add_column(self, found: dict[str, ParameterGradients], k: int, n: int) -> None:
         for name in found.keys() & self._inputs.keys():
-            basis = self._bases[name][0]
-            rows = Layer.output_rows(found[name]).to(basis) @ basis
-            add_squared_products(self.moments[name], rows, self._inputs[name])
+            rows = _rotated(Layer.output_rows(found[name]), self._bases[name][0])
+            add_squared_products(_by_group(self.moments[name]), rows, self._inputs[name])
 
     def mean(self, kind: str, paths: dict[str, str]) -> BlockDiagonal:
         if self.n != self.first.n:
@@ -266,6 +274,17 @@ class EigenKroneckerSum(Sum):
         return BlockDiagonal(self.n, kind, paths, (*blocks, *self.first.others(kind, paths)))
 
 
-def _basis(factor: Float[Tensor, "O O"]) -> Float[Tensor, "O O"]:
+def _by_group(matrices: Float[Tensor, "*groups O I"]) -> Float[Tensor, "groups O I"]:
+    return matrices.view(-1, *matrices.shape[-2:])
+
+
+def _rotated(
+    rows: Float[Tensor, "N groups T I"], basis: Float[Tensor, "*groups I I"]
+) -> Float[Tensor, "N groups T I"]:
+    """Return the coordinates of rows in a basis, that of each group."""
+    return torch.einsum("ngti,gij->ngtj", rows.to(basis), _by_group(basis))
+
+
+def _basis(factor: Float[Tensor, "*groups O O"]) -> Float[Tensor, "*groups O O"]:
     vectors: Tensor = torch.linalg.eigh(factor).eigenvectors
     return vectors.contiguous()

@@ -79,7 +79,9 @@ class Case(NamedTuple):
         Names of the parameters of the block.
     inputs, outputs
         Turn the input and output of one call with one observation into rows ``[T, I]``,
-        ``[T, O]``.
+        ``[T, O]``, those of all groups side by side.
+    groups
+        Number of groups.
     """
 
     make: Callable[[], Scenario]
@@ -87,7 +89,8 @@ class Case(NamedTuple):
     weight: str
     bias: str | None
     inputs: Callable[[nn.Module, Tensor], Tensor]
-    outputs: Callable[[Tensor], Tensor]
+    outputs: Callable[[nn.Module, Tensor], Tensor]
+    groups: int = 1
 
 
 def last_axis(_, x):
@@ -118,12 +121,41 @@ def windows(layer, x):
     )
 
 
-def channels(y):
+def channels(_, y):
     return y[0].flatten(1).mT
 
 
+def reached(layer, y):
+    """Cut the window of outputs that each position of one input reaches, entry by entry."""
+    (image,) = y
+    steps = list(zip(layer.stride, layer.dilation, layer.padding, strict=True))
+    counts = [
+        (size + 2 * pad - d * (k - 1) - 1 - extra) // step + 1
+        for size, k, extra, (step, d, pad) in zip(
+            image.shape[1:], layer.kernel_size, layer.output_padding, steps, strict=True
+        )
+    ]
+    windows = []
+    for start in product(*map(range, counts)):
+        window = image.new_zeros(len(image), *layer.kernel_size)
+        for entry in product(*map(range, layer.kernel_size)):
+            at = [
+                t * step + k * d - pad
+                for t, k, (step, d, pad) in zip(start, entry, steps, strict=True)
+            ]
+            if all(0 <= t < size for t, size in zip(at, image.shape[1:], strict=True)):
+                window[(slice(None), *entry)] = image[(slice(None), *at)]
+        windows.append(window.reshape(-1))
+    return torch.stack(windows)
+
+
 def definition_of_factors(case, kind, reduce):
-    """Return B and A, one observation, position, output and class after another."""
+    """Return B and A of each group, one observation, position, output and class after another."""
+    pairs = [_factors_of_group(case, kind, reduce, group) for group in range(case.groups)]
+    return pairs[0] if case.groups == 1 else tuple(map(torch.stack, zip(*pairs, strict=True)))
+
+
+def _factors_of_group(case, kind, reduce, group):
     model, x, likelihood, y = case.make()
     layer = model.get_submodule(case.layer) if case.layer else model
     distribution, model = output_distribution(likelihood), model.eval()
@@ -134,9 +166,11 @@ def definition_of_factors(case, kind, reduce):
         f = model(x[n : n + 1])
         hook.remove()
         a = torch.cat([case.inputs(layer, given) for given, _ in calls]).detach()
+        a = a.chunk(case.groups, -1)[group]
         if case.bias:
             a = torch.cat([a, torch.ones(len(a), 1)], 1)
-        J = torch.stack([_rows_of_gradient(case, entry, calls) for entry in f.reshape(-1)])
+        J = torch.stack([_rows_of_gradient(case, layer, entry, calls) for entry in f.reshape(-1)])
+        J = J.chunk(case.groups, -1)[group]
         log_prob = lambda out, n=n: distribution.log_prob(out, y[n : n + 1]).sum()  # noqa: E731
         if kind == "exact":
             H = -torch.autograd.functional.hessian(log_prob, f.detach()).reshape(len(J), -1)
@@ -150,20 +184,39 @@ def definition_of_factors(case, kind, reduce):
     return B, A
 
 
-def _rows_of_gradient(case, entry, calls):
+def _rows_of_gradient(case, layer, entry, calls):
     gradients = torch.autograd.grad(entry, [out for _, out in calls], retain_graph=True)
-    return torch.cat([case.outputs(g) for g in gradients])
+    return torch.cat([case.outputs(layer, g) for g in gradients])
 
 
 CASES: dict[str, Case] = {}
 
 
-def layer(name, make, *shape, weight="body.weight", bias="body.bias", on="body", conv=False):
+LINEAR, CONVOLUTION, TRANSPOSED = (last_axis, last_axis), (windows, channels), (channels, reached)
+
+
+def layer(
+    name,
+    make,
+    *shape,
+    weight="body.weight",
+    bias="body.bias",
+    on="body",
+    reading=LINEAR,
+    groups=1,
+):
     def scenario():
         return seeded(lambda: read(stir(make()), torch.randn(N, *shape)))
 
-    reading = (windows, channels) if conv else (last_axis, lambda y: last_axis(None, y))
-    CASES[name] = Case(scenario, on, weight, bias, *reading)
+    CASES[name] = Case(scenario, on, weight, bias, *reading, groups)
+
+
+def convolution(name, make, *shape, **options):
+    layer(name, make, *shape, reading=CONVOLUTION, groups=make().groups, **options)
+
+
+def transposed(name, make, *shape, bias=None, **options):
+    layer(name, make, *shape, bias=bias, reading=TRANSPOSED, groups=make().groups, **options)
 
 
 class Row(nn.Module):
@@ -212,9 +265,9 @@ class FromLeft(nn.Module):
 
 
 class Twice(nn.Module):
-    def __init__(self):
+    def __init__(self, layer):
         super().__init__()
-        self.layer = nn.Linear(4, 4)
+        self.layer = layer
 
     def forward(self, x):
         return self.layer(torch.tanh(self.layer(x)))
@@ -239,30 +292,83 @@ layer("linear_on_planes", lambda: nn.Linear(4, 5), 3, 2, 4)
 layer("addmm", Addmm, 3, 4)
 layer("transformers_conv1d", huggingface, 3, 4)
 layer("bias_added_later", Row, 3, 4, weight="body.product.weight", bias=None, on="body.product")
-layer("conv1d", lambda: nn.Conv1d(2, 3, 3), 2, 6, conv=True)
-layer("conv1d_dilated", lambda: nn.Conv1d(2, 3, 3, dilation=2, stride=2), 2, 8, conv=True)
-layer("conv2d", lambda: nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 2)), 2, 5, 4, conv=True)
-layer("conv2d_without_bias", lambda: nn.Conv2d(2, 3, 2, bias=False), 2, 3, 3, bias=None, conv=True)
-layer("conv3d", lambda: nn.Conv3d(1, 2, 2, padding=1), 1, 2, 1, 2, conv=True)
-layer("twice", Twice, 4, weight="body.layer.weight", bias="body.layer.bias", on="body.layer")
+convolution("conv1d", lambda: nn.Conv1d(2, 3, 3), 2, 6)
+convolution("conv1d_dilated", lambda: nn.Conv1d(2, 3, 3, dilation=2, stride=2), 2, 8)
+convolution("conv2d", lambda: nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 2)), 2, 5, 4)
+convolution("conv2d_without_bias", lambda: nn.Conv2d(2, 3, 2, bias=False), 2, 3, 3, bias=None)
+convolution("conv3d", lambda: nn.Conv3d(1, 2, 2, padding=1), 1, 2, 1, 2)
+convolution("conv1d_grouped", lambda: nn.Conv1d(4, 6, 2, groups=2), 4, 5)
+convolution(
+    "conv2d_grouped",
+    lambda: nn.Conv2d(4, 2, (3, 2), groups=2, stride=(1, 2), padding=1, dilation=(2, 1)),
+    *(4, 4, 4),
+)
+convolution("conv2d_depthwise", lambda: nn.Conv2d(3, 6, 2, groups=3), 3, 3, 3)
+convolution(
+    "conv1d_depthwise_on_as_many_channels_as_observations",
+    lambda: nn.Conv1d(N, N, 2, groups=N, bias=False),
+    *(N, N),
+    bias=None,
+)
+transposed("conv_transpose1d", lambda: nn.ConvTranspose1d(2, 3, 3), 2, 4)
+transposed("conv_transpose1d_without_bias", lambda: nn.ConvTranspose1d(2, 3, 2, bias=False), 2, 1)
+transposed(
+    "conv_transpose1d_grouped",
+    lambda: nn.ConvTranspose1d(4, 6, 3, groups=2, stride=2, padding=1, output_padding=1),
+    *(4, 3),
+)
+transposed(
+    "conv_transpose1d_dilated",
+    lambda: nn.ConvTranspose1d(2, 2, 2, dilation=3, stride=2, output_padding=2),
+    *(2, 3),
+)
+transposed(
+    "conv_transpose2d",
+    lambda: nn.ConvTranspose2d(2, 3, (2, 3), stride=(2, 1), padding=(0, 1)),
+    *(2, 2, 3),
+)
+transposed("conv_transpose2d_depthwise", lambda: nn.ConvTranspose2d(3, 3, 2, groups=3), 3, 2, 2)
+transposed("conv_transpose3d", lambda: nn.ConvTranspose3d(2, 1, 2, stride=2), 2, 1, 2, 1)
+transposed(
+    "conv_transpose1d_pointwise", lambda: nn.ConvTranspose1d(4, 5, 1), 4, 3, bias="body.bias"
+)
+transposed(
+    "conv_transpose2d_pointwise_grouped",
+    lambda: nn.ConvTranspose2d(4, 6, 1, groups=2),
+    *(4, 2, 2),
+    bias="body.bias",
+)
+transposed(
+    "conv_transpose1d_pointwise_with_gaps", lambda: nn.ConvTranspose1d(4, 5, 1, stride=2), 4, 3
+)
+for on_sequences in ("", "_on_sequences"):
+    layer(
+        f"twice{on_sequences}",
+        lambda: Twice(nn.Linear(4, 4)),
+        *((3, 4) if on_sequences else (4,)),
+        weight="body.layer.weight",
+        bias="body.layer.bias",
+        on="body.layer",
+    )
+layer("from_the_left", FromLeft, 4, 3, bias=None)
+CASES["from_the_left"] = CASES["from_the_left"]._replace(
+    inputs=lambda _, x: x[0].mT, outputs=lambda _, y: y[0].mT
+)
 layer(
-    "twice_on_sequences",
-    Twice,
-    3,
-    4,
+    "grouped_convolution_twice",
+    lambda: Twice(nn.Conv1d(4, 4, 3, groups=2, padding=1)),
+    *(4, 3),
     weight="body.layer.weight",
     bias="body.layer.bias",
     on="body.layer",
+    reading=CONVOLUTION,
+    groups=2,
 )
-layer("from_the_left", FromLeft, 4, 3, bias=None)
-CASES["from_the_left"] = CASES["from_the_left"]._replace(
-    inputs=lambda _, x: x[0].mT, outputs=lambda y: y[0].mT
-)
-CASES["network"] = Case(
-    SCENARIOS["mlp_poisson"], "0", "0.weight", "0.bias", last_axis, lambda y: last_axis(None, y)
-)
+CASES["network"] = Case(SCENARIOS["mlp_poisson"], "0", "0.weight", "0.bias", *LINEAR)
 
 each_case = pytest.mark.parametrize("name", CASES)
+GROUPED = [name for name, case in CASES.items() if case.groups > 1]
+BY_WINDOWS = [name for name in CASES if name.startswith("conv_transpose") or name in GROUPED]
 
 
 @each_kind
@@ -271,7 +377,7 @@ each_case = pytest.mark.parametrize("name", CASES)
 def test_factors_are_those_of_the_definition_at_every_batch_size(name, structure, kind):
     case = CASES[name]
     B, A = definition_of_factors(case, kind, reduce=structure == "kronecker-reduce")
-    for size in BATCH_SIZES:
+    for size in (4, *BATCH_SIZES):
         found = block_of(estimate(case.make(), size, kind=kind, structure=structure), case.weight)
         assert isinstance(found, Kronecker)
         assert list(found.shapes) == [case.weight, *([case.bias] if case.bias else [])]
@@ -355,9 +461,88 @@ def test_a_convolution_of_width_one_is_the_linear_map_of_each_position(structure
     close(found.to_dense(), expected.to_dense())
 
 
+def upsampled(linear):
+    """Return a transposed convolution whose windows, side by side, hold what a linear map gives."""
+    layer = nn.ConvTranspose1d(4, 2, 3, stride=3, bias=False, dtype=torch.float64)
+    layer.weight.data = linear.weight.detach().mT.reshape(layer.weight.shape)
+    return layer
+
+
 @pytest.mark.parametrize("structure", KRONECKER)
-def test_inputs_are_read_in_pieces_of_bounded_size(structure, monkeypatch):
-    case = CASES["conv2d"].make()
+def test_a_transposed_convolution_is_a_linear_map_to_the_window_of_each_position(structure):
+    case = seeded(
+        lambda: Scenario(
+            nn.Linear(4, 6, bias=False), torch.randn(N, 5, 4), Gaussian(0.5), torch.zeros(N, 5, 6)
+        )
+    )
+    other = case._replace(model=upsampled(case.model), x=case.x.mT, y=torch.zeros(N, 2, 15))
+    assert torch.allclose(other.model(other.x)[:, 0, :3], case.model(case.x)[:, 0, :3])
+    found, expected = (estimate(c, structure=structure).diagonal() for c in (other, case))
+    close(found["weight"].flatten(1), expected["weight"].mT)
+
+
+class Split(nn.Module):
+    """The groups of a convolution as convolutions of their own."""
+
+    def __init__(self, layer, groups):
+        super().__init__()
+        kind, arguments = type(layer), (layer.kernel_size, layer.stride, layer.padding)
+        sizes = layer.in_channels // groups, layer.out_channels // groups
+        self.parts = nn.ModuleList(kind(*sizes, *arguments).double() for _ in range(groups))
+        for part, weight, bias in zip(
+            self.parts, layer.weight.chunk(groups), layer.bias.chunk(groups), strict=True
+        ):
+            part.weight.data, part.bias.data = weight.detach(), bias.detach()
+
+    def forward(self, x):
+        parts = zip(self.parts, x.chunk(len(self.parts), 1), strict=True)
+        return torch.cat([part(own) for part, own in parts], 1)
+
+
+@pytest.mark.parametrize("structure", KRONECKER)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Conv1d(4, 6, 2, groups=2),
+        lambda: nn.Conv2d(3, 3, 2, groups=3, padding=1),
+        lambda: nn.ConvTranspose1d(4, 6, 2, groups=2, stride=2),
+        lambda: nn.ConvTranspose2d(3, 3, 2, groups=3, padding=1),
+    ],
+    ids=["grouped", "depthwise", "transposed and grouped", "transposed and depthwise"],
+)
+def test_each_group_has_the_block_of_a_convolution_of_its_own(make, structure):
+    grouped = make()
+    shape = (grouped.in_channels, *[3] * len(grouped.kernel_size))
+    case = seeded(lambda: read(grouped, torch.randn(N, *shape)))
+    other = case._replace(model=copy.deepcopy(case.model))
+    other.model.body = Split(case.model.body, grouped.groups)
+    block = block_of(estimate(case, structure=structure), "body.weight")
+    found = estimate(other, structure=structure)
+    together = block.to_dense()
+    for group in range(grouped.groups):
+        names = [f"body.parts.{group}.{name.removeprefix('body.')}" for name in block.shapes]
+        own = block_of(found, names[0])
+        assert list(own.shapes) == names
+        at = torch.arange(len(together))[group_of(block, grouped.groups) == group]
+        close(together[at[:, None], at], own.to_dense())
+        together[at[:, None], at] = 0
+    assert not together.any()
+
+
+def group_of(block, groups):
+    """Return the number of the group of every entry of the parameters of a block."""
+    numbers = [
+        torch.arange(shape[0]).div(shape[0] // groups, rounding_mode="floor")
+        for shape in block.shapes.values()
+    ]
+    counts = [shape[1:].numel() for shape in block.shapes.values()]
+    return torch.cat([n.repeat_interleave(c) for n, c in zip(numbers, counts, strict=True)])
+
+
+@pytest.mark.parametrize("structure", KRONECKER)
+@pytest.mark.parametrize("name", ["conv2d", "conv2d_grouped", "conv_transpose2d"])
+def test_inputs_are_read_in_pieces_of_bounded_size(structure, name, monkeypatch):
+    case = CASES[name].make()
     expected = estimate(case, structure=structure).to_dense()
     monkeypatch.setattr("ewc_lib.score.memory.ROWS_BYTES", 1)
     close(estimate(case, structure=structure).to_dense(), expected)
@@ -375,6 +560,38 @@ def test_one_linear_layer_and_one_observation_leave_nothing_to_approximate(likel
     if likelihood == "categorical":
         case = case._replace(y=torch.zeros(1, dtype=torch.long))
     close(estimate(case, structure=structure).to_dense(), definition(case, "exact"))
+
+
+ONE_LABEL = "categorical", torch.zeros(1, dtype=torch.long)
+ONE_POSITION = {
+    "grouped": (lambda: nn.Conv1d(4, 6, 3, groups=2), (4, 3), ["weight", "bias"]),
+    "depthwise": (lambda: nn.Conv2d(3, 6, 2, groups=3), (3, 2, 2), ["weight", "bias"]),
+    "transposed": (lambda: nn.ConvTranspose1d(2, 3, 3, padding=1), (2, 1), ["weight"]),
+    "transposed and pointwise": (lambda: nn.ConvTranspose1d(2, 3, 1), (2, 1), ["weight", "bias"]),
+    "transposed to a plane": (lambda: nn.ConvTranspose2d(2, 3, (2, 3)), (2, 1, 1), ["weight"]),
+    "transposed and grouped": (lambda: nn.ConvTranspose1d(4, 6, 2, groups=2), (4, 1), ["weight"]),
+    "transposed and depthwise": (lambda: nn.ConvTranspose1d(3, 3, 2, groups=3), (3, 1), ["weight"]),
+}
+
+
+@each_kind
+@pytest.mark.parametrize("structure", KRONECKER)
+@pytest.mark.parametrize(("make", "shape", "names"), ONE_POSITION.values(), ids=ONE_POSITION)
+def test_one_position_and_one_observation_leave_nothing_to_approximate_in_a_group(
+    make, shape, names, structure, kind
+):
+    case = seeded(
+        lambda: Scenario(nn.Sequential(make(), nn.Flatten()), torch.randn(1, *shape), *ONE_LABEL)
+    )
+    found, expected = estimate(case, kind=kind, structure=structure), definition(case, kind)
+    assert expected.any()
+    block, groups = found.blocks[0], group_of(found.blocks[0], case.model[0].groups)
+    assert [name.removeprefix("0.") for name in block.shapes] == names
+    part = part_of(expected, found.shapes, block.shapes)
+    close(block.to_dense(), part * (groups[:, None] == groups))
+    for alone in found.blocks[1:]:
+        assert isinstance(alone, Dense)
+        close(alone.to_dense(), part_of(expected, found.shapes, alone.shapes))
 
 
 def deep_linear(mean):
@@ -453,7 +670,7 @@ LAYERS = {
     "module_called_twice": [["layer.weight", "layer.bias"], ["head.weight", "head.bias"]],
     "raw_parameters": [["first"], ["second"]],
     "position_embedding": [["head.weight", "head.bias"]],
-    "grouped_convolution": [["3.weight", "3.bias"]],
+    "grouped_convolution": [["0.weight", "0.bias"], ["3.weight", "3.bias"]],
     "linear_and_einsum": [],
     "custom_function": [],
     "frozen_parameters": [["2.weight", "2.bias"]],
@@ -574,12 +791,39 @@ def both(name, kind):
 
 def directions(block):
     """Yield every product of eigenvectors as a vector over the parameters of the block."""
-    (_, shape), *biases = block.shapes.items()
-    for u in block.output_basis.mT:
-        for w in block.input_basis.mT:
-            weight = u.outer(w[:-1] if biases else w)
-            weight = weight.mT if block.transposed else weight
-            yield torch.cat([weight.reshape(shape).flatten(), *([u * w[-1]] if biases else [])])
+    outputs, inputs = (
+        basis.reshape(-1, *basis.shape[-2:]) for basis in (block.output_basis, block.input_basis)
+    )
+    for group in range(len(outputs)):
+        for u in outputs[group].mT:
+            for w in inputs[group].mT:
+                yield direction(block, group, len(outputs), u, w)
+
+
+def direction(block, group, groups, u, w):
+    """Put the product of an eigenvector of each side in its place among the parameters."""
+    biases = len(block.shapes) - 1
+    weight = u.outer(w[:-1] if biases else w)
+    whole = torch.zeros(groups, weight.numel(), dtype=u.dtype)
+    whole[group] = (weight.mT if block.transposed else weight).flatten()
+    bias = torch.zeros(groups, len(u), dtype=u.dtype)
+    bias[group] = u * w[-1]
+    return torch.cat([whole.flatten(), *([bias.flatten()] if biases else [])])
+
+
+@each_kind
+@pytest.mark.parametrize("name", BY_WINDOWS)
+def test_second_moments_of_convolutions_are_exact_at_every_batch_size(name, kind):
+    case = CASES[name]
+    expected = definition(case.make(), kind)
+    for size in (4, *BATCH_SIZES):
+        found = estimate(case.make(), size, kind=kind, structure="eigenkronecker")
+        block = block_of(found, case.weight)
+        assert isinstance(block, EigenKronecker)
+        part = part_of(expected, found.shapes, block.shapes)
+        rotated = torch.stack([v @ part @ v for v in directions(block)])
+        close(block.second_moments.flatten(), rotated)
+        close(found.trace().reshape(1), expected.trace().reshape(1))
 
 
 @each_kind
@@ -766,6 +1010,53 @@ def test_a_matrix_that_is_none_in_the_second_pass_is_refused_by_name(way):
     model, (first, second) = either(linear, way)
     with pytest.raises(ValueError, match="'weight' is used as a matrix in one batch"):
         fisher_information(model, Changing([first], [second]), structure="eigenkronecker")
+
+
+class Kernel(nn.Module):
+    """A kernel that is used in one way or in several."""
+
+    def __init__(self, *ways):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 2, 1))
+        self.ways = ways
+
+    def forward(self, x):
+        return sum(way(x[:, :4, None], self.weight)[..., 0] for way in self.ways)
+
+
+def one_group(x, w):
+    return F.conv1d(x[:, :2], w)
+
+
+def two_groups(x, w):
+    return F.conv1d(x, w, groups=2)
+
+
+def back(x, w):
+    return F.conv1d(F.conv_transpose1d(x, w), w)
+
+
+@pytest.mark.parametrize("structure", KRONECKER)
+@pytest.mark.parametrize(
+    "ways", [(one_group, two_groups), (back,)], ids=["other groups", "transposed"]
+)
+def test_a_kernel_that_is_used_as_two_kinds_of_matrices_keeps_its_diagonal(ways, structure):
+    case = seeded(lambda: Scenario(Kernel(*ways), torch.randn(N, 4), "bernoulli", torch.ones(N, 4)))
+    found = estimate(case, structure=structure)
+    assert isinstance(block_of(found, "weight"), Diagonal)
+    close(found.diagonal()["weight"].flatten(), definition(case, "exact").diagonal())
+
+
+@pytest.mark.parametrize("structure", KRONECKER)
+def test_a_kernel_of_other_groups_in_the_next_batch_is_refused_by_name(structure):
+    class Changes(Kernel):
+        def forward(self, x):
+            return self.ways[x.shape[1] > 4](x[:, :4, None], self.weight)[..., 0]
+
+    _, batches = either(linear, linear)
+    model = Changes(one_group, two_groups).double()
+    with pytest.raises(ValueError, match=r"'weight' is used as a matrix in one batch.*'diagonal'"):
+        fisher_information(model, batches, structure=structure)
 
 
 class Experts(nn.Module):
