@@ -120,8 +120,11 @@ class Products(Rule):
 class Factors(Products):
     """Factors that are rows already: those of the columns are the input."""
 
-    def sides(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        return g, a
+    def input_rows(self, a: Tensor) -> Tensor:
+        return a
+
+    def output_rows(self, a: Tensor, g: Tensor) -> Tensor:
+        return g
 
 
 def add_squared_products(
