@@ -110,7 +110,8 @@ def _own_buffers(model: nn.Module) -> Iterator[None]:
 def _exchanged(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
     """Put other tensors in the place of parameters, wherever and under however many names."""
     new = {id(p): tensors[name] for name, p in model.named_parameters() if name in tensors}
-    lists = [m._flat_weights for m in model.modules() if isinstance(m, nn.RNNBase)]
+    recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
+    lists = [m._flat_weights for m in recurrent]
     places: list[tuple[Any, Any, Any]] = [
         *((m._parameters, key, p) for m in model.modules() for key, p in m._parameters.items()),
         *((weights, key, p) for weights in lists for key, p in enumerate(weights)),
@@ -127,6 +128,8 @@ def _exchanged(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
         torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
         for place, key, p in places:
             place[key] = p
+        for module, weights in zip(recurrent, lists, strict=True):
+            vars(module)["_flat_weights"] = weights  # it makes another list of other parameters
 
 
 def _open_modules(model: nn.Module) -> list[nn.Module]:

@@ -1,6 +1,7 @@
 """Calling a network: what goes in, and what is left behind."""
 
 import random
+from collections import deque
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ewc_lib._calling import evaluating, forward, untouched
+from ewc_lib._calling import Caller, evaluating, forward, untouched
 from tests.scenarios import same, trace_of
 
 
@@ -170,3 +171,111 @@ def test_gradients_can_be_taken_inside_whatever_is_switched_off_outside(around):
             (g,) = torch.autograd.grad(model(torch.ones(1, 2)).sum(), model.bias)
         assert not torch.is_grad_enabled()
     assert g.item() == 1
+
+
+# What a call may change
+
+
+class Editing(nn.Module):
+    """A model that edits its input, its buffer and its attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("largest", torch.zeros(()))
+        self.calls, self.cache, self.seen = 0, {"features": []}, deque(maxlen=2)
+
+    def forward(self, x):
+        self.calls += 1
+        self.largest.copy_(torch.maximum(self.largest, x.max()))
+        self.cache["features"].append(x)
+        self.seen.append(x)
+        self.features = self.layer(x)
+        return self.features + x.clamp_(max=1)
+
+
+def test_attributes_and_containers_have_their_content_again():
+    model = Editing()
+    model.seen.append("before")
+    held = {name: id(value) for name, value in vars(model).items()}
+    with untouched(model):
+        model(torch.ones(3, 2))
+    assert {name: id(value) for name, value in vars(model).items()} == held
+    assert (model.calls, model.cache, list(model.seen)) == (0, {"features": []}, ["before"])
+
+
+def test_a_model_that_edits_gets_copies_and_another_gets_what_there_is():
+    model, x = Editing(), torch.full((3, 2), 2.0)
+    caller = Caller(model)
+    with caller.prepared(x) as given:  # nothing is known before the first call
+        before = caller.state(given)
+        model(given)
+        assert caller.state(given) != before
+    assert x.min() == 2
+    assert model.largest == 0
+    caller.edits = False
+    with caller.prepared(x) as given:
+        assert given is x
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_parameters_are_exchanged_under_all_their_names_and_come_back(fails):
+    model = nn.ModuleDict({"one": nn.Linear(2, 2), "lstm": nn.LSTM(2, 2)})
+    model["other"] = model["one"]
+    before = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    flat = [id(w) for w in model["lstm"]._flat_weights]
+    zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.models = model
+
+        def forward(self, x):
+            if fails:
+                raise KeyError
+            return model["one"](x) + model["other"](x) + model["lstm"](x)[0]
+
+    zeros = {f"models.{name}": value for name, value in zeros.items()}
+    if fails:
+        with pytest.raises(KeyError):
+            forward(Both(), torch.ones(3, 2), zeros)
+    else:
+        assert not forward(Both(), torch.ones(3, 2), zeros).any()
+    assert before == {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    assert flat == [id(w) for w in model["lstm"]._flat_weights]
+
+
+class Merging(nn.Linear):
+    """An adapter that is merged into its weight in eval mode."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+        self.change = nn.Parameter(torch.full((2, 2), 0.1))
+        self.merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * self.change.data
+            self.merged = not mode
+        return self
+
+
+def test_a_module_that_acts_on_its_mode_is_asked_to_act_back():
+    model = nn.Sequential(Merging(), nn.Dropout())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with evaluating(model):
+        assert model[0].merged
+    assert not model[0].merged
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_an_exported_program_keeps_the_mode_that_it_has():
+    program = torch.export.export(nn.Linear(2, 2), (torch.ones(3, 2),)).module()
+    with evaluating(program):
+        program(torch.ones(3, 2))
+    assert (
+        program.training
+        == torch.export.export(nn.Linear(2, 2), (torch.ones(3, 2),)).module().training
+    )

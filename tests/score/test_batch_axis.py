@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from ewc_lib.score.batch_axis import BatchAxis, batch_axes, weigh
+from ewc_lib.score.batch_axis import BatchAxis, RaggedRows, batch_axes, weigh
 from tests.scenarios import PROPERTY
 
 FIRST, SECOND, THIRD = BatchAxis(), BatchAxis(1), BatchAxis(2)
@@ -118,3 +118,24 @@ def test_weights_multiply_whole_observations(case, dtype):
     assert found.dtype == dtype
     for i in range(n):
         assert torch.equal(found[i], (i + 1) * alone[i].to(dtype))
+
+
+@PROPERTY
+@given(st.lists(st.integers(0, 4), max_size=9))
+def test_ragged_rows_are_those_of_their_owners_in_order(owner):
+    """The owner 4 stands for nobody."""
+    rows, where = numbered(len(owner), 2) + 1, RaggedRows(torch.tensor(owner).long(), 4)
+    assert where.fits(rows.shape, 4)
+    cut = where.split(rows, 4)
+    assert cut.shape[0] == 4
+    for n, own in enumerate(cut):
+        expected = rows[[i for i, whose in enumerate(owner) if whose == n]]
+        assert torch.equal(own[: len(expected)], expected)
+        assert not own[len(expected) :].any()
+
+
+def test_other_numbers_of_rows_do_not_fit():
+    where = RaggedRows(torch.tensor([0, 1, 1]), 2)
+    assert not where.fits(torch.Size([4, 2]), 2)
+    assert not where.fits(torch.Size([3, 2]), 3)
+    assert not where.fits(torch.Size([]), 2)
