@@ -25,7 +25,7 @@ from ewc_lib import fisher_information
 from ewc_lib.fisher.definitions import every_label, score_covariance
 from ewc_lib.fisher.structures import Fisher
 from ewc_lib.likelihood import network_log_prob
-from ewc_lib.likelihood.outputs import Gaussian, OutputDistribution
+from ewc_lib.likelihood.outputs import Categorical, Gaussian, OutputDistribution
 
 N = 8
 CLASSES = 3
@@ -450,6 +450,17 @@ def positions_in_a_plane() -> Scenario:
 def sequence_of_labels() -> Scenario:
     """Several labels for one observation: its log-likelihood is their sum."""
     return Scenario(_network(), torch.randn(N, 2, 4), "categorical", _labels(N, 2))
+
+
+@scenario
+def next_tokens() -> Scenario:
+    return Scenario(_network(), torch.randn(N, 3, 4), "next-token", _labels(N, 3))
+
+
+@scenario
+def classes_on_axis_one() -> Scenario:
+    model = nn.Sequential(nn.Conv1d(2, 4, 1), nn.Tanh(), nn.Conv1d(4, CLASSES, 1))
+    return Scenario(model, torch.randn(N, 2, 2), Categorical(class_dim=1), _labels(N, 2))
 
 
 @scenario

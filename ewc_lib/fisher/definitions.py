@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from ewc_lib._calling import forward, untouched
 from ewc_lib._parameters import Data, Params, count, ravel
 from ewc_lib.likelihood.definition import LogProb, check_log_prob, per_observation
-from ewc_lib.likelihood.outputs import OutputDistribution, output_distribution
+from ewc_lib.likelihood.outputs import Likelihood, output_distribution
 from ewc_lib.score.definition import scores
 
 __all__ = ["every_label", "negative_expected_hessian", "score_covariance"]
@@ -127,7 +127,7 @@ def negative_expected_hessian(
 
 
 def every_label(
-    model: nn.Module, inputs: Any, likelihood: str | OutputDistribution = "categorical"
+    model: nn.Module, inputs: Any, likelihood: Likelihood = "categorical"
 ) -> tuple[tuple[Any, Tensor], Float[Tensor, " M"]]:
     r"""Pair every input with every label that the model thinks possible.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import singledispatch
 from itertools import product
 from typing import Any, Literal, TypeAlias, get_args
@@ -17,7 +18,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ewc_lib.likelihood.outputs import Bernoulli, Categorical, Gaussian, OutputDistribution, Poisson
+from ewc_lib.fisher.divergence import Curvature
+from ewc_lib.likelihood.outputs import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    OutputDistribution,
+    Poisson,
+    TorchDistribution,
+)
 from ewc_lib.score.network import output_score
 
 Kind: TypeAlias = Literal["exact", "sketch", "sampled", "empirical"]
@@ -42,6 +51,10 @@ def columns(
     ``exact`` yields all of them, ``sketch`` and ``sampled`` yield ``draws`` random ones whose
     outer product is right on average, ``empirical`` yields the score of the observed target.
     """
+    if isinstance(distribution, Categorical) and (axis := distribution.class_dim) is not None:
+        distribution = replace(distribution, class_dim=None)
+        found = columns(kind, distribution, output.movedim(axis, -1), target, draws, generator)
+        return (column.movedim(-1, axis) for column in found)
     if kind == "exact":
         return exact(distribution, output, target)
     if kind == "sketch":
@@ -60,11 +73,11 @@ def sampled(
 ) -> Iterator[Column]:
     """Score of a target drawn from the model itself."""
     mask = distribution.mask(target)
+    if isinstance(distribution, Categorical):  # what was drawn always counts
+        distribution = replace(distribution, ignore_index=-100)
     label = distribution.sample(_repeat(output, draws), generator)
     for draw in _unrepeat(label, draws):
-        if mask is not None:
-            draw = torch.where(mask, draw, target)
-        yield output_score(distribution, output, draw) / math.sqrt(draws)
+        yield _masked(output_score(distribution, output, draw), mask) / math.sqrt(draws)
 
 
 def sketch(
@@ -84,9 +97,9 @@ def sketch(
 
 def exact(distribution: OutputDistribution, output: Tensor, target: Tensor) -> Iterator[Column]:
     """Every column: each position of the output by itself, since positions are independent."""
-    event_dims = _event_dims(distribution)
-    positions = output.shape[1 : output.dim() - event_dims]
-    n_columns = positions.numel() * (output.shape[-1] - 1 if event_dims else 1)
+    n_columns = output.shape[1:].numel()
+    if isinstance(distribution, Categorical):
+        n_columns -= output.shape[1:-1].numel()
     if n_columns > MAX_EXACT_COLUMNS:
         raise ValueError(
             f"the exact Fisher information of outputs of shape {tuple(output.shape[1:])} takes "
@@ -94,7 +107,8 @@ def exact(distribution: OutputDistribution, output: Tensor, target: Tensor) -> I
             "unbiased and takes one"
         )
     mask = distribution.mask(target)
-    for part in root(distribution, output):
+    positions, parts = root_at_positions(distribution, output)
+    for part in parts:
         part = _masked(part, mask)
         for index in product(*map(range, positions)):
             at: tuple[Any, ...] = (slice(None), *index)
@@ -103,8 +117,24 @@ def exact(distribution: OutputDistribution, output: Tensor, target: Tensor) -> I
             yield column
 
 
-def _event_dims(distribution: OutputDistribution) -> int:
-    return 1 if isinstance(distribution, Categorical) else 0
+@singledispatch
+def root_at_positions(
+    distribution: OutputDistribution, output: Tensor
+) -> tuple[torch.Size, Iterator[Column]]:
+    """Return the shape of the positions, and the columns that each of them has."""
+    return output.shape[1:], root(distribution, output)
+
+
+@root_at_positions.register
+def _(distribution: Categorical, output: Tensor) -> tuple[torch.Size, Iterator[Column]]:
+    return output.shape[1:-1], root(distribution, output)
+
+
+@root_at_positions.register
+def _(distribution: TorchDistribution, output: Tensor) -> tuple[torch.Size, Iterator[Column]]:
+    roots = Curvature(distribution, output).root()
+    parts = (part.reshape(output.shape).to(output.dtype) for part in roots.unbind(-1))
+    return roots.shape[1:-2], parts
 
 
 @singledispatch
@@ -119,16 +149,33 @@ def root_times(distribution: OutputDistribution, output: Tensor, v: Tensor) -> C
     return next(root(distribution, output)) * v
 
 
+@root_times.register
+def _(distribution: TorchDistribution, output: Tensor, v: Tensor) -> Tensor:
+    roots = Curvature(distribution, output).root()
+    return (
+        (roots @ v.to(roots).reshape(*roots.shape[:-1], 1)).reshape(output.shape).to(output.dtype)
+    )
+
+
 def information_times(
     distribution: OutputDistribution, output: Tensor, target: Tensor, v: Tensor
 ) -> Float[Tensor, "N ..."]:
     """Multiply the Fisher information of the output distribution by a vector, in closed form."""
+    if isinstance(distribution, Categorical) and (axis := distribution.class_dim) is not None:
+        distribution = replace(distribution, class_dim=None)
+        output, v = output.movedim(axis, -1), v.movedim(axis, -1)
+        return information_times(distribution, output, target, v).movedim(-1, axis)
     return _masked(_information_times(distribution, output, v), distribution.mask(target))
 
 
 @singledispatch
 def _information_times(distribution: OutputDistribution, output: Tensor, v: Tensor) -> Tensor:
     return next(root(distribution, output)).square() * v
+
+
+@_information_times.register
+def _(distribution: TorchDistribution, output: Tensor, v: Tensor) -> Tensor:
+    return Curvature(distribution, output).times(v).to(output.dtype)
 
 
 @_information_times.register

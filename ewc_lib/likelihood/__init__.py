@@ -8,6 +8,7 @@ from ewc_lib.likelihood.outputs import (
     Gaussian,
     OutputDistribution,
     Poisson,
+    TorchDistribution,
 )
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "LogProb",
     "OutputDistribution",
     "Poisson",
+    "TorchDistribution",
     "likelihood",
     "log_likelihood",
     "maximum_likelihood",

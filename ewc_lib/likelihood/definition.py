@@ -8,21 +8,20 @@ observation. ``theta`` is a vector ``[P]`` or a dict of tensors; ``data`` is a t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributions import Distribution
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from ewc_lib._calling import evaluating, forward
 from ewc_lib._parameters import Data, Params, count, row, rows
 from ewc_lib._selecting import select_parameters
-from ewc_lib.likelihood.outputs import OutputDistribution, output_distribution
+from ewc_lib.likelihood.any_distribution import validating
+from ewc_lib.likelihood.outputs import Likelihood, output_distribution
 
 __all__ = ["LogProb", "likelihood", "log_likelihood", "network_log_prob"]
 
@@ -112,7 +111,7 @@ def log_probs(log_prob: LogProb, theta: Params, data: Data) -> Float[Tensor, " N
 
 def per_observation(function: LogProb, theta: Params, data: Data) -> Float[Tensor, "N ..."]:
     """Stack ``function(theta, x_n)`` over all observations: at once, or one by one."""
-    with _validation(False):  # vmap cannot follow it
+    with validating(False):  # vmap cannot follow it
         try:
             return vmap(function, in_dims=(None, 0))(theta, data)
         except RuntimeError:  # vmap cannot follow it; a mistake of the caller's own shows below
@@ -122,26 +121,15 @@ def per_observation(function: LogProb, theta: Params, data: Data) -> Float[Tenso
 def check_log_prob(log_prob: LogProb, theta: Params, data: Data) -> None:
     """Try ``log_prob`` on the first observation and raise a ValueError unless it is a scalar."""
     count(data)
-    with _validation(True):  # torch.compile switches it off for the whole process
+    with validating(True):  # torch.compile switches it off for the whole process
         value = log_prob(theta, row(data, 0))
     if not isinstance(value, Tensor) or value.shape != ():
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"log_prob must return a scalar for one observation, got {shape}")
 
 
-@contextmanager
-def _validation(wanted: bool) -> Iterator[None]:
-    """Switch the value checks of torch.distributions on or off, and back."""
-    before = Distribution._validate_args
-    Distribution.set_default_validate_args(wanted)
-    try:
-        yield
-    finally:
-        Distribution.set_default_validate_args(before)
-
-
 def network_log_prob(
-    model: nn.Module, likelihood: str | OutputDistribution = "categorical"
+    model: nn.Module, likelihood: Likelihood = "categorical"
 ) -> tuple[LogProb, dict[str, Tensor]]:
     r"""Turn a network into a function ``log_prob(theta, (x, y))`` and its present parameters.
 
@@ -157,9 +145,10 @@ def network_log_prob(
         Any module that maps a batch of inputs to a batch of outputs. It is run in eval mode and
         gets its own modes back.
     likelihood
-        How to read the output: ``"categorical"`` (logits), ``"bernoulli"`` (logits),
-        ``"gaussian"`` (means), ``"poisson"`` (log rates), or an object such as
-        ``Gaussian(sigma=0.5)``.
+        How to read the output: ``"categorical"`` (logits), ``"next-token"`` (logits of the next
+        label), ``"bernoulli"`` (logits), ``"gaussian"`` (means), ``"poisson"`` (log rates), an
+        object such as ``Gaussian(sigma=0.5)``, or a function from the output to a distribution
+        of :mod:`torch.distributions`.
 
     Returns
     -------

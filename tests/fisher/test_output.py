@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 
 from ewc_lib.fisher import output as output_module
-from ewc_lib.fisher.output import KINDS, columns, output_score, root_times
+from ewc_lib.fisher.output import KINDS, columns, information_times, output_score, root_times
 from ewc_lib.likelihood.outputs import (
     Bernoulli,
     Categorical,
@@ -268,3 +268,48 @@ def test_a_distribution_without_a_root_is_named(kind):
 def test_a_distribution_without_a_root_still_has_scores(kind):
     found = all_columns(kind, Laplace(), normal(2, 3), normal(2, 3) + 1)
     assert torch.equal(found, torch.ones(1, 2, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("class_dim", [1, -2])
+def test_columns_of_classes_on_another_axis_are_those_of_the_last_one_moved(kind, class_dim):
+    f, y = normal(3, 2, 4, 5), torch.ones(3, 2, 4, dtype=torch.long)
+    y[1, 0, 2] = -100
+    found = all_columns(
+        kind, Categorical(class_dim=class_dim), f.movedim(-1, class_dim), y, draws=2
+    )
+    there = class_dim + 1 if class_dim > 0 else class_dim
+    assert torch.equal(found.movedim(there, -1), all_columns(kind, Categorical(), f, y, draws=2))
+
+
+def test_a_product_with_classes_on_another_axis_is_that_of_the_last_one_moved():
+    f, v, y = normal(3, 4, 5), normal(3, 4, 5, seed=1), torch.ones(3, 4, dtype=torch.long)
+    found = information_times(Categorical(class_dim=1), f.mT, y, v.mT)
+    assert torch.equal(found.mT, information_times(Categorical(), f, y, v))
+
+
+@pytest.mark.parametrize("kind", ["exact", "sketch", "empirical"])
+def test_columns_of_next_tokens_are_those_of_labels_shifted_by_hand(kind):
+    f, text = normal(3, 4, 5), torch.tensor([[1, 2, 3, 4], [0, -100, 1, 1], [2, 2, 0, -100]])
+    shifted = torch.nn.functional.pad(text[:, 1:], (0, 1), value=-100)
+    found = all_columns(kind, Categorical(next_token=True), f, text, draws=2)
+    assert torch.equal(found, all_columns(kind, Categorical(), f, shifted, draws=2))
+
+
+def test_sampled_next_tokens_are_those_of_labels_shifted_by_hand():
+    """The draws are the same numbers, one position later."""
+    f, text = normal(3, 4, 5), torch.ones(3, 4, dtype=torch.long)
+    shifted = torch.nn.functional.pad(text[:, 1:], (0, 1), value=-100)
+    found = all_columns("sampled", Categorical(next_token=True), f, text, draws=2)
+    expected = all_columns("sampled", Categorical(), f, shifted, draws=2)
+    assert torch.allclose(found, expected, rtol=1e-15, atol=0)
+    assert found.abs().sum((0, 1, 3)).tolist()[:3] != [0, 0, 0]
+    assert not found[:, :, -1].any()
+
+
+def test_a_draw_that_has_the_ignored_label_counts():
+    f = torch.tensor([[0.0, 50.0]], dtype=torch.float64)
+    (found,) = all_columns("sampled", Categorical(ignore_index=1), f, torch.tensor([0])).unbind(0)
+    (expected,) = all_columns("sampled", Categorical(), f, torch.tensor([0])).unbind(0)
+    assert torch.equal(found, expected)
+    assert found.any()

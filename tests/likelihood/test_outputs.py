@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 
-from ewc_lib.likelihood import outputs as distributions
+from ewc_lib.likelihood import categorical
 from ewc_lib.likelihood.outputs import (
     Bernoulli,
     Categorical,
@@ -204,7 +204,7 @@ def test_impossible_classes_are_not_sampled_even_at_the_ends_of_the_unit_interva
     monkeypatch, u, label
 ):
     ends = torch.tensor([u], dtype=DOUBLE)
-    monkeypatch.setattr(distributions, "_uniform", lambda *_: ends)
+    monkeypatch.setattr(categorical, "uniform", lambda *_: ends)
     output = torch.tensor([[-INF, 0.0, 1.0, -INF]])
     assert Categorical().sample(output).item() == label
 
