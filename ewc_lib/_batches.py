@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,37 @@ class Batch(NamedTuple):
 
     def __len__(self) -> int:
         return len(self.target)
+
+
+class Reading:
+    """Data whose first batches can be looked at before all are read.
+
+    Parameters
+    ----------
+    data
+        In any of the forms that :func:`batches` takes.
+    change
+        What is done to every batch that is read.
+    """
+
+    def __init__(self, data: Any, change: Callable[[Any], Any]) -> None:
+        self._data = data
+        self.change = change
+        self._seen: list[Any] = []
+        self._rest: Iterator[Any] | None = None
+
+    def ahead(self) -> Iterator[Any]:
+        """Look at the first batches, unchanged; they are kept for whoever reads first."""
+        self._rest = iter(_raw_batches(self._data))
+        for raw in self._rest:
+            self._seen.append(raw)
+            yield raw
+
+    def __iter__(self) -> Iterator[Any]:
+        """Read all batches."""
+        source = iter(_raw_batches(self._data)) if self._rest is None else self._rest
+        read, self._seen, self._rest = chain(self._seen, source), [], None
+        return map(self.change, read)
 
 
 def batches(data: Any, device: torch.device, n_samples: int | None = None) -> Iterator[Batch]:

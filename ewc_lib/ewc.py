@@ -26,7 +26,8 @@ from ewc_lib.fisher.structures import (
     LowRank,
     check_shapes,
 )
-from ewc_lib.likelihood.outputs import OutputDistribution, output_distribution
+from ewc_lib.likelihood.agreement import Criterion
+from ewc_lib.likelihood.outputs import Likelihood, given_distribution
 from ewc_lib.quadratic import QuadraticPenalty
 
 __all__ = ["EWC"]
@@ -63,7 +64,7 @@ class EWC(QuadraticPenalty):
         at the latest optimum (Schwarz et al. 2018; Huszár 2018).
     decay
         :math:`\gamma \in [0, 1]` of the online mode. The default 1 forgets nothing.
-    likelihood, kind, structure, params
+    likelihood, criterion, kind, structure, params
         As in :func:`ewc_lib.fisher_information`. The Kronecker structures hold one task only,
         because the sum of two of them has another structure. With ``"lowrank"`` the rank, and so
         the memory, grows with every task.
@@ -112,7 +113,8 @@ class EWC(QuadraticPenalty):
         mode: Literal["separate", "online"] = "separate",
         *,
         decay: float = 1.0,
-        likelihood: str | OutputDistribution = "categorical",
+        likelihood: Likelihood | None = None,
+        criterion: Criterion | None = None,
         kind: Kind = "exact",
         structure: Structure = "diagonal",
         params: Selection = None,
@@ -124,7 +126,7 @@ class EWC(QuadraticPenalty):
     ) -> None:
         check_choice("mode", mode, ("separate", "online"))
         check_request(kind, structure, n_samples, draws, rank, dtype, device)
-        output_distribution(likelihood)  # refuses an unknown word now, not later
+        given_distribution(likelihood)  # refuses an unknown word now, not later
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must lie between 0 and 1, got {decay}")
         if mode == "separate" and decay != 1:
@@ -133,6 +135,7 @@ class EWC(QuadraticPenalty):
         self.mode = mode
         self.decay = decay
         self.likelihood = likelihood
+        self.criterion = criterion
         self.kind: Kind = kind
         self.structure: Structure = structure
         self.n_samples = n_samples
@@ -187,6 +190,7 @@ class EWC(QuadraticPenalty):
             self.model,
             data,
             self.likelihood,
+            criterion=self.criterion,
             kind=self.kind,
             structure=self.structure,
             params=self.params,

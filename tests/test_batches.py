@@ -1,6 +1,7 @@
 """Data in every form that people have them, cut into batches."""
 
 from collections import UserDict
+from itertools import islice
 
 import hypothesis.strategies as st
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given
 from torch.utils.data import DataLoader, TensorDataset
 
 from ewc_lib import _batches
-from ewc_lib._batches import batches, join
+from ewc_lib._batches import Reading, batches, join
 from ewc_lib.errors import EmptyData
 from tests.scenarios import PROPERTY, cut, same
 
@@ -243,3 +244,40 @@ def test_batches_of_another_form_are_not_joined(other):
 def test_joined_batches_of_named_inputs_keep_their_names():
     (batch,) = joined([{"x": x, "labels": y} for x, y in cut(X, Y, 4)], 100)
     assert same(batch.inputs, {"x": X})
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("looked", [0, 1, 2, 99])
+def test_looking_ahead_loses_nothing(form, looked):
+    reading = Reading(FORMS[form](), lambda raw: raw)
+    seen = list(islice(reading.ahead(), looked))
+    read = list(batches(reading, CPU))
+    expected = list(batches(FORMS[form](), CPU))
+    assert len(seen) <= looked
+    assert all(same(a.target, b.target) for a, b in zip(read, expected, strict=True))
+    if form != "a generator":
+        assert len(list(batches(reading, CPU))) == len(expected)
+
+
+def test_what_is_read_is_changed_and_what_is_looked_at_is_not():
+    reading = Reading([(X, Y)], lambda pair: (pair[0], -pair[1]))
+    ((_, seen),) = reading.ahead()
+    ((_, read),) = reading
+    assert same(seen, Y)
+    assert same(read, -Y)
+
+
+def test_looking_ahead_starts_one_pass_only():
+    passes = []
+
+    class Counted:
+        def __iter__(self):
+            passes.append(1)
+            return iter(cut(X, Y, 4))
+
+    reading = Reading(Counted(), lambda raw: raw)
+    next(reading.ahead())
+    list(reading)
+    assert len(passes) == 1
+    list(reading)
+    assert len(passes) == 2

@@ -18,7 +18,8 @@ from ewc_lib.fisher.sums.base import ParameterSpace, Sum
 from ewc_lib.fisher.sums.diagonal import DiagonalSum
 from ewc_lib.fisher.sums.kronecker import EigenKroneckerSum, KroneckerSum
 from ewc_lib.fisher.sums.rows import BlockSum, DenseSum, LowRankSum
-from ewc_lib.likelihood.outputs import OutputDistribution, output_distribution
+from ewc_lib.likelihood.agreement import Criterion, agreed
+from ewc_lib.likelihood.outputs import Likelihood
 from ewc_lib.score.network import NetworkScores
 from ewc_lib.score.plan import Certify
 
@@ -38,8 +39,9 @@ STRUCTURES: tuple[str, ...] = get_args(Structure)
 def fisher_information(
     model: nn.Module,
     data: Any,
-    likelihood: str | OutputDistribution = "categorical",
+    likelihood: Likelihood | None = None,
     *,
+    criterion: Criterion | None = None,
     kind: Kind = "exact",
     structure: Structure = "diagonal",
     params: Selection = None,
@@ -73,9 +75,16 @@ def fisher_information(
         ``"labels"``; or one tuple of tensors ``(inputs, targets)``. NumPy arrays of numbers may
         take the place of tensors, in the precision of the model.
     likelihood
-        How to read the output: ``"categorical"`` (logits), ``"bernoulli"`` (logits),
-        ``"gaussian"`` (means), ``"poisson"`` (log rates), or an object such as
-        ``Gaussian(sigma=0.5)``.
+        How to read the output: ``"categorical"`` (logits), ``"next-token"`` (logits of the label
+        that follows), ``"bernoulli"`` (logits), ``"gaussian"`` (means), ``"poisson"`` (log
+        rates), an object such as ``Gaussian(sigma=0.5)`` or ``Categorical(class_dim=1)``, or a
+        function from the output to a distribution of :mod:`torch.distributions`. By default the
+        one that agrees with the criterion or, if batches are dicts, with the ``loss`` that the
+        model returns when it is called with the labels, as models of Hugging Face do; else
+        ``"categorical"``. A likelihood that does not agree is refused; a model that is trained
+        by another loss gets its data as pairs.
+    criterion
+        The loss ``criterion(output, target)`` of the training, to be compared.
     kind
         Which expectation over labels :math:`y`.
 
@@ -158,8 +167,9 @@ def fisher_information(
     ------
     ValueError
         If the data are empty, of unequal lengths or hold NaN; a target is outside the support;
-        an output or a parameter is not finite; no parameter is trainable, a name is
-        unknown, or a module or parameter is not of this model;
+        an output, a parameter or a sum is not finite; the likelihood is not the one of the loss
+        that the model or the criterion has; no parameter is trainable, a name is unknown, or a
+        module or parameter is not of this model;
         a batch normalisation has no running statistics; an embedding renormalises its rows;
         the model mixes observations; a matrix would be larger than 16 GiB; or the data cannot
         be read twice where the structure needs that.
@@ -183,17 +193,20 @@ def fisher_information(
     """
     check_request(kind, structure, n_samples, draws, rank, dtype, device)
     parameters = select_parameters(model, params)
-    distribution = output_distribution(likelihood)
-    network = NetworkScores(model, parameters, distribution, certify)
+    network = NetworkScores(model, parameters, certify=certify)
     generator = random_source(generator, network.device)
     data = random_part(data, n_samples, generator)
+    with network.leaving_no_trace():
+        data, distribution = agreed(model, data, likelihood, criterion)
+    network.distribution = distribution
 
     def accumulate(total: Sum) -> Fisher:
         for batch in explaining(network.over(data, n_samples, progress), model):
             target = batch.batch.target
             total.add(batch, columns(kind, distribution, batch.output, target, draws, generator))
             del batch  # and with it the graph, before the next one grows
-        return total.mean(kind, network.paths())
+        found = total.mean(kind, network.paths())
+        return found
 
     space = ParameterSpace(parameters, dtype, None if device is None else torch.device(device))
     with network.leaving_no_trace():

@@ -23,7 +23,8 @@ from ewc_lib._selecting import Selection, fixed, select_parameters
 from ewc_lib.fisher.linear_map import LinearMap
 from ewc_lib.fisher.output import KINDS, Kind, columns, information_times
 from ewc_lib.fisher.structures.vectors import V, in_form_of, named
-from ewc_lib.likelihood.outputs import OutputDistribution, output_distribution
+from ewc_lib.likelihood.agreement import Criterion, agreed
+from ewc_lib.likelihood.outputs import Likelihood, OutputDistribution, given_distribution
 from ewc_lib.score.batch import BatchScores
 from ewc_lib.score.batch_axis import weigh
 from ewc_lib.score.memory import sum_dtype
@@ -44,8 +45,9 @@ class MatrixFree(LinearMap):
 
     Parameters
     ----------
-    model, likelihood, params, draws, progress
-        As for :func:`~ewc_lib.fisher_information`. The model is run as it is when a product is
+    model, likelihood, criterion, params, draws, progress
+        As for :func:`~ewc_lib.fisher_information`. The likelihood is compared with the loss when
+        the first product is asked for. The model is run as it is when a product is
         asked for.
     data
         As there; it is read again for every product, so a generator is refused.
@@ -81,8 +83,9 @@ class MatrixFree(LinearMap):
         self,
         model: nn.Module,
         data: Any,
-        likelihood: str | OutputDistribution = "categorical",
+        likelihood: Likelihood | None = None,
         *,
+        criterion: Criterion | None = None,
         kind: Kind = "exact",
         params: Selection = None,
         n_samples: int | None = None,
@@ -99,12 +102,14 @@ class MatrixFree(LinearMap):
             raise ValueError("data is an iterator, which can be read only once; give a list")
         self.model = model
         self.data = data
-        self.distribution = output_distribution(likelihood)
+        self.likelihood = given_distribution(likelihood)
+        self.criterion = criterion
         self.kind = kind
         self.params = fixed(model, params)
         self.n_samples = n_samples
         self.draws = draws
         self.progress = progress
+        self._found: tuple[Any, OutputDistribution] | None = None
         self._place = dtype, device
         first = next(iter(self.parameters.values()))  # refuses unknown names now, not later
         self._state: Tensor | None = None
@@ -162,18 +167,25 @@ class MatrixFree(LinearMap):
     def _times(self, v: Vector) -> Vector:
         """Return the product with named tensors."""
         parameters = self.parameters
-        network = NetworkScores(self.model, parameters, self.distribution)
+        network = NetworkScores(self.model, parameters)
         generator = random_source(None, network.device)
         if self._state is not None:
             generator.set_state(self._state)
         data, n = random_part(self.data, self.n_samples, generator), 0
         with network.leaving_no_trace(), sdpa_kernel(SDPBackend.MATH):
+            data, network.distribution = self._agreed(data)
             total = {name: self._zeros(p) for name, p in parameters.items()}
             for batch in explaining(network.over(data, self.n_samples, self.progress), self.model):
                 for name, g in self._product(batch, parameters, v, generator).items():
                     total[name] += g.to(total[name])
                 n += len(batch)
             return {name: t / n for name, t in total.items()}
+
+    def _agreed(self, data: Any) -> tuple[Any, OutputDistribution]:
+        """Compare the likelihood with the loss, once; the data are the same every time."""
+        if self._found is None:
+            self._found = agreed(self.model, data, self.likelihood, self.criterion)
+        return self._found
 
     def _product(
         self,
@@ -203,12 +215,14 @@ class MatrixFree(LinearMap):
     def _information_times(
         self, batch: BatchScores, u: Tensor, generator: torch.Generator
     ) -> Tensor:
+        assert self._found is not None
+        distribution = self._found[1]
         if self.kind == "exact":
-            return information_times(self.distribution, batch.output, batch.batch.target, u)
+            return information_times(distribution, batch.output, batch.batch.target, u)
         total = torch.zeros_like(u)
         for column in columns(
             self.kind,
-            self.distribution,
+            distribution,
             batch.output,
             batch.batch.target,
             self.draws,

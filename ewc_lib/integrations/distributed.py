@@ -28,7 +28,7 @@ from ewc_lib import fisher
 from ewc_lib._selecting import fixed, select_parameters
 from ewc_lib.errors import EmptyData
 from ewc_lib.fisher import BlockDiagonal, Diagonal, EigenKronecker, Fisher, LowRank
-from ewc_lib.likelihood.outputs import OutputDistribution
+from ewc_lib.likelihood.outputs import Likelihood
 
 __all__ = ["all_reduce", "fisher_information"]
 
@@ -39,7 +39,7 @@ NOT_LINEAR = "eigenkronecker", "lowrank"
 def fisher_information(
     model: nn.Module,
     shard: Any,
-    likelihood: str | OutputDistribution = "categorical",
+    likelihood: Likelihood | None = None,
     *,
     group: dist.ProcessGroup | None = None,
     **options: Any,

@@ -192,6 +192,11 @@ _BY_NAME: dict[str, OutputDistribution] = {
 }
 
 
+def given_distribution(likelihood: Likelihood | None) -> OutputDistribution | None:
+    """Return the output distribution, if there is one."""
+    return None if likelihood is None else output_distribution(likelihood)
+
+
 def output_distribution(likelihood: Likelihood) -> OutputDistribution:
     """Return the output distribution of that name, or the one that was given."""
     if isinstance(likelihood, OutputDistribution):

@@ -21,7 +21,7 @@ from ewc_lib.fisher import Diagonal, fisher_information
 from ewc_lib.fisher.output import KINDS, Kind
 from ewc_lib.fisher.structures import Fisher, check_shapes
 from ewc_lib.fisher.structures.states import under
-from ewc_lib.likelihood.outputs import OutputDistribution, output_distribution
+from ewc_lib.likelihood.outputs import Likelihood, given_distribution
 from ewc_lib.regularizers._function import FunctionPenalty
 
 __all__ = ["AdapterEWC", "LowRankUpdate", "add_adapters"]
@@ -161,11 +161,11 @@ class AdapterEWC(FunctionPenalty):
         model: nn.Module,
         strength: float,
         *,
-        likelihood: str | OutputDistribution = "categorical",
+        likelihood: Likelihood | None = None,
         kind: Kind = "exact",
     ) -> None:
         check_choice("kind", kind, KINDS)
-        output_distribution(likelihood)  # refuses an unknown word now, not later
+        given_distribution(likelihood)  # refuses an unknown word now, not later
         super().__init__(model, strength)
         self.likelihood = likelihood
         self.kind: Kind = kind

@@ -16,7 +16,7 @@ from ewc_lib._selecting import Selection
 from ewc_lib.fisher.estimate import fisher_information
 from ewc_lib.fisher.output import KINDS, Kind
 from ewc_lib.fisher.structures import Fisher
-from ewc_lib.likelihood.outputs import OutputDistribution, output_distribution
+from ewc_lib.likelihood.outputs import Likelihood, given_distribution
 from ewc_lib.quadratic import QuadraticPenalty
 from ewc_lib.regularizers._importance import warn_if_zero
 
@@ -76,12 +76,12 @@ class KroneckerLaplace(QuadraticPenalty):
         model: nn.Module,
         strength: float,
         *,
-        likelihood: str | OutputDistribution = "categorical",
+        likelihood: Likelihood | None = None,
         kind: Kind = "exact",
         params: Selection = None,
     ) -> None:
         check_choice("kind", kind, KINDS)
-        output_distribution(likelihood)  # refuses an unknown word now, not later
+        given_distribution(likelihood)  # refuses an unknown word now, not later
         super().__init__(model, strength, params=params)
         self.likelihood = likelihood
         self.kind: Kind = kind

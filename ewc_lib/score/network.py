@@ -18,7 +18,8 @@ from ewc_lib._checking import check_finite_parameters, check_modules
 from ewc_lib._parameters import Vector
 from ewc_lib._progress import progress as show_progress
 from ewc_lib._selecting import Selection, select_parameters
-from ewc_lib.likelihood.outputs import OutputDistribution, output_distribution
+from ewc_lib.likelihood.agreement import Criterion, agreed, ready
+from ewc_lib.likelihood.outputs import Likelihood, OutputDistribution
 from ewc_lib.score import memory
 from ewc_lib.score.batch import BatchScores
 from ewc_lib.score.by_vmap import VmapGradients
@@ -33,8 +34,9 @@ Direction: TypeAlias = Callable[[Float[Tensor, "N ..."], Any], Float[Tensor, "N 
 def per_observation_gradients(
     model: nn.Module,
     data: Any,
-    likelihood: str | OutputDistribution = "categorical",
+    likelihood: Likelihood | None = None,
     *,
+    criterion: Criterion | None = None,
     direction: Direction | None = None,
     params: Selection = None,
     n_samples: int | None = None,
@@ -60,7 +62,7 @@ def per_observation_gradients(
         such ``.logits``. One entry of the first axis is one observation.
     data
         As in :func:`ewc_lib.fisher_information`.
-    likelihood
+    likelihood, criterion
         How to read the output, as there. Not used if a direction is given.
     direction
         A function ``direction(output, target)`` that returns a tensor like the output, which it
@@ -114,14 +116,16 @@ def per_observation_gradients(
     if max_bytes is not None and (not isinstance(max_bytes, int) or max_bytes < 1):
         raise ValueError(f"max_bytes must be a positive whole number or None, got {max_bytes!r}")
     parameters = select_parameters(model, params)
-    distribution = output_distribution(likelihood)
-    read = distribution if direction is None else None
-    network = NetworkScores(model, parameters, read, certify)
-    along = direction or partial(output_score, distribution)
+    network = NetworkScores(model, parameters, certify=certify)
+    if direction is None:
+        with network.leaving_no_trace():
+            data, network.distribution = agreed(model, data, likelihood, criterion)
+        direction = partial(output_score, network.distribution)
+    else:
+        data = ready(model, data)
     shown = show_progress(batches(data, network.device, n_samples), "gradients", progress)
-    return _gradients(
-        network, marking_last(shown), along, sys.maxsize if max_bytes is None else max_bytes
-    )
+    room = sys.maxsize if max_bytes is None else max_bytes
+    return _gradients(network, marking_last(shown), direction, room)
 
 
 def _gradients(

@@ -1,0 +1,208 @@
+"""The likelihood that is named is the one that is trained: a comparison on the first batch.
+
+A model that is called with ``labels`` may return a ``loss`` of its own, as those of Hugging Face
+do, and how it reads its output is not to be seen from outside: causal language models shift the
+labels by one. So its loss is compared with the negative log-likelihood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ewc_lib._batches import Reading
+from ewc_lib._calling import forward
+from ewc_lib._forms import pair
+from ewc_lib.likelihood.base import OutputDistribution
+from ewc_lib.likelihood.categorical import Categorical
+from ewc_lib.likelihood.labelled import own_loss, prepared, slope
+from ewc_lib.likelihood.losses import Comparison, Loss, candidates, compare
+from ewc_lib.likelihood.outputs import Likelihood, given_distribution
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+"""A loss ``criterion(output, target)``, as it is used for training."""
+
+NO_LIKELIHOOD = {
+    "weight": "weights of classes or entries temper it, p(y)^w, which sums to one no more",
+    "pos_weight": "a weight tempers it, p(y)^w, which sums to one no more",
+    "label_smoothing": "it compares with labels that nobody has observed",
+}
+"""Options of PyTorch's losses, and what they do."""
+
+ROWS = 8
+"""Observations that are compared."""
+
+ENTRIES = 2**25
+"""Numbers in the output that are compared, beyond the first observation."""
+
+BATCHES = 16
+"""Batches that are looked through for a label that counts."""
+
+
+def agreed(
+    model: nn.Module,
+    data: Any,
+    likelihood: Likelihood | None = None,
+    criterion: Criterion | None = None,
+) -> tuple[Any, OutputDistribution]:
+    """Return the data, ready to be read from the start, and the likelihood they are trained by.
+
+    Call it where the model is in eval mode and leaves no trace (``NetworkScores``).
+
+    Parameters
+    ----------
+    model
+        The network.
+    data
+        As in :func:`ewc_lib.fisher_information`.
+    likelihood
+        How to read the output; by default the one that agrees with the criterion, or with the
+        loss that the model returns for a batch that is a dict with labels, else categorical.
+    criterion
+        The loss that the model is trained by.
+
+    Raises
+    ------
+    ValueError
+        If the likelihood does not agree with the loss, or none does, or more than one.
+    """
+    named = given_distribution(likelihood)
+    reading = Reading(data, partial(prepared, model))
+    _check_criterion(criterion)
+    first = _some_rows(reading, model, criterion is None)
+    if first is None:
+        return reading, named or Categorical()
+    inputs, target = first
+    output = forward(model, prepared(model, first)[0]).detach()
+    rows = _comparable(output, target)
+    if len(rows) == 0:  # refused when it is read, by the number of the observation
+        return reading, named or Categorical()
+    inputs, target, output = tree_map(lambda t: t[rows], (inputs, target, output))
+    if criterion is not None:
+        loss = _loss_of(criterion, output, target)
+    elif (own := own_loss(model, inputs, target)) is not None:
+        loss = own
+        if output.shape == (*target.shape, 1):  # squeezed, where the model computes its loss
+            reading.change = partial(prepared, model, column=True)
+            target = target.unsqueeze(-1)
+    else:
+        return reading, named or Categorical()
+    return reading, _choose(loss, named, output, target, getattr(criterion, "ignore_index", -100))
+
+
+def ready(model: nn.Module, data: Any) -> Reading:
+    """Return the data, with all inputs that the model would make from the labels."""
+    return Reading(data, partial(prepared, model))
+
+
+def _some_rows(reading: Reading, model: nn.Module, only_dicts: bool) -> tuple[Any, Tensor] | None:
+    """Return some observations with labels that count, if there is anything to compare."""
+    found = None
+    for number, raw in enumerate(islice(reading.ahead(), BATCHES)):
+        if only_dicts and not isinstance(raw, Mapping):
+            return None
+        inputs, target = pair(raw, f"batch {number}")
+        if len({len(leaf) for leaf in tree_leaves((inputs, target))}) > 1:
+            return None  # refused when it is read
+        if len(target) == 0:
+            continue
+        counts = _counts(target)
+        rows = counts.nonzero().squeeze(1)[:ROWS] if counts.any() else slice(ROWS)
+        found = tree_map(lambda t, rows=rows: t[rows].detach(), (inputs, target))
+        if counts.any():
+            break
+    device = next(model.parameters()).device
+    return None if found is None else tree_map(lambda t: t.to(device), found)
+
+
+def _comparable(output: Tensor, target: Tensor) -> Tensor:
+    """Return the rows of an output that can be compared, and no more than take little memory."""
+    if output.shape[:1] != target.shape[:1]:
+        return target.new_zeros(0, dtype=torch.long)
+    rows = (~output.isnan()).reshape(len(output), -1).all(1).nonzero().squeeze(1)
+    return rows[: max(1, ENTRIES // max(1, output[0].numel()))]
+
+
+def _counts(target: Tensor) -> Bool[Tensor, " N"]:
+    """Mark the observations with a label, for sequences one that follows another, to compare."""
+    if target.is_floating_point():
+        return torch.ones(len(target), dtype=torch.bool, device=target.device)
+    later = target[:, 1:] if target.dim() > 1 and target.shape[1] > 1 else target
+    return (later != -100).reshape(len(target), -1).any(1)
+
+
+def _loss_of(criterion: Criterion, output: Tensor, target: Tensor) -> Loss:
+    output = output.clone().requires_grad_()
+    with torch.enable_grad():
+        try:
+            loss = criterion(output, target)
+        except Exception as error:
+            raise ValueError(
+                f"the criterion cannot be computed for an output of shape {tuple(output.shape)} "
+                f"and a target of shape {tuple(target.shape)}: {error}"
+            ) from error
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"the criterion must return a tensor, got {type(loss).__name__}")
+    way_out = "Without a criterion the likelihood that is named counts."
+    return Loss(loss.detach(), slope(loss, output), "the criterion", way_out, any_constant=True)
+
+
+def _check_criterion(criterion: Criterion | None) -> None:
+    """Refuse, by name, what makes a loss of PyTorch another thing than a likelihood."""
+    keywords = getattr(criterion, "keywords", {})
+    options = dict(keywords) if isinstance(keywords, dict) else {}
+    if isinstance(criterion, _Loss):
+        options |= {name: getattr(criterion, name, None) for name in NO_LIKELIHOOD}
+    for name, why in NO_LIKELIHOOD.items():
+        value = options.get(name)
+        if value is not None and (isinstance(value, Tensor) or value):
+            raise ValueError(
+                f"a criterion with {name} is not a log-likelihood: {why}. Name the likelihood of "
+                "the output and leave the criterion out to get its Fisher information"
+            )
+
+
+def _choose(
+    loss: Loss, named: OutputDistribution | None, output: Tensor, target: Tensor, ignored: int
+) -> OutputDistribution:
+    """Return the one distribution that agrees with the loss."""
+    tried = {
+        name: compare(loss, distribution, output, target)
+        for name, distribution in candidates(output, ignored).items()
+        if distribution != named
+    }
+    agreeing = [name for name, one in tried.items() if one.agrees]
+    if named is not None:
+        own = compare(loss, named, output, target)
+        if own.agrees:
+            return named
+        would = f"likelihood={agreeing[0]} agrees. " if agreeing else ""
+        raise ValueError(_disagreement(loss, {str(named): own, **tried}) + would + loss.way_out)
+    if not agreeing:
+        raise ValueError(
+            f"{_disagreement(loss, tried)}Say likelihood=... if it is the one of another "
+            f"distribution. {loss.way_out}"
+        )
+    if len(agreeing) > 1:
+        raise ValueError(
+            f"{loss.whose} agrees with each of {', '.join(agreeing)} on the first batch; say "
+            "which by likelihood=..."
+        )
+    return tried[agreeing[0]].distribution
+
+
+def _disagreement(loss: Loss, tried: dict[str, Comparison]) -> str:
+    lines = [f"  {name}: {one.told}" for name, one in tried.items() if one.possible]
+    others = [f"  {name} does not fit: {one.told}" for name, one in tried.items()]
+    return (
+        f"{loss.whose} is {float(loss.value.sum()):.6g} for the first observations, and is not "
+        "the negative log-likelihood of the output:\n" + "\n".join(lines or others) + "\n"
+    )
