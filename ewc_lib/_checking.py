@@ -65,6 +65,17 @@ def explaining(batches: Iterable[T], model: nn.Module) -> Iterator[T]:
         ) from error
 
 
+def check_finite_sums(sums: dict[str, Tensor]) -> None:
+    """Raise a ValueError that names the first parameter whose sums have overflowed."""
+    for name, values in sums.items():
+        if not values.is_meta and not values.isfinite().all():
+            dtype = str(values.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"the Fisher information of parameter {name!r} is not finite in {dtype}: some "
+                "output is so large that its gradient, or the square of it, overflows"
+            )
+
+
 def check_modules(model: nn.Module) -> None:
     """Refuse, by name, what has no score of its own for each observation."""
     for name, parameter in model.named_parameters():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ewc_lib._arguments import check_choice, check_place, check_whole, random_source
-from ewc_lib._checking import explaining
+from ewc_lib._checking import check_finite_sums, explaining
 from ewc_lib._drawing import random_part
 from ewc_lib._selecting import Selection, select_parameters
 from ewc_lib.fisher.output import KINDS, Kind, columns
@@ -206,6 +206,7 @@ def fisher_information(
             total.add(batch, columns(kind, distribution, batch.output, target, draws, generator))
             del batch  # and with it the graph, before the next one grows
         found = total.mean(kind, network.paths())
+        check_finite_sums(found.diagonal())
         return found
 
     space = ParameterSpace(parameters, dtype, None if device is None else torch.device(device))

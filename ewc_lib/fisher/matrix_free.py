@@ -10,13 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ewc_lib._arguments import (
-    check_choice,
-    check_place,
-    check_whole,
-    random_source,
-)
-from ewc_lib._checking import explaining
+from ewc_lib._arguments import check_choice, check_place, check_whole, random_source
+from ewc_lib._checking import check_finite_sums, explaining
 from ewc_lib._drawing import random_part
 from ewc_lib._parameters import Vector
 from ewc_lib._selecting import Selection, fixed, select_parameters
@@ -179,6 +174,7 @@ class MatrixFree(LinearMap):
                 for name, g in self._product(batch, parameters, v, generator).items():
                     total[name] += g.to(total[name])
                 n += len(batch)
+            check_finite_sums(total)
             return {name: t / n for name, t in total.items()}
 
     def _agreed(self, data: Any) -> tuple[Any, OutputDistribution]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ewc_lib import fisher_information
+from ewc_lib.fisher.estimate import STRUCTURES
 from ewc_lib.fisher.sums.kronecker import MAX_VECTOR
 from ewc_lib.likelihood.outputs import Categorical, Gaussian
 from ewc_lib.score import gradcheck
@@ -136,6 +137,33 @@ def test_matches_the_closed_form_of_a_generalised_linear_model(likelihood):
     found = estimate(case, structure="dense").to_dense()
     assert relative_error(found, expected) < 1e-10
     assert relative_error(flat(estimate(case).diagonal()), expected.diagonal()) < 1e-10
+
+
+def test_matches_the_closed_form_of_a_learned_variance():
+    def likelihood(f):
+        return torch.distributions.Normal(f[:, 0], f[:, 1].exp())
+
+    case = regression(likelihood, torch.zeros(9, dtype=torch.float64), 2)
+    f = case.model(case.x).detach()
+    h = torch.stack([(-2 * f[:, 1]).exp(), torch.full((9,), 2.0).double()], 1).diag_embed()
+    expected = information_of_linear_outputs(case, h)
+    for size in (1, 4, 9):
+        found = estimate(case, size, structure="dense").to_dense()
+        assert relative_error(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize(
+    ("likelihood", "bias", "kind"), [("poisson", 720.0, "exact"), ("gaussian", 1e200, "empirical")]
+)
+def test_sums_that_overflow_are_refused_by_name(likelihood, bias, kind, structure):
+    model = nn.Linear(3, 2).double()
+    nn.init.constant_(model.bias, bias)
+    data = torch.ones(4, 3).double(), torch.zeros(4, 2).double()
+    with pytest.raises(
+        ValueError, match="information of parameter 'weight' is not finite in float64"
+    ):
+        fisher_information(model, data, likelihood, kind=kind, structure=structure)
 
 
 def test_parameters_of_a_gaussian_mean_have_the_same_information_whatever_the_data():

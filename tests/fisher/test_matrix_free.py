@@ -547,3 +547,24 @@ def test_a_model_that_mixes_observations_is_refused():
     F = matrix_free(case._replace(model=Centred().double()))
     with pytest.raises(ValueError, match="mixes observations"):
         F @ vector(F)
+
+
+def test_a_product_that_overflows_is_refused_by_name():
+    model = nn.Linear(3, 2).double()
+    nn.init.constant_(model.bias, 720.0)
+    data = torch.ones(4, 3).double(), torch.zeros(4, 2).double()
+    with pytest.raises(ValueError, match="information of parameter 'weight' is not finite"):
+        MatrixFree(model, data, "poisson") @ dict(model.named_parameters())
+
+
+def test_any_distribution_has_the_products_of_its_matrix():
+    def likelihood(f):
+        return torch.distributions.StudentT(1 + f[:, 0].exp(), f[:, 1], f[:, 2].exp())
+
+    model = nn.Linear(4, 3).double()
+    data = torch.randn(6, 4).double(), torch.randn(6).double()
+    v = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    found = MatrixFree(model, data, likelihood) @ v
+    expected = fisher_information(model, data, likelihood, structure="dense") @ v
+    for name, product in expected.items():
+        torch.testing.assert_close(found[name], product)

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ewc_lib._parameters import Vector
+from ewc_lib._checking import check_finite_sums
+from ewc_lib._parameters import Vector, unravel
 from ewc_lib.fisher.structures import BlockDiagonal, Dense, LowRank
 from ewc_lib.fisher.sums import base
 from ewc_lib.fisher.sums.base import ParameterSpace, Sum
@@ -130,7 +131,10 @@ class LowRankSum(RowSum):
         live = rows.any(0)  # the others must have exactly no information
         rows = rows[:, live]
         few = len(rows) < rows.shape[1]
-        values, vectors = torch.linalg.eigh(rows @ rows.mT if few else rows.mT @ rows)
+        gram = rows @ rows.mT if few else rows.mT @ rows
+        if not gram.is_meta and not gram.isfinite().all():
+            check_finite_sums(unravel(torch.cat(self.rows).square().sum(0), self.space.shapes))
+        values, vectors = torch.linalg.eigh(gram)
         values, vectors = values.flip(0)[: self.rank], vectors.flip(1)[:, : self.rank]
         kept = values > torch.finfo(values.dtype).eps * values[:1]
         values, vectors = values[kept], vectors[:, kept]
