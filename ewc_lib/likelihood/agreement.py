@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 from torch.utils._pytree import tree_leaves, tree_map
@@ -80,22 +80,24 @@ def agreed(
     first = _some_rows(reading, model, criterion is None)
     if first is None:
         return reading, named or Categorical()
-    inputs, target = first
+    inputs, labels = first
     output = forward(model, prepared(model, first)[0]).detach()
-    rows = _comparable(output, target)
+    known = candidates(output, getattr(criterion, "ignore_index", -100))
+    possible = [*known.values(), *([named] if named else [])]
+    column = criterion is None and _is_column(named, output, labels)
+    target = labels.unsqueeze(-1) if column else labels
+    rows = _comparable(possible, output, target)
     if len(rows) == 0:  # refused when it is read, by the number of the observation
         return reading, named or Categorical()
-    inputs, target, output = tree_map(lambda t: t[rows], (inputs, target, output))
-    if criterion is not None:
-        loss = _loss_of(criterion, output, target)
-    elif (own := own_loss(model, inputs, target)) is not None:
-        loss = own
-        if output.shape == (*target.shape, 1):  # squeezed, where the model computes its loss
-            reading.change = partial(prepared, model, column=True)
-            target = target.unsqueeze(-1)
+    inputs, labels, target, output = tree_map(lambda t: t[rows], (inputs, labels, target, output))
+    if criterion is None:
+        loss = own_loss(model, inputs, labels)
     else:
+        loss = _loss_of(criterion, output, target)
+    if loss is None:
         return reading, named or Categorical()
-    return reading, _choose(loss, named, output, target, getattr(criterion, "ignore_index", -100))
+    reading.change = partial(prepared, model, column=column)
+    return reading, _choose(loss, named, known, output, target)
 
 
 def ready(model: nn.Module, data: Any) -> Reading:
@@ -123,12 +125,32 @@ def _some_rows(reading: Reading, model: nn.Module, only_dicts: bool) -> tuple[An
     return None if found is None else tree_map(lambda t: t.to(device), found)
 
 
-def _comparable(output: Tensor, target: Tensor) -> Tensor:
-    """Return the rows of an output that can be compared, and no more than take little memory."""
-    if output.shape[:1] != target.shape[:1]:
-        return target.new_zeros(0, dtype=torch.long)
-    rows = (~output.isnan()).reshape(len(output), -1).all(1).nonzero().squeeze(1)
-    return rows[: max(1, ENTRIES // max(1, output[0].numel()))]
+def _is_column(named: OutputDistribution | None, output: Tensor, labels: Tensor) -> bool:
+    """Tell whether labels stand for one column, which a model squeezes for its loss."""
+    as_they_are = named is not None and _fits(named, output, labels)
+    return output.shape == (*labels.shape, 1) and not as_they_are
+
+
+def _comparable(
+    possible: list[OutputDistribution], output: Tensor, target: Tensor
+) -> Int[Tensor, " n"]:
+    """Return the rows that have a likelihood, and no more than take little memory.
+
+    A label outside the classes would stop an accelerator for good, if a loss were to read it.
+    """
+    n = len(target) if output.shape[:1] == target.shape[:1] else 0
+    n = min(n, max(1, ENTRIES // max(1, output[:1].numel())))
+    pairs = zip(output[:n].split(1), target[:n].split(1), strict=True) if n else []
+    fit = [any(_fits(one, *pair) for one in possible) for pair in pairs]
+    return torch.tensor(fit, dtype=torch.bool, device=target.device).nonzero().squeeze(1)
+
+
+def _fits(distribution: OutputDistribution, output: Tensor, target: Tensor) -> bool:
+    try:
+        distribution.check(output, target)
+    except (TypeError, ValueError):
+        return False
+    return not distribution.invalid(output).any()
 
 
 def _counts(target: Tensor) -> Bool[Tensor, " N"]:
@@ -171,12 +193,16 @@ def _check_criterion(criterion: Criterion | None) -> None:
 
 
 def _choose(
-    loss: Loss, named: OutputDistribution | None, output: Tensor, target: Tensor, ignored: int
+    loss: Loss,
+    named: OutputDistribution | None,
+    known: dict[str, OutputDistribution],
+    output: Tensor,
+    target: Tensor,
 ) -> OutputDistribution:
     """Return the one distribution that agrees with the loss."""
     tried = {
         name: compare(loss, distribution, output, target)
-        for name, distribution in candidates(output, ignored).items()
+        for name, distribution in known.items()
         if distribution != named
     }
     agreeing = [name for name, one in tried.items() if one.agrees]

@@ -78,7 +78,13 @@ def own_loss(model: nn.Module, inputs: Any, labels: Tensor) -> Loss | None:
     whose = "the loss that the model returns for a batch with labels"
     if isinstance(extra, Tensor):
         whose += f" (with an auxiliary loss of {float(extra.detach()):.6g}, times a coefficient)"
-    return Loss(loss.detach(), slope(loss, logits), whose, AS_PAIRS)
+    way_out = AS_PAIRS
+    if _wants_decoder_inputs(model, inputs, labels):
+        way_out += (
+            " Batches without decoder_input_ids get them from their labels here; give them, and "
+            "their mask, if the model makes others."
+        )
+    return Loss(loss.detach(), slope(loss, logits), whose, way_out)
 
 
 def _takes(model: nn.Module, name: str) -> bool:

@@ -1,6 +1,7 @@
 """The likelihood that is named is the one that is trained, or the model is refused."""
 
 import copy
+import math
 from functools import partial
 
 import pytest
@@ -306,7 +307,7 @@ def test_a_decoder_that_takes_other_words_than_its_labels_is_refused():
     """The loss is that of the model as its trainer calls it, without inputs for the decoder."""
     model, batch, _ = build("blenderbot")
     model.prepare_decoder_input_ids_from_labels = lambda labels: labels.clamp_min(0)
-    with pytest.raises(ValueError, match="the loss that the model returns"):
+    with pytest.raises(ValueError, match=r"(?s)the loss that the model .* decoder_input_ids"):
         agreed(model.eval(), [batch])
 
 
@@ -322,6 +323,31 @@ def test_a_head_of_zeros_does_not_hide_the_shift():
     model, batch, _ = build("gpt2")
     nn.init.zeros_(model.lm_head.weight)
     assert agreed(model.eval(), [batch])[1] == Categorical(next_token=True)
+
+
+@pytest.mark.parametrize("likelihood", [None, "categorical"])
+def test_a_label_outside_the_classes_is_named_and_no_loss_reads_it(likelihood):
+    """On an accelerator, a loss that reads it would end the process."""
+    read = []
+    model, y = Own(lambda f, y: read.append(y.max()) or F.cross_entropy(f, y)), Y.clone()
+    y[3] = 9
+    with pytest.raises(ValueError, match="label 9 of observation 3 is outside the 3 classes"):
+        fisher_information(model, [{"x": X, "labels": y}], likelihood)
+    assert max(read) < CLASSES
+    assert (
+        fisher_information(model, [{"x": X, "labels": y}], likelihood, n_samples=3).n_samples == 3
+    )
+
+
+def test_a_distribution_may_read_one_output_as_it_is():
+    model = nn.Linear(4, 1).double()
+    own = Own(lambda f, y: (F.mse_loss(f[:, 0], y) + math.log(2 * math.pi)) / 2)
+    own.body = model
+    likelihood = lambda f: torch.distributions.Normal(f[:, 0], 1.0)  # noqa: E731
+    found = fisher_information(own, [{"x": X, "labels": noise(N)}], likelihood)
+    named = fisher_information(own, [(X, noise(N, 1))], "gaussian")
+    for name, f in named.diagonal().items():
+        torch.testing.assert_close(found.diagonal()[name], f)
 
 
 def test_rows_that_are_not_asked_for_decide_nothing():
