@@ -210,4 +210,4 @@ def output_distribution(likelihood: Likelihood) -> OutputDistribution:
         ", an output distribution such as Gaussian(sigma=0.5), or a function from the output to a "
         "distribution of torch.distributions",
     )
-    return _BY_NAME[likelihood]
+    return _BY_NAME[str(likelihood)]
