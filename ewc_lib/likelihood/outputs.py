@@ -201,7 +201,10 @@ def output_distribution(likelihood: Likelihood) -> OutputDistribution:
     """Return the output distribution of that name, or the one that was given."""
     if isinstance(likelihood, OutputDistribution):
         return likelihood
-    if callable(likelihood) and not isinstance(likelihood, type | torch.nn.Module):
+    is_loss = isinstance(likelihood, torch.nn.Module) or (
+        getattr(likelihood, "__module__", None) == F.__name__
+    )
+    if callable(likelihood) and not isinstance(likelihood, type) and not is_loss:
         return TorchDistribution(likelihood)
     check_choice(
         "likelihood",

@@ -71,7 +71,7 @@ def test_a_function_is_a_likelihood():
 
 
 def test_a_class_is_none():
-    with pytest.raises(ValueError, match=r"a function from the output .* got <class"):
+    with pytest.raises(ValueError, match=r"a function from the output .* got the class"):
         output_distribution(Categorical)
 
 
