@@ -239,12 +239,19 @@ def _holds(container: Any, content: Any) -> bool:
 
 @contextmanager
 def _same_tensors(model: nn.Module) -> Iterator[None]:
-    """Give buffers, and tensors that modules hold as attributes, the values back that they had."""
+    """Give buffers, and tensors that modules hold as attributes, the values back that they had.
+
+    Parameters that a module has converted, as by ``to``, get their own memory again.
+    """
+    memory = [(parameter, parameter.data) for parameter in model.parameters()]
     held = [*model.buffers(), *held_tensors(model)]
     values = [(tensor, tensor.detach().clone(), tensor._version) for tensor in held]
     try:
         yield
     finally:
+        for parameter, data in memory:
+            if parameter.dtype != data.dtype or parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
         for tensor, value, version in values:
             if tensor._version != version or _changed_unseen(tensor, value):
                 with torch.no_grad():
