@@ -196,9 +196,6 @@ def fisher_information(
     network = NetworkScores(model, parameters, certify=certify)
     generator = random_source(generator, network.device)
     data = random_part(data, n_samples, generator)
-    with network.leaving_no_trace():
-        data, distribution = agreed(model, data, likelihood, criterion)
-    network.distribution = distribution
 
     def accumulate(total: Sum) -> Fisher:
         for batch in explaining(network.over(data, n_samples, progress), model):
@@ -211,6 +208,8 @@ def fisher_information(
 
     space = ParameterSpace(parameters, dtype, None if device is None else torch.device(device))
     with network.leaving_no_trace():
+        data, distribution = agreed(model, data, likelihood, criterion)
+        network.distribution = distribution
         if structure == "eigenkronecker":
             start = generator.get_state()
             factors = KroneckerSum(space)

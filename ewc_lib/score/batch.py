@@ -70,10 +70,15 @@ class BatchScores:
                     found[name][i] = use
         return found
 
-    def by_rule(self, column: Tensor) -> dict[str, ParameterGradients]:
-        """Bring one output column back to every parameter that goes by rule."""
+    def by_rule(
+        self, column: Tensor, pulled: dict[int, Tensor] | None = None
+    ) -> dict[str, ParameterGradients]:
+        """Bring one output column back to every parameter that goes by rule.
+
+        ``pulled`` holds the gradients of the uses, if they are known.
+        """
         numbers = sorted({i for uses in self.uses.values() for i in uses})
-        output_gradients = self.forward.pull(numbers, column)
+        output_gradients = self.forward.pull(numbers, column) if pulled is None else pulled
         found: dict[str, ParameterGradients] = {}
         for name, uses in self.uses.items():
             if reached := {i: use for i, use in uses.items() if i in output_gradients}:

@@ -116,7 +116,7 @@ class Planner:
     def scores(self, batch: Batch, whole: ForwardPass) -> BatchScores:
         """Return a batch with a plan for its backward passes."""
         plan = self._plans.get(whole.signature)
-        if plan is None or self._is_doubtful(plan, batch, whole):
+        if plan is None or not self._holds(plan, batch, whole):
             plan = self._make(batch, whole)
         self.used |= {name for name, axes in plan.axes.items() if axes} | self.by_vmap
         return self._follow(plan, batch, whole)
@@ -124,29 +124,44 @@ class Planner:
     def _follow(self, plan: Plan, batch: Batch, forward: ForwardPass) -> BatchScores:
         return BatchScores(batch, forward, plan, sorted(self.by_vmap), self.vmap_gradients)
 
-    def _is_doubtful(self, plan: Plan, batch: Batch, whole: ForwardPass) -> bool:
-        """Tell whether a plan that was kept is to be made again."""
-        if self._always or batch.last or self._random.random() < SHARE:
-            return True
+    def _holds(self, plan: Plan, batch: Batch, whole: ForwardPass) -> bool:
+        """Tell whether a plan that was kept may be followed, or has to be made again."""
+        if self._always:
+            return False
+        if (batch.last or self._random.random() < SHARE) and not self._passes(plan, batch, whole):
+            return False
         waiting = [i for i in plan.silent if not whole.uses[i].is_blank]
         found = whole.pull(waiting, random_direction(whole.output))
-        return not all(whole.uses[i].is_silent(g) for i, g in found.items())
+        return all(whole.uses[i].is_silent(g) for i, g in found.items())
+
+    def _passes(self, plan: Plan, batch: Batch, whole: ForwardPass) -> bool:
+        """Check a plan that was kept on a few observations of another batch."""
+        rows = _some_rows(whole)
+        trial = self._run_alone(whole, rows)
+        self._compare_outputs(whole, trial, rows)
+        if len(rows) < TRIAL_SIZE or trial.signature != whole.signature:
+            return False
+        check = GradientCheck.pose(trial.output, self.parameters, trial.graph)
+        found = self._follow(plan, batch, trial).by_rule(check.direction)
+        by_rule = self.parameters.keys() - self.by_vmap
+        return all(check.passes_rule(name, found.get(name)) for name in by_rule)
 
     def _make(self, batch: Batch, whole: ForwardPass) -> Plan:
         """Make a plan on a few observations, or on the whole batch, and keep it if it holds."""
         n = len(whole)
-        few = max(1, min(n // 2, TRIAL_SIZE))
-        rows = torch.linspace(0, n - 1, max(few, 2)).long()[-few:]
-        trial, middle = self._run_alone(whole, rows), torch.tensor([n // 2])
+        rows = _some_rows(whole)
+        trial = self._run_alone(whole, rows)
         predictable = whole.is_predictable and trial.signature == whole.signature
         plan = None
-        if predictable and few == TRIAL_SIZE and not self._always:
+        if predictable and len(rows) == TRIAL_SIZE and not self._always:
             plan = self._try(batch, trial)
         waiting = plan is None or not all(whole.uses[i].is_blank for i in plan.silent)
         if plan is None or waiting or not plan.is_general:
             plan = self._try(batch, whole)
-        for part, at in ((trial, rows), (self._run_alone(whole, middle), middle)):
-            check_alone(part.output, whole.output[at.to(whole.output.device)], whole.recorder.eps)
+        self._compare_outputs(whole, trial, rows)
+        if whole.recorder.depends_on_values or len(rows) == 1:
+            middle = torch.tensor([(n - 1) // 2])
+            self._compare_outputs(whole, self._run_alone(whole, middle), middle)
         if n > 1 and whole.is_predictable and plan.is_general:
             self._plans[whole.signature] = plan
         return plan
@@ -162,6 +177,11 @@ class Planner:
                 f"{len(rows)} of them, {NO_SCORES} ({error})"
             ) from error
 
+    @staticmethod
+    def _compare_outputs(whole: ForwardPass, alone: ForwardPass, rows: Tensor) -> None:
+        together = whole.output[rows.to(whole.output.device)]
+        check_alone(alone.output, together, whole.recorder.eps)
+
     def _try(self, batch: Batch, trial: ForwardPass) -> Plan:
         """Let every parameter whose rules fail go by vmap, and check that too."""
         check = GradientCheck.pose(trial.output, self.parameters, trial.graph)
@@ -170,7 +190,7 @@ class Planner:
         weighted = trial.pull(numbers, check.weighted)
         axes, too_small = self._placements(trial, check, plain, weighted)
         plan = self._choose(trial, axes, plain)
-        found = self._follow(plan, batch, trial).by_rule(check.direction)
+        found = self._follow(plan, batch, trial).by_rule(check.direction, plain)
         failed = [n for n in self.parameters if not check.passes_rule(n, found.get(n))]
         plan.silent.extend(too_small | self._silent(trial, plan, check, plain))
         self.by_vmap.update(failed)
@@ -247,3 +267,15 @@ class Planner:
             return "rule" if name in self.used else "unused"
 
         return {name: path(name) for name in self.parameters}
+
+
+def _some_rows(whole: ForwardPass) -> Tensor:
+    """Return the numbers of some observations from the first to the last, half of them at most.
+
+    They change places, so that a mixture shows that takes something from the first or the last
+    row. Where values decide they keep their order, which lengths may have to be in.
+    """
+    n = len(whole)
+    few = max(1, min(n // 2, TRIAL_SIZE))
+    rows = torch.linspace(0, n - 1, max(few, 2)).long()[-few:]
+    return rows if whole.recorder.depends_on_values else rows.roll(few // 2)
