@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 
 def forward(model: nn.Module, inputs: Any, parameters: dict[str, Tensor] | None = None) -> Tensor:
@@ -53,10 +55,11 @@ def output_tensor(output: Any) -> Tensor:
 
 
 class Caller:
-    """Prepares the calls of one model, which may edit its inputs and its buffers.
+    """Prepares the calls of one model, which may edit its inputs, buffers and attributes.
 
-    The first call gets copies of both. Later ones do where a model has edited any, so that
-    nothing of the user's changes and no batch depends on those before it.
+    The first call with inputs of some form gets copies, and attributes are put back. Later ones
+    do where that has shown an edit, so that nothing of the user's changes and no batch depends
+    on those before it.
 
     Parameters
     ----------
@@ -67,17 +70,20 @@ class Caller:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._held = held_tensors(model)
-        self.edits = True
-        """Whether the model is known to edit what it is given, or nothing is known yet."""
+        self._harmless: set[Any] = set()
 
     @contextmanager
     def prepared(self, inputs: Any) -> Iterator[Any]:
         """Give inputs for one call."""
-        if not self.edits:
+        if _form(inputs) in self._harmless:
             yield inputs
             return
-        with _own_buffers(self.model):
+        with _own_buffers(self.model), _same_attributes(self.model):
             yield tree_map(torch.clone, inputs)
+
+    def learn(self, inputs: Any, harmless: bool) -> None:
+        """Take note whether a call with inputs of this form has left everything as it was."""
+        (self._harmless.add if harmless else self._harmless.discard)(_form(inputs))
 
     def constants(self) -> list[Tensor]:
         """Return all tensors of the model, which do not depend on the data."""
@@ -86,7 +92,21 @@ class Caller:
     def state(self, inputs: Any) -> list[Any]:
         """Return what differs before and after a call that edits something."""
         tensors = [*tree_leaves(inputs), *self.model.buffers()]
-        return [(id(t), t._version, t.data_ptr()) for t in tensors]
+        attributes = [
+            (id(value), len(value) if isinstance(value, _CONTAINERS) else 0)
+            for module in self.model.modules()
+            for value in vars(module).values()
+        ]
+        return [*attributes, *((id(t), t._version, t.data_ptr()) for t in tensors)]
+
+
+_CONTAINERS = (dict, list, set, deque)
+
+
+def _form(inputs: Any) -> Any:
+    """Everything about inputs but the number of observations and their values."""
+    leaves, structure = tree_flatten(inputs)
+    return structure, *((leaf.dtype, leaf.shape[1:]) for leaf in leaves)
 
 
 @contextmanager
@@ -189,6 +209,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with (
         torch.random.fork_rng(devices=devices),
+        _same_random_state(),
         torch.inference_mode(False),
         torch.enable_grad(),
         _same_tensors(model),
@@ -197,6 +218,17 @@ def untouched(model: nn.Module) -> Iterator[None]:
         _differentiable(model),
     ):
         yield
+
+
+@contextmanager
+def _same_random_state() -> Iterator[None]:
+    """Give the sources of randomness of Python and NumPy the state back that they had."""
+    state, state_of_numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(state_of_numpy)
 
 
 @contextmanager
@@ -221,7 +253,7 @@ def _containers(attributes: dict[str, Any]) -> Iterator[Any]:
     """Find all containers among attributes, and in each other."""
     waiting, seen = list(attributes.values()), set[int]()
     for value in waiting:
-        if isinstance(value, dict | list | set | deque) and id(value) not in seen:
+        if isinstance(value, _CONTAINERS) and id(value) not in seen:
             seen.add(id(value))
             waiting += value.values() if isinstance(value, dict) else value
             yield value
@@ -243,15 +275,17 @@ def _same_tensors(model: nn.Module) -> Iterator[None]:
 
     Parameters that a module has converted, as by ``to``, get their own memory again.
     """
-    memory = [(parameter, parameter.data) for parameter in model.parameters()]
+    memory = [(p, p.data, p.requires_grad) for p in model.parameters()]
     held = [*model.buffers(), *held_tensors(model)]
     values = [(tensor, tensor.detach().clone(), tensor._version) for tensor in held]
     try:
         yield
     finally:
-        for parameter, data in memory:
+        for parameter, data, requires_grad in memory:
             if parameter.dtype != data.dtype or parameter.data_ptr() != data.data_ptr():
                 parameter.data = data
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
         for tensor, value, version in values:
             if tensor._version != version or _changed_unseen(tensor, value):
                 with torch.no_grad():

@@ -213,9 +213,12 @@ def test_a_model_that_edits_gets_copies_and_another_gets_what_there_is():
         assert caller.state(given) != before
     assert x.min() == 2
     assert model.largest == 0
-    caller.edits = False
-    with caller.prepared(x) as given:
-        assert given is x
+    assert model.calls == 0
+    caller.learn(x, harmless=True)
+    with caller.prepared(x[:2]) as given:
+        assert given.data_ptr() == x.data_ptr()
+    with caller.prepared(x[:, :1]) as given:  # another form
+        assert given.data_ptr() != x.data_ptr()
 
 
 @pytest.mark.parametrize("fails", [False, True])

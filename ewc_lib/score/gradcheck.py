@@ -97,23 +97,23 @@ class GradientCheck:
         """The direction, with the weight of each observation."""
         return weigh(self.direction, self.weights)
 
-    def placement(
+    def placements(
         self, input: Tensor, plain: Tensor, weighted: Tensor, eps: float = 0.0
-    ) -> Placement | None:
-        """Find where the observations lie, from output gradients without and with the weights.
+    ) -> list[Placement]:
+        """Find where the observations may lie, from output gradients without and with the weights.
 
         Along the right axis, each observation of the second is that of the first times its
         weight. If there is no such axis, rows may still have one owner each.
         """
         n = len(self.weights)
+        found: list[Placement] = []
         for axis in batch_axes(plain.shape, n):
-            if not axis.fits(input.shape, n):
-                continue
-            expected = weigh(axis.split(plain, n), self.weights)
-            if _agree(axis.split(weighted, n), expected, eps):
-                return axis
-        rows = self._owners(plain, weighted, eps)
-        return rows if rows is not None and rows.fits(input.shape, n) else None
+            if axis.fits(input.shape, n):
+                expected = weigh(axis.split(plain, n), self.weights)
+                if _agree(axis.split(weighted, n), expected, eps):
+                    found.append(axis)
+        rows = None if found else self._owners(plain, weighted, eps)
+        return [rows] if rows is not None and rows.fits(input.shape, n) else found
 
     def any_axis(self, input: Tensor, plain: Tensor) -> BatchAxis | None:
         """Return an axis that the shapes allow, for what is too small to show one."""

@@ -262,10 +262,10 @@ class NetworkScores:
     def _forward(self, inputs: Any) -> ForwardPass:
         with self.caller.prepared(inputs) as given:
             before, constants = self.caller.state(given), self.caller.constants()
-            with Recorder(dict(self.parameters), constants) as recorder:
+            with Recorder(dict(self.parameters), constants, given) as recorder:
                 output = forward(self.model, given)
             edited = self.caller.state(given) != before
-        self.caller.edits = edited or recorder.depends_on_values
+        self.caller.learn(inputs, harmless=not edited and recorder.rows.stay)
         return ForwardPass(inputs, output, recorder)
 
     def paths(self) -> dict[str, str]:

@@ -159,9 +159,13 @@ class Planner:
         if plan is None or waiting or not plan.is_general:
             plan = self._try(batch, whole)
         self._compare_outputs(whole, trial, rows)
-        if whole.recorder.depends_on_values or len(rows) == 1:
+        if not whole.recorder.rows.stay or len(rows) == 1:
             middle = torch.tensor([(n - 1) // 2])
             self._compare_outputs(whole, self._run_alone(whole, middle), middle)
+        if self._always:
+            for part in (torch.arange(0, n, 2), torch.arange(1, n, 2)):
+                if len(part):
+                    self._compare_outputs(whole, self._run_alone(whole, part), part)
         if n > 1 and whole.is_predictable and plan.is_general:
             self._plans[whole.signature] = plan
         return plan
@@ -188,11 +192,11 @@ class Planner:
         numbers = range(len(trial.uses))
         plain = trial.pull(numbers, check.direction)
         weighted = trial.pull(numbers, check.weighted)
-        axes, too_small = self._placements(trial, check, plain, weighted)
+        axes, unclear = self._placements(trial, check, plain, weighted)
         plan = self._choose(trial, axes, plain)
         found = self._follow(plan, batch, trial).by_rule(check.direction, plain)
         failed = [n for n in self.parameters if not check.passes_rule(n, found.get(n))]
-        plan.silent.extend(too_small | self._silent(trial, plan, check, plain))
+        plan.silent.extend(unclear | self._silent(trial, plan, check, plain))
         self.by_vmap.update(failed)
         self._check_vmap(self._follow(plan, batch, trial), check)
         return plan
@@ -204,17 +208,21 @@ class Planner:
         plain: dict[int, Tensor],
         weighted: dict[int, Tensor],
     ) -> tuple[list[Placement | None], set[int]]:
-        """Find where the observations lie in each use, and the uses that are too small to tell."""
+        """Find where the observations lie in each use, and the uses that do not show it."""
         largest = max(map(norm, plain.values()), default=0.0)
         axes: list[Placement | None] = [BatchAxis()] * len(trial.uses)
-        too_small = set()
+        unclear = set()
         for i, g in plain.items():
             use = trial.uses[i]
-            axes[i] = check.placement(use.input, g, weighted[i], trial.graph.eps(use.edge.node))
-            if axes[i] is None and norm(g) <= check.negligible(g, largest):
+            eps = trial.graph.eps(use.edge.node)
+            found = check.placements(use.input, g, weighted[i], eps)
+            axes[i] = found[0] if found else None
+            if not found and norm(g) <= check.negligible(g, largest):
                 axes[i] = check.any_axis(use.input, g)
-                too_small.add(i)
-        return axes, too_small
+                unclear.add(i)
+            elif len(found) > 1:
+                unclear.add(i)
+        return axes, unclear
 
     def _silent(
         self, trial: ForwardPass, plan: Plan, check: GradientCheck, plain: dict[int, Tensor]
@@ -278,4 +286,4 @@ def _some_rows(whole: ForwardPass) -> Tensor:
     n = len(whole)
     few = max(1, min(n // 2, TRIAL_SIZE))
     rows = torch.linspace(0, n - 1, max(few, 2)).long()[-few:]
-    return rows if whole.recorder.depends_on_values else rows.roll(few // 2)
+    return rows.roll(few // 2) if whole.recorder.rows.stay else rows

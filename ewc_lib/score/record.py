@@ -26,7 +26,7 @@ from ewc_lib.score.graph import Graph, rounding
 from ewc_lib.score.memory import sum_dtype
 from ewc_lib.score.operations import inside, match, values_read
 from ewc_lib.score.rules import Rule
-from ewc_lib.score.values import depend_on_values
+from ewc_lib.score.values import Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +57,13 @@ class ParameterUse:
     operation: str
 
     def signature(self, n: int) -> tuple[Any, ...]:
-        """Return what must stay the same for a plan that has this use to be kept."""
-        return *self.kind, self.input.dim(), len(self.shape), self.shape[:1] == (n,)
+        """Return what must stay the same for a plan that has this use to be kept.
+
+        Which axes are as long as there are observations, and how many rows each of them has.
+        """
+        axes = tuple(size == n for size in self.shape)
+        rows = 0 if any(axes) else self.shape[:1].numel() / n
+        return *self.kind, self.source.shape, self.input.dim(), axes, rows
 
     @property
     def kind(self) -> tuple[str, type[Rule]]:
@@ -99,6 +104,8 @@ class Recorder(TorchFunctionMode):
         The parameters to watch, by name.
     constants
         All tensors of the model, which do not depend on the data.
+    inputs
+        What the model is given.
 
     Attributes
     ----------
@@ -106,39 +113,42 @@ class Recorder(TorchFunctionMode):
         Every use by an operation with a rule, in order.
     eps
         Machine precision of the coarsest computation, be there a gradient of it or not.
-    depends_on_values
-        Whether values decided what was computed, or which row of a tensor went where.
+    rows
+        Whether each row is known to have stayed in its place, whatever the values are.
     nbytes
         Size of all results together.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], constants: Iterable[Tensor]) -> None:
+    def __init__(
+        self, parameters: dict[str, Tensor], constants: Iterable[Tensor], inputs: Any = ()
+    ) -> None:
         super().__init__()
         self.uses: list[ParameterUse] = []
         self.eps = 0.0
-        self.depends_on_values = False
         self.nbytes = 0
         self._parameters = parameters
         self._steps: dict[int, list[Step]] = {id(p): [] for p in parameters.values()}
         self._constants = {id(t): (t, t._version) for t in constants}
+        given = _tensors(inputs)
+        self.rows = Rows(len(given[0]) if given else 0, given, self._is_constant)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        check_operation(func, args, kwargs)
+        check_operation(func, args, kwargs, self._parameters.values())
         if code := inside(func):
             with self:
                 return code(*args, **kwargs)
         operands = _tensors(*values_read(func, args), *kwargs.values())
         constant = all(map(self._is_constant, operands))
         versions = {id(t): t._version for t in operands}
+        self.rows.check(func, args, kwargs)
         output = func(*args, **kwargs)
-        if not self.depends_on_values:
-            self.depends_on_values = depend_on_values(func, args, kwargs, self._is_constant)
         results = _tensors(args[0] if func is Tensor.__setitem__ else output)
         results += _bases(results, versions)
         if results:
+            self.rows.see(results)
             if any(map(torch.is_floating_point, operands)):
                 self.eps = max(self.eps, *map(rounding, results))
             self.nbytes += sum(t.numel() * t.element_size() for t in results)
@@ -256,7 +266,7 @@ class ForwardPass:
     @property
     def is_predictable(self) -> bool:
         """Whether a batch with the same graph uses the parameters in the same way."""
-        return not (self.recorder.depends_on_values or self.graph.has_custom_functions)
+        return self.recorder.rows.stay and not self.graph.has_custom_functions
 
     @cached_property
     def signature(self) -> tuple[Any, ...]:

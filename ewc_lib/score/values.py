@@ -1,15 +1,19 @@
-"""Operations in which values, and not shapes alone, decide what happens to which row.
+"""Whether each row of a batch stays where it is, whatever the values are.
 
 A boolean mask, an order by length or a choice of experts puts the rows of a batch in other places
-in every batch. So may whatever a program does after it has looked at a value.
+in every batch. So may whatever a program does after it has looked at a value, and whatever is
+computed out of sight. Here are the operations that leave each row in its place; nothing is known
+about any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -17,53 +21,187 @@ from torch.utils._pytree import tree_leaves
 def _found(names: str) -> Iterator[Any]:
     """Return the operations of these names, as functions and as methods."""
     for name in names.split():
-        for place in (torch, Tensor):
+        for place in (torch, Tensor, F, torch.special, torch.fft, torch.linalg):
             if (operation := getattr(place, name, None)) is not None:
                 yield operation
 
 
-_LOOKS_AT_VALUES = set(
+_ENTRY_BY_ENTRY = set(
     _found(
-        "item tolist numpy __array__ __bool__ __int__ __float__ __index__ __complex__ "
-        "__contains__ __format__ equal allclose is_nonzero nonzero argwhere masked_select bincount "
-        "unique unique_consecutive _pack_padded_sequence"
+        "add add_ sub sub_ subtract rsub mul mul_ multiply div div_ divide true_divide "
+        "floor_divide remainder fmod neg neg_ negative pow pow_ float_power sqrt sqrt_ rsqrt "
+        "rsqrt_ reciprocal reciprocal_ square square_ exp exp_ expm1 exp2 log log_ log1p log2 "
+        "log10 sin sin_ cos cos_ tan asin acos atan atan2 sinh cosh tanh tanh_ asinh acosh "
+        "atanh sigmoid sigmoid_ relu relu_ relu6 leaky_relu elu elu_ selu celu gelu silu mish "
+        "hardswish hardsigmoid hardtanh softplus softsign tanhshrink softshrink hardshrink "
+        "threshold logsigmoid erf erfc erfinv lgamma digamma abs abs_ sign sgn floor ceil round "
+        "round_ trunc frac clamp clamp_ clamp_min clamp_min_ clamp_max clamp_max_ clip maximum "
+        "minimum fmax fmin lerp addcmul addcmul_ addcdiv addcdiv_ masked_fill masked_fill_ eq "
+        "ne lt le gt ge isnan isinf isfinite isneginf logical_and logical_or logical_not "
+        "logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor logaddexp hypot copysign "
+        "heaviside nan_to_num sinc logit expit log_expit conj real imag view_as_real "
+        "view_as_complex complex polar angle dropout alpha_dropout feature_dropout dropout1d "
+        "dropout2d dropout3d dropout_ prelu glu swiglu one_hot to type type_as float double "
+        "half bfloat16 long int bool clone detach contiguous zero_ fill_ zeros_like ones_like "
+        "empty_like full_like new_zeros new_ones new_empty new_full new_tensor requires_grad_ "
+        "cpu cuda copy_ positive resolve_conj __add__ __radd__ __iadd__ __sub__ __rsub__ "
+        "__isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__ __itruediv__ __floordiv__ "
+        "__mod__ __pow__ __rpow__ __neg__ __abs__ __pos__ __invert__ __and__ __or__ __xor__ "
+        "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ register_hook retain_grad"
     )
 )
-"""The values of all operands decide the result or its shape, or become known to the program."""
+"""Entry by entry, with any number of operands."""
 
-_READS_PLACES = set(_found("__getitem__ index_select gather take take_along_dim repeat_interleave"))
-_TAKES_PLACES = _READS_PLACES.union(
+_BY_FORM = set(
     _found(
-        "__setitem__ index_put index_put_ index_copy index_copy_ index_add index_add_ index_fill "
-        "index_fill_ index_reduce index_reduce_ put put_ scatter scatter_ scatter_add "
-        "scatter_add_ scatter_reduce scatter_reduce_ masked_scatter masked_scatter_ "
-        "tensor_split _grouped_mm"
+        "view reshape flatten unflatten ravel transpose transpose_ swapaxes swapdims t permute "
+        "movedim moveaxis unsqueeze unsqueeze_ squeeze squeeze_ expand expand_as broadcast_to "
+        "view_as reshape_as repeat repeat_interleave tile unbind chunk split tensor_split "
+        "hsplit vsplit narrow select unfold fold pad roll flip fliplr flipud rot90 tril triu "
+        "diag_embed diagonal cat concat concatenate stack hstack vstack dstack column_stack "
+        "atleast_1d atleast_2d broadcast_tensors meshgrid interpolate upsample pixel_shuffle "
+        "pixel_unshuffle channel_shuffle max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d "
+        "avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
+        "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d _max_pool1d _max_pool2d "
+        "_max_pool3d lp_pool1d lp_pool2d max_pool1d_with_indices max_pool2d_with_indices "
+        "max_pool3d_with_indices fft ifft rfft irfft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn "
+        "irfftn fftshift ifftshift stft istft __getitem__ __len__ size dim ndimension numel "
+        "nelement stride is_floating_point is_complex element_size storage_offset is_contiguous "
+        "get_device data_ptr is_signed type dense_dim __iter__ __get__ arange linspace zeros "
+        "ones empty full eye tensor as_tensor scalar_tensor result_type promote_types can_cast "
+        "finfo iinfo is_tensor is_same_size randn rand randint"
     )
 )
-"""Whole numbers and marks among the later operands are places in the first one.
+"""By shapes alone, if no later operand comes from the data."""
 
-Each observation may read its rows of a table that is the same for all.
-"""
+_ALONG_AXES = set(
+    _found(
+        "sum mean prod amax amin aminmax max min var std var_mean std_mean norm vector_norm "
+        "logsumexp softmax log_softmax softmin cumsum cumprod cummax cummin logcumsumexp sort "
+        "argsort topk argmax argmin any all median nanmedian quantile mode kthvalue nansum "
+        "nanmean count_nonzero normalize cosine_similarity diff trapezoid"
+    )
+)
+"""Along some axes, of which none may be that of the observations."""
+
+_BY_CONSTANTS = set(
+    _found(
+        "linear addmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
+        "layer_norm rms_norm group_norm batch_norm instance_norm local_response_norm embedding "
+        "embedding_bag bilinear"
+    )
+)
+"""Of the first operand with others, which may not come from the data."""
+
+_PRODUCTS = set(
+    _found("matmul mm bmm mv baddbmm einsum tensordot inner dot __matmul__ __rmatmul__")
+)
+"""Sums of products: of two operands from the data only if observations stay apart in both."""
+
+_BATCHED = set(_found("matmul bmm baddbmm __matmul__ __rmatmul__"))
+
+_ATTENTION = {F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention}
 
 
-def depend_on_values(
-    function: Any,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    is_constant: Callable[[Tensor], bool],
-) -> bool:
-    """Whether values of the data decide which row goes where, or whether one goes at all."""
-    if function in _LOOKS_AT_VALUES or (function is torch.where and len(args) == 1):
-        deciding = tree_leaves((args, kwargs))
-    elif function in _TAKES_PLACES:
-        deciding = tree_leaves((args[1:2] if function is Tensor.__setitem__ else args[1:], kwargs))
-        deciding = [t for t in deciding if isinstance(t, Tensor) and not _is_quantity(t)]
-        if function in _READS_PLACES and is_constant(args[0]) and all(t.dim() for t in deciding):
-            return False
-    else:
-        return False
-    return not all(is_constant(t) for t in deciding if isinstance(t, Tensor))
+class Rows:
+    """Watches whether values may have decided what became of which row.
+
+    Parameters
+    ----------
+    n
+        The number of observations.
+    inputs
+        What the model is given.
+    is_constant
+        Whether a tensor does not depend on the data.
+
+    Attributes
+    ----------
+    stay
+        Whether each row is known to have stayed in its place.
+    """
+
+    def __init__(
+        self, n: int, inputs: Iterable[Tensor], is_constant: Callable[[Tensor], bool]
+    ) -> None:
+        self.stay = True
+        self._n = n
+        self._is_constant = is_constant
+        self._seen: dict[int, weakref.ref[Tensor]] = {}
+        self.see(inputs)
+
+    def see(self, tensors: Iterable[Tensor]) -> None:
+        """Take note of tensors of which it is known how they were computed."""
+        self._seen.update((id(t), weakref.ref(t)) for t in tensors)
+
+    def check(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at an operation before it is computed."""
+        if self.stay:
+            self.stay = self._stay(function, args, kwargs)
+
+    def _stay(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        data = [t for t in tensors if not self._is_constant(t)]
+        if not data:
+            return True
+        if not all(self._is_seen(t) for t in data):
+            return False  # computed out of sight
+        if function in _ENTRY_BY_ENTRY or function in _ATTENTION:
+            return True
+        if function is torch.where or function is Tensor.where:
+            return len(args) + len(kwargs) > 1
+        if function is Tensor.__setitem__:
+            return all(self._is_constant(t) for t in _tensors(args[1]))
+        if function in _BY_FORM or getattr(function, "__name__", "") == "__get__":
+            return self._is_by_form(function, args, kwargs)
+        if function in _ALONG_AXES:
+            return self._is_along_other_axes(args, kwargs)
+        if function in _BY_CONSTANTS:
+            return all(self._is_constant(t) for t in _tensors((args[1:], kwargs)))
+        return function in _PRODUCTS and (len(data) < 2 or self._is_apart(function, args, data))
+
+    def _is_by_form(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        first = args[0] if args else None
+        if isinstance(first, tuple | list):  # tensors that are put together
+            return all(self._is_constant(t) for t in _tensors((args[1:], kwargs)))
+        places = _tensors((args[1:], kwargs))
+        if function is Tensor.__getitem__ and isinstance(first, Tensor):
+            # Each observation may read its rows of a table that is the same for all.
+            table = self._is_constant(first) and all(t.dim() for t in places)
+            return table or all(self._is_constant(t) for t in places)
+        return all(self._is_constant(t) for t in places)
+
+    def _is_along_other_axes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        given = args[1:] + tuple(kwargs.values())
+        if any(isinstance(value, Tensor) for value in given):
+            return True  # entry by entry, as the larger of two
+        axes = kwargs.get("dim", next((v for v in args[1:] if v is not None), None))
+        tensor = args[0]
+        if isinstance(axes, int) and not isinstance(axes, bool):
+            axes = (axes,)
+        if not isinstance(axes, tuple | list) or not axes:
+            return bool(tensor.dim() == 0)
+        return all(isinstance(axis, int) and self._is_other(tensor, axis) for axis in axes)
+
+    def _is_other(self, tensor: Tensor, axis: int) -> bool:
+        """Whether an axis is none of the observations, which lie along the first if they can."""
+        sizes = tensor.shape
+        if not -len(sizes) <= axis < len(sizes) or sizes[axis] == 1:
+            return True
+        first = sizes[0] == self._n or self._n not in sizes
+        return axis % len(sizes) != 0 if first else sizes[axis] != self._n
+
+    def _is_apart(self, function: Any, args: tuple[Any, ...], data: list[Tensor]) -> bool:
+        if function is torch.einsum and isinstance(args[0], str) and "->" in args[0]:
+            terms, _, output = args[0].replace(" ", "").partition("->")
+            first = {term[:1] for term in (*terms.split(","), output)}
+            return len(first) == 1 and first != {""}
+        return function in _BATCHED and all(t.dim() > 2 for t in data)
+
+    def _is_seen(self, tensor: Tensor) -> bool:
+        known = self._seen.get(id(tensor))
+        return known is not None and known() is tensor
 
 
-def _is_quantity(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
