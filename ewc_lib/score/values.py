@@ -91,7 +91,10 @@ _BY_CONSTANTS = set(
         "embedding_bag bilinear"
     )
 )
-"""Of the first operand with others, which may not come from the data."""
+"""Of one operand from the data with others that do not come from them."""
+
+_LENDING_FORM = set(_found("expand_as view_as reshape_as broadcast_tensors"))
+"""By shapes alone, of later operands too."""
 
 _PRODUCTS = set(
     _found("matmul mm bmm mv baddbmm einsum tensordot inner dot __matmul__ __rmatmul__")
@@ -157,13 +160,15 @@ class Rows:
         if function in _ALONG_AXES:
             return self._is_along_other_axes(args, kwargs)
         if function in _BY_CONSTANTS:
-            return all(self._is_constant(t) for t in _tensors((args[1:], kwargs)))
+            return len(data) < 2
         return function in _PRODUCTS and (len(data) < 2 or self._is_apart(function, args, data))
 
     def _is_by_form(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         first = args[0] if args else None
         if isinstance(first, tuple | list):  # tensors that are put together
             return all(self._is_constant(t) for t in _tensors((args[1:], kwargs)))
+        if function in _LENDING_FORM:
+            return True
         places = _tensors((args[1:], kwargs))
         if function is Tensor.__getitem__ and isinstance(first, Tensor):
             # Each observation may read its rows of a table that is the same for all.
