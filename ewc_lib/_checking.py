@@ -31,28 +31,14 @@ def check_finite_parameters(parameters: dict[str, Tensor]) -> None:
             raise ValueError(f"parameter {name!r} holds NaN or infinite values")
 
 
-_NO_CHANGE = ("requires_grad_", "share_memory_", "detach_")
-
-
-def check_operation(
-    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parameters: Iterable[Tensor]
-) -> None:
-    """Refuse an operation that mixes observations, changes a parameter or loses gradients."""
-    name = getattr(function, "__name__", "")
-    if name in ("cond", "while_loop") and (
-        function is torch.cond or isinstance(function, HigherOrderOperator)
-    ):
-        raise ValueError(
-            f"the model uses torch.{name}, whose gradient is not known outside compiled code; "
-            "use Python's own if or torch.where"
-        )
-    in_place = name.endswith("_") and not name.endswith("__") and name not in _NO_CHANGE
-    if in_place and args and isinstance(args[0], Tensor):
-        memory = args[0].data_ptr()
-        if memory and any(p.data_ptr() == memory for p in parameters):
+def check_operation(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse an operation that mixes observations or loses gradients."""
+    if function is torch.cond or isinstance(function, HigherOrderOperator):
+        name = getattr(function, "__name__", "")
+        if name in ("cond", "while_loop"):
             raise ValueError(
-                f"the model changes a parameter in place by {name} whenever it is called, so "
-                "there is no fixed model to take scores of; constrain it after the optimizer's step"
+                f"the model uses torch.{name}, whose gradient is not known outside compiled code; "
+                "use Python's own if or torch.where"
             )
     if function is F.batch_norm and _trains(*args, **kwargs):
         raise ValueError(

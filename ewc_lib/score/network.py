@@ -217,13 +217,20 @@ class NetworkScores:
         self.caller = Caller(model)
         by_vmap = VmapGradients(self.caller, parameters)
         self.planner = Planner(parameters, by_vmap, self._forward, certify)
+        self._originals: dict[int, tuple[Tensor, Tensor]] = {}
         self._enough = 0
 
     @contextmanager
     def leaving_no_trace(self) -> Iterator[None]:
         """Run in eval mode, without autocast or compiled code, and leave all as it was."""
         with untouched(self.model), torch.autocast(self.device.type, enabled=False), _eager():
-            yield
+            try:
+                yield
+            finally:
+                for parameter, value in self._originals.values():
+                    if not torch.equal(parameter, value):
+                        parameter.data.copy_(value)
+                self._originals = {}
 
     def versions(self) -> list[int]:
         """Count the changes of all parameters and buffers so far."""
@@ -265,6 +272,7 @@ class NetworkScores:
             with Recorder(dict(self.parameters), constants, given) as recorder:
                 output = forward(self.model, given)
             edited = self.caller.state(given) != before
+        self._originals = recorder.originals | self._originals
         self.caller.learn(inputs, harmless=not edited and recorder.rows.stay)
         return ForwardPass(inputs, output, recorder)
 

@@ -117,6 +117,8 @@ class Recorder(TorchFunctionMode):
         Whether each row is known to have stayed in its place, whatever the values are.
     nbytes
         Size of all results together.
+    originals
+        Parameters that the model has changed in place, and what they were.
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class Recorder(TorchFunctionMode):
         self._parameters = parameters
         self._steps: dict[int, list[Step]] = {id(p): [] for p in parameters.values()}
         self._constants = {id(t): (t, t._version) for t in constants}
+        self.originals: dict[int, tuple[Tensor, Tensor]] = {}
         given = _tensors(inputs)
         self.rows = Rows(len(given[0]) if given else 0, given, self._is_constant)
 
@@ -136,7 +139,8 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        check_operation(func, args, kwargs, self._parameters.values())
+        check_operation(func, args, kwargs)
+        self._keep_what_changes(func, args)
         if code := inside(func):
             with self:
                 return code(*args, **kwargs)
@@ -158,6 +162,14 @@ class Recorder(TorchFunctionMode):
             if new or not constant:  # else `contiguous`, `to` and the like have nothing to do
                 self._record(func, args, kwargs, operands, results, new if constant else [])
         return output
+
+    def _keep_what_changes(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Copy a parameter that the model is about to change in place, as by a constraint."""
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], Tensor):
+            for p in self._parameters.values():
+                if p.data_ptr() == args[0].data_ptr() and id(p) not in self.originals:
+                    self.originals[id(p)] = p, p.detach().clone()
 
     def _record(
         self,
