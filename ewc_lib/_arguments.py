@@ -91,7 +91,9 @@ def check_place(dtype: torch.dtype | None, device: torch.device | str | None) ->
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a real torch.dtype, as torch.float64; got {_shown(dtype)}")
     try:
-        torch.device("cpu" if device is None else device)
+        where = torch.device("cpu" if device is None else device)
+        if where.type == "meta" or (where.type == "cuda" and not torch.cuda.is_available()):
+            raise RuntimeError("there is no such device here")
     except (RuntimeError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device must be one of PyTorch, got {_shown(device)}: {reason}") from None

@@ -56,9 +56,9 @@ def conjugate_gradients(
     the true one until that is small, or is no longer halved.
     """
     x, r, limit, n = torch.zeros_like(b), b.clone(), tolerance * b.norm(), 0
-    while r.norm() > limit and n < most:
+    while r.norm() > limit and n < most - 1:  # the last one tells what is left
         before, p, rr = r.norm(), r.clone(), r.dot(r)
-        while rr.sqrt() > limit and n < most:
+        while rr.sqrt() > limit and n < most - 1:
             along = product(p)
             n += 1
             curvature = p.dot(along)

@@ -120,7 +120,7 @@ class LinearMap(ABC):
         Raises
         ------
         ValueError
-            If the damping is negative, or if ``v`` does not fit the parameters.
+            If the damping is negative, or if ``v`` is not finite or does not fit the parameters.
 
         Warns
         -----
@@ -132,6 +132,8 @@ class LinearMap(ABC):
         check_whole(max_products=max_products)
         shapes = self.shapes
         b = self._flat(named(v, shapes))
+        if not b.isfinite().all():
+            raise ValueError("v must be finite")
         tolerance = self._tolerance(tolerance)
         found = conjugate_gradients(lambda x: self @ x + damping * x, b, tolerance, max_products)
         _warn(found, tolerance, "more damping")

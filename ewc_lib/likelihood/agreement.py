@@ -38,7 +38,7 @@ NO_LIKELIHOOD = {
 """Options of PyTorch's losses, and what they do."""
 
 ROWS = 8
-"""Observations that are compared."""
+"""Observations of the first batch that are compared, and as many classes."""
 
 ENTRIES = 2**25
 """Numbers in the output that are compared, beyond the first observation."""
@@ -117,12 +117,24 @@ def _some_rows(reading: Reading, model: nn.Module, only_dicts: bool) -> tuple[An
         if len(target) == 0:
             continue
         counts = _counts(target)
-        rows = counts.nonzero().squeeze(1)[:ROWS] if counts.any() else slice(ROWS)
+        rows = _spread(counts.nonzero().squeeze(1), target) if counts.any() else slice(ROWS)
         found = tree_map(lambda t, rows=rows: t[rows].detach(), (inputs, target))
         if counts.any():
             break
     device = next(model.parameters()).device
     return None if found is None else tree_map(lambda t: t.to(device), found)
+
+
+def _spread(rows: Int[Tensor, " n"], target: Tensor) -> Int[Tensor, " m"]:
+    """Choose some rows: one of each class as far as that goes, and others from first to last."""
+    at = torch.linspace(0, len(rows) - 1, min(ROWS, len(rows))).long()
+    chosen: Tensor = rows[at.to(rows.device)]
+    if target.dim() > 1 or target.is_floating_point():
+        return chosen
+    labels, number = target[rows].unique(return_inverse=True)
+    of_each = [rows[(number == k).nonzero()[-1, 0]] for k in range(min(ROWS, len(labels)))]
+    chosen = torch.cat([torch.stack(of_each), chosen])
+    return rows[torch.isin(rows, chosen)]
 
 
 def _is_column(named: OutputDistribution | None, output: Tensor, labels: Tensor) -> bool:
@@ -179,6 +191,11 @@ def _loss_of(criterion: Criterion, output: Tensor, target: Tensor) -> Loss:
 
 def _check_criterion(criterion: Criterion | None) -> None:
     """Refuse, by name, what makes a loss of PyTorch another thing than a likelihood."""
+    if criterion is not None and (isinstance(criterion, type) or not callable(criterion)):
+        raise ValueError(
+            "criterion must be a function of output and target, as torch.nn.CrossEntropyLoss() "
+            f"is, got {criterion!r}"
+        )
     keywords = getattr(criterion, "keywords", {})
     options = dict(keywords) if isinstance(keywords, dict) else {}
     if isinstance(criterion, _Loss):

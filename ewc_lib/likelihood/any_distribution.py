@@ -69,6 +69,7 @@ class TorchDistribution(OutputDistribution):
     def check(self, output: Tensor, target: Tensor, first: int = 0) -> None:
         with torch.no_grad(), validating(True):
             if self._problem(output, target) is None:
+                self._check_apart(output, target)
                 return
             for n, pair in enumerate(zip(output.split(1), target.split(1), strict=True)):
                 if problem := self._problem(*pair):
@@ -77,6 +78,16 @@ class TorchDistribution(OutputDistribution):
             "the function that makes the distribution mixes observations: together they have "
             f"none ({self._problem(output, target)}), but each of them has one by itself"
         )
+
+    def _check_apart(self, output: Tensor, target: Tensor) -> None:
+        """Raise a ValueError if a half of the observations has another probability alone."""
+        together = self.log_prob(output, target)[::2]
+        alone = self.log_prob(output[::2], target[::2])
+        if not torch.allclose(alone, together, rtol=torch.finfo(alone.dtype).eps ** 0.5):
+            raise ValueError(
+                "the function that makes the distribution mixes observations: their probability "
+                "is another without the rest of the batch"
+            )
 
     def of(self, output: Tensor) -> Distribution:
         """Return the distribution of all targets of a batch."""

@@ -122,3 +122,18 @@ REFUSED = {
 def test_what_cannot_be_meant_is_refused(ask, message):
     with pytest.raises(ValueError, match=message):
         ask(Matrix())
+
+
+def test_a_vector_that_is_not_finite_has_no_solution():
+    data = torch.randn(9, 3), torch.arange(9) % 3
+    with pytest.raises(ValueError, match="finite"):
+        MatrixFree(torch.nn.Linear(3, 3), data).solve(torch.full((12,), torch.nan), 1.0)
+
+
+def test_no_more_products_are_made_than_asked_for(monkeypatch):
+    made, times = [], MatrixFree.__matmul__
+    monkeypatch.setattr(MatrixFree, "__matmul__", lambda F, v: made.append(1) or times(F, v))
+    F = MatrixFree(torch.nn.Linear(3, 3), (torch.randn(9, 3), torch.arange(9) % 3))
+    with pytest.warns(RuntimeWarning, match="after 3 products"):
+        F.solve(torch.ones(12), 1e-6, max_products=3, tolerance=1e-12)
+    assert len(made) == 3

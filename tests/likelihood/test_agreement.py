@@ -559,3 +559,22 @@ def test_a_parameter_that_is_not_finite_is_named_before_anything_is_compared():
     nn.init.constant_(model.lm_head.weight, torch.nan)
     with pytest.raises(ValueError, match=r"parameter 'transformer\.wte\.weight' holds NaN"):
         fisher_information(model, [batch])
+
+
+@pytest.mark.parametrize("option", [{"weight": torch.tensor([1.0, 9.0, 9.0])}, {"ignore_index": 2}])
+def test_a_criterion_is_compared_on_every_class_though_the_data_are_sorted(option):
+    torch.manual_seed(0)
+    model, x, y = torch.nn.Linear(4, 3), torch.randn(30, 4), torch.arange(3).repeat_interleave(10)
+
+    def criterion(output, target):
+        return torch.nn.functional.cross_entropy(output, target, **option)
+
+    with pytest.raises(ValueError, match="criterion"):
+        fisher_information(model, (x, y), criterion=criterion)
+
+
+@pytest.mark.parametrize("criterion", ["mse", torch.nn.CrossEntropyLoss])
+def test_what_is_no_criterion_is_refused(criterion):
+    data = torch.randn(6, 4), torch.arange(6) % 3
+    with pytest.raises(ValueError, match="criterion must be a function"):
+        fisher_information(torch.nn.Linear(4, 3), data, criterion=criterion)

@@ -4,7 +4,9 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from torch.distributions import Normal
 
+from ewc_lib import fisher_information
 from ewc_lib.likelihood import Categorical, TorchDistribution
 from ewc_lib.likelihood.outputs import output_distribution
 from tests.likelihood.families import FAMILIES, WITHOUT_ROOT
@@ -145,3 +147,19 @@ def test_half_precision_is_computed_in_single():
     distribution = TorchDistribution(FAMILIES["normal"])
     target = distribution.sample(output, generator())
     assert distribution.log_prob(output, target).dtype == target.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["exact", "sketch", "sampled", "empirical"])
+def test_a_function_that_mixes_observations_is_refused(kind):
+    torch.manual_seed(0)
+    model, x, y = (
+        torch.nn.Linear(2, 2).double(),
+        torch.randn(6, 2).double(),
+        torch.randn(6).double(),
+    )
+
+    def centred(f):
+        return Normal(f[:, 0] - f[:, 0].mean(0), f[:, 1].exp())
+
+    with pytest.raises(ValueError, match="mixes observations"):
+        fisher_information(model, (x, y), centred, kind=kind)
