@@ -64,13 +64,16 @@ class EWC(QuadraticPenalty):
         at the latest optimum (Schwarz et al. 2018; Huszár 2018).
     decay
         :math:`\gamma \in [0, 1]` of the online mode. The default 1 forgets nothing.
-    likelihood, criterion, kind, structure, params
-        As in :func:`ewc_lib.fisher_information`. The Kronecker structures hold one task only,
-        because the sum of two of them has another structure. With ``"lowrank"`` the rank, and so
-        the memory, grows with every task.
+    likelihood, criterion, kind
+        As in :func:`ewc_lib.fisher_information`, which computes every :math:`F_t`.
+    structure
+        As there. The Kronecker structures hold one task only, because the sum of two of them has
+        another structure. With ``"lowrank"`` the rank, and so the memory, grows with every task.
+    params
+        As there: the parameters that are held. All others are free.
     n_samples, draws, rank, dtype, device
-        As there, for every task. They are settings, not state: a state says nothing of them. What
-        was summed on another ``device`` moves to the model with the next penalty.
+        As there, for every task. They are settings: :meth:`state_dict` does not store them. What
+        was summed on another ``device`` moves to the model's with the next penalty.
 
     Raises
     ------

@@ -72,19 +72,27 @@ def fisher_information(
         such ``.logits``. One entry of the first axis is one observation.
     data
         A DataLoader or any iterable of batches ``(inputs, targets)``, or of dicts with
-        ``"labels"``; or one tuple of tensors ``(inputs, targets)``. NumPy arrays of numbers may
-        take the place of tensors, in the precision of the model.
+        ``"labels"``; or one tuple of tensors ``(inputs, targets)``. A dict of inputs is passed
+        to the model by name, a tuple by position. NumPy arrays of numbers may take the place of
+        tensors, in the precision of the model. The values of the targets matter to
+        ``"empirical"`` alone, and the positions that they leave out to every kind.
     likelihood
         How to read the output: ``"categorical"`` (logits), ``"next-token"`` (logits of the label
         that follows), ``"bernoulli"`` (logits), ``"gaussian"`` (means), ``"poisson"`` (log
         rates), an object such as ``Gaussian(sigma=0.5)`` or ``Categorical(class_dim=1)``, or a
-        function from the output to a distribution of :mod:`torch.distributions`. By default the
-        one that agrees with the criterion or, if batches are dicts, with the ``loss`` that the
-        model returns when it is called with the labels, as models of Hugging Face do; else
-        ``"categorical"``. A likelihood that does not agree is refused; a model that is trained
-        by another loss gets its data as pairs.
+        function from the output to a distribution of :mod:`torch.distributions`.
+
+        Where the loss of the training is known, the likelihood is compared with it on the first
+        batch, and one that does not agree is refused. It is known if a criterion is given, or if
+        batches are dicts and the model, called with their labels, returns its own ``loss``, as
+        models of Hugging Face do. Give a model that is trained by another loss its data as
+        pairs.
+
+        By default the likelihood that agrees with the known loss; ``"categorical"`` where none
+        is known.
     criterion
-        The loss ``criterion(output, target)`` of the training, to be compared.
+        The loss ``criterion(output, target)`` of the training, such as
+        ``torch.nn.CrossEntropyLoss()``. It is compared with the likelihood, and not used else.
     kind
         Which expectation over labels :math:`y`.
 
@@ -129,26 +137,28 @@ def fisher_information(
         grad) and parameters, one or several; or a predicate of ``(name, parameter)``. By default
         all parameters that require grad.
     n_samples
-        Use exactly that many observations: the mean is over these. They are drawn by
-        ``generator``, without replacement, from data that can be indexed: one tuple of tensors,
-        or a DataLoader that goes through a map-style data set in order (no ``shuffle``, no
-        sampler of its own, no ``drop_last``). Errors then number the observations that were
-        drawn. Of all other data - a list or a generator of batches, a loader that shuffles - they
-        are the first ones, in the order of the data. By default all.
+        Use that many observations, and no others: the mean is over these. By default all.
+
+        They are drawn by ``generator``, without replacement, from data that can be indexed: one
+        tuple of tensors, or a DataLoader that goes through a map-style data set in order (no
+        ``shuffle``, no sampler of its own, no ``drop_last``). An error then counts among those
+        that were drawn. Of other data (a list or a generator of batches, a loader that
+        shuffles) they are the first ones that come.
     draws
         Random columns for each observation, for ``"sketch"`` and ``"sampled"``.
     certify
-        Which batches are compared with autograd's gradients. By default those whose plan is not
-        known to hold: the first of each form, the last, a sixteenth of the others, and all where
-        values decide which row goes where, as in masks, sorting and mixtures of experts.
-        ``"always"`` compares every batch with all of its observations, for the price of about
-        one more pass forward and backward.
-    rank that ``"lowrank"`` keeps at most.
+        Which batches have their gradients compared with autograd's. ``"auto"``: the first of
+        each form (the same operations on the same parameters), the last, a random sixteenth of
+        the others, and all where values decide which row goes where, as with masks, sorting and
+        mixtures of experts. ``"always"``: every batch, with all of its observations, for the
+        price of about one more pass forward and backward.
+    rank
+        How many eigenvalues ``"lowrank"`` keeps at most.
     generator
         The source of randomness, a ``torch.Generator`` on the model's device. By default a fresh
-        one with seed 0, so that results repeat and the global random state is not used. There is
-        no other form: a number could only mean the same draws in every call, so that the errors
-        of two tasks would be the same unnoticed, where a generator goes on.
+        one with seed 0, so that results repeat and the global random state is not used. A
+        generator of your own goes on from call to call, so that two tasks get different draws;
+        a bare number, which could not, is refused.
     progress
         True or False; by default a bar appears in terminals and notebooks after two seconds.
     dtype

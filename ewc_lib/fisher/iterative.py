@@ -19,9 +19,9 @@ class Estimate(NamedTuple, Generic[T]):
 
     Attributes
     ----------
-    value
+    value : Tensor or dict of Tensor
         The mean of the probes, unbiased.
-    standard_error
+    standard_error : Tensor or dict of Tensor
         How far it typically is from the truth; of each entry where it is a vector.
     """
 

@@ -20,20 +20,24 @@ class TorchDistribution(OutputDistribution):
 
     .. math:: \log p(y \mid x) = \log p(y \mid h(f(x)))
 
-    A function is a likelihood by itself: ``likelihood=lambda f: Gamma(f[:, 0].exp(), 1.0)``
-    means this class. ``"sampled"`` and ``"empirical"`` need ``sample`` and ``log_prob`` alone;
-    for ``"exact"`` and ``"sketch"`` see :func:`ewc_lib.fisher.divergence.information`.
+    The function ``make`` computes the parameters :math:`h(f(x))` and returns the distribution. It
+    is a likelihood by itself: ``likelihood=lambda f: Gamma(f[:, 0].exp(), 1.0)`` means this
+    class.
+
+    The kinds ``"sampled"`` and ``"empirical"`` need nothing but ``sample`` and ``log_prob`` of the
+    distribution. ``"exact"`` and ``"sketch"`` differentiate its Kullback-Leibler divergence twice;
+    :func:`ewc_lib.fisher.divergence.information` says where that is known.
 
     Parameters
     ----------
     make
         From an output ``[N, ...]`` to a distribution whose ``batch_shape + event_shape`` is the
-        shape of the target, ``N`` first. It may not mix observations.
+        shape of the target, ``N`` first. It must not mix observations.
 
     Notes
     -----
-    ``sample`` seeds every observation by itself from the generator, because distributions of
-    PyTorch draw from the global random state, which is given back.
+    Distributions of PyTorch draw from the global random state. :meth:`sample` seeds it for every
+    observation from the generator, and gives it back as it was.
 
     Examples
     --------

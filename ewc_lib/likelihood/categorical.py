@@ -31,11 +31,12 @@ class Categorical(OutputDistribution):
         :func:`torch.nn.functional.cross_entropy`.
     next_token
         Read position ``t`` of the output as what it says about label ``t + 1``, as causal
-        language models with ``labels=input_ids`` do. The last position then says nothing. The
-        name ``"next-token"`` stands for it.
+        language models with ``labels=input_ids`` do. Nothing is then said of the first label,
+        and the last position says nothing. The name ``"next-token"`` stands for it.
     class_dim
         The axis of the logits. By default the last one; 1 for ``[N, C, H, W]``, the layout of
-        segmentation and of :func:`torch.nn.functional.cross_entropy`.
+        segmentation and of :func:`torch.nn.functional.cross_entropy`. An output whose shape
+        allows both is refused until one is chosen.
 
     Raises
     ------
@@ -44,8 +45,10 @@ class Categorical(OutputDistribution):
 
     Notes
     -----
-    Output ``[N, C]`` with target ``[N]``, or ``[N, T, C]`` with ``[N, T]`` for sequences, which
-    sum over their tokens. Logits of minus infinity (classes that are masked out) are allowed.
+    Output ``[N, C]`` with target ``[N]``, or ``[N, T, C]`` with ``[N, T]`` for sequences, or
+    ``[N, C, H, W]`` with ``[N, H, W]`` for the pixels of images and ``class_dim=1``. The
+    log-probability of an observation is the sum over its positions that count. Logits of minus
+    infinity (classes that are masked out) are allowed.
 
     Examples
     --------

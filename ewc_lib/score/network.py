@@ -49,11 +49,11 @@ def per_observation_gradients(
     .. math:: s_n(\theta) = \nabla_\theta \log p(y_n \mid f_\theta(x_n))
 
     This is the gradient of :eq:`eq-network-likelihood` for each observation: minus the gradient
-    of its loss, and for a sequence the sum over its positions. With a direction
+    of its loss (:math:`-\log p`), and for a sequence the sum over its positions. With a direction
     :math:`v_n` of the outputs it is :math:`J_n^\top v_n` instead, with the Jacobian :math:`J_n`
     of the outputs in the parameters. One forward and one backward pass serve a whole batch, and
-    for each new form of a batch the gradients are compared with autograd's. The model is run in
-    eval mode and left exactly as it was.
+    for each new form of a batch (other operations, or on other parameters) the gradients are
+    compared with autograd's. The model is run in eval mode and left exactly as it was.
 
     Parameters
     ----------
@@ -65,22 +65,23 @@ def per_observation_gradients(
     likelihood, criterion
         How to read the output, as there. Not used if a direction is given.
     direction
-        A function ``direction(output, target)`` that returns a tensor like the output, which it
-        gets without its graph. For ``lambda output, target: 2 * output`` the gradients are those
-        of the squared length of the outputs.
+        A function ``direction(output, target)`` that returns :math:`v_n`, a tensor like the
+        output. It gets the output without its graph. With ``lambda output, target: 2 * output``
+        the gradients are those of the squared length of each output.
     params
         The parameters, as in :func:`ewc_lib.fisher_information`.
     n_samples
-        Use exactly that many observations.
+        Use the first so many observations, where :func:`ewc_lib.fisher_information` would draw
+        them: the gradients come in the order of the data. By default all.
     max_bytes
-        Cut batches into pieces whose gradients take no more memory than this, or hold one
-        observation. By default a batch is not cut; then the model may be changed after each, as
-        by an optimizer. One tuple of tensors is read in batches of 128 observations.
+        Cut batches into pieces whose gradients take no more memory than this; a piece has one
+        observation at least. By default no batch is cut; then the model may be changed between
+        two of them, as by an optimizer. One tuple of tensors is read in batches of 128
+        observations.
     certify
         As in :func:`ewc_lib.fisher_information`.
     progress
-        True or False to force a bar; by default one appears in terminals and notebooks after
-        two seconds.
+        True or False; by default a bar appears in terminals and notebooks after two seconds.
 
     Returns
     -------

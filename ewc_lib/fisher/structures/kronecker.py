@@ -126,10 +126,10 @@ class Kronecker(Layer):
 
     Attributes
     ----------
-    output_factor
+    output_factor : Tensor
         :math:`B`, ``[O, O]``: mean over observations of the sum over output columns and
         positions of :math:`g g^\top`.
-    input_factor
+    input_factor : Tensor
         :math:`A`, ``[I, I]``: mean over observations, and over the positions of each, of
         :math:`a a^\top`. With a bias in the block, the constant input 1 is the last.
     parameter_shapes
@@ -220,11 +220,11 @@ class EigenKronecker(Layer):
 
     Attributes
     ----------
-    second_moments
+    second_moments : Tensor
         :math:`S`, ``[O, I]``: mean over observations, sum over output columns.
-    output_basis
+    output_basis : Tensor
         :math:`U_B`, ``[O, O]``, orthonormal columns, as in :attr:`Kronecker.bases`.
-    input_basis
+    input_basis : Tensor
         :math:`U_A`, ``[I, I]``, orthonormal columns.
     parameter_shapes
         Name and shape of the weight, then of the bias if it is in the block.
