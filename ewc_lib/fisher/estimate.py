@@ -147,11 +147,11 @@ def fisher_information(
     draws
         Random columns for each observation, for ``"sketch"`` and ``"sampled"``.
     certify
-        Which batches have their gradients compared with autograd's. ``"auto"``: the first of
-        each form (the same operations on the same parameters), the last, a random sixteenth of
-        the others, and all where values decide which row goes where, as with masks, sorting and
-        mixtures of experts. ``"always"``: every batch, with all of its observations, for the
-        price of about one more pass forward and backward.
+        Which batches are compared with autograd's gradients. By default those whose plan is not
+        known to hold: the first of each form, the last, a sixteenth of the others, and all in
+        which values may decide which row goes where, as in masks, sorting and mixtures of
+        experts. ``"always"`` compares every batch, and the output of each half of it with that
+        of the whole, for the price of two to five more passes forward and backward.
     rank
         How many eigenvalues ``"lowrank"`` keeps at most.
     generator

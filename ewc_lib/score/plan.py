@@ -15,11 +15,11 @@ question, and then by loop. If even that fails, the model mixes observations, an
 so. So it does if an observation alone has another output than in its batch.
 
 A plan is kept for later batches where it is known to hold: where the graph of the output is the
-same, the same operations use the parameters in the same way, and neither the values of the data
-nor a function of the user's own decide which row goes where. Elsewhere each batch is checked, with
-all of its observations. Two things a check cannot tell. With a single observation every axis
-looks right, so nothing is kept. Where a use adds nothing, any rule looks right; so it is looked
-at again in each batch until it adds something. As a last resort, the last batch and a random
+same, the same operations use the parameters in the same way, and every operation is one that
+leaves each row in its place, whatever the values are. Elsewhere each batch is checked, with all
+of its observations. Two things a check cannot tell. With a single observation every axis
+looks right, so nothing is kept. Where a use adds nothing, or two axes look right, nothing is
+settled; so it is looked at again in each batch. As a last resort, the last batch and a random
 share of the others are checked in any case.
 """
 

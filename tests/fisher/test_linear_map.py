@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ewc_lib._parameters import ravel, unravel
+from ewc_lib.fisher import MatrixFree
 from ewc_lib.fisher.linear_map import LinearMap
 from ewc_lib.fisher.structures.vectors import in_form_of, named
 
