@@ -59,11 +59,11 @@ class ParameterUse:
     def signature(self, n: int) -> tuple[Any, ...]:
         """Return what must stay the same for a plan that has this use to be kept.
 
-        Which axes are as long as there are observations, and how many rows each of them has.
+        How many rows come to each observation matters: one looks like an axis of its own.
         """
-        axes = tuple(size == n for size in self.shape)
-        rows = 0 if any(axes) else self.shape[:1].numel() / n
-        return *self.kind, self.source.shape, self.input.dim(), axes, rows
+        per_observation, rest = divmod(self.shape[:1].numel(), n)
+        rows = -1 if rest else per_observation
+        return *self.kind, self.source.shape, self.input.dim(), len(self.shape), rows
 
     @property
     def kind(self) -> tuple[str, type[Rule]]:
@@ -284,7 +284,12 @@ class ForwardPass:
     def signature(self) -> tuple[Any, ...]:
         """What must stay the same for a plan to be kept."""
         uses = (use.signature(len(self)) for use in self.uses)
-        return self.graph.signature, self.recorder.steps, *uses
+        return *self.way, *uses
+
+    @property
+    def way(self) -> tuple[Any, ...]:
+        """The operations, and what they do with each parameter."""
+        return self.graph.signature, self.recorder.steps
 
     def pull(self, numbers: Sequence[int], column: Tensor) -> dict[int, Tensor]:
         """Bring an output column back to the uses of these numbers, where it reaches them."""

@@ -1,5 +1,6 @@
 """Which way a parameter goes, on how many observations that is tried, and when it is kept."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -117,3 +118,125 @@ def test_a_plan_is_not_kept_where_other_operations_follow():
     parts = [fisher_information(model, [(x, y)]) for x in (short, long, short)]
     expected = parts[0].pool(parts[1]).pool(parts[2]).diagonal()
     torch.testing.assert_close(together.diagonal(), expected)
+
+
+# Batches that differ in length, so that the first says nothing of the others
+
+
+class Ragged(nn.Module):
+    """Two layers, and a function of a sequence of any length."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.last, self.rare = nn.Linear(6, 4), nn.Linear(4, 3), nn.Linear(6, 4)
+        self.table = nn.Parameter(torch.randn(4, 4))
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def two_views(m, x):
+    """Positions of two views in one axis: with one position, views and positions look alike."""
+    views = torch.cat([x.reshape(-1, 6), x.flip(-1).reshape(-1, 6)])
+    a, b = torch.tanh(m.first(views)).view(2, len(x), -1, 4)
+    return m.last((a * b).sum(1))
+
+
+def repeated_positions(m, x):
+    return m.last(torch.tanh(m.first(x) + m.table.repeat(3, 1)[: x.shape[1]]).sum(1))
+
+
+def rare_layer(m, x):
+    """Positions come first, and in the first batch one position of one observation is rare."""
+    z = x.transpose(0, 1)
+    return m.last((torch.tanh(m.first(z)) + m.rare(z) * (z[..., :1] > 3)).sum(0))
+
+
+def permuted(m, x):
+    """Rows in an order by value, by products with a permutation matrix."""
+    z = x.sum(1)
+    p = nn.functional.one_hot(x[:, 0, 0].argsort().argsort(), len(x)).to(x).T
+    return m.last(p.T @ torch.tanh(m.first(p @ z)))
+
+
+def batches(function, lengths):
+    generator = torch.Generator().manual_seed(1)
+    found = [torch.randn(4, t, 6, generator=generator).double() for t in lengths]
+    if function is rare_layer:
+        for i, x in enumerate(found):
+            x.clamp_(-2, 2)
+            if i in (0, len(found) - 1):
+                x[0, 0, 0] = 4
+            else:
+                x[1:, 1:, 0] += 3
+    if function is permuted:
+        for i in (0, -1):
+            found[i] = found[i][found[i][:, 0, 0].argsort()]
+    return [(x, torch.arange(4) % 3) for x in found]
+
+
+@pytest.mark.parametrize(
+    ("function", "lengths"),
+    [
+        (two_views, (1, 5, 3, 7, 4, 1)),
+        (repeated_positions, (4, 9, 8, 7, 9, 4)),
+        (rare_layer, (4, 8, 4, 8, 4, 8, 4)),
+        (permuted, (3, 5, 4, 5, 4, 3)),
+    ],
+)
+@pytest.mark.parametrize("structure", ["diagonal", "dense"])
+def test_what_the_first_batch_shows_is_not_taken_for_all(function, lengths, structure):
+    torch.manual_seed(0)
+    model, data = Ragged(function).double(), batches(function, lengths)
+    options = {"kind": "empirical", "structure": structure}
+    found = fisher_information(model, data, **options).to_dense()
+    alone = [cut(x, y, 1) for x, y in data]
+    expected = fisher_information(model, [pair for b in alone for pair in b], **options).to_dense()
+    assert relative_error(found, expected) < 1e-10
+
+
+def imputing(m, x):
+    """Missing inputs are replaced by the mean of the others."""
+    missing = x < -900
+    mean = x.masked_fill(missing, 0).sum(0) / (~missing).sum(0)
+    return m.last(torch.tanh(m.first(torch.where(missing, mean, x))).sum(1))
+
+
+def test_always_compares_the_outputs_of_all_observations():
+    torch.manual_seed(0)
+    model, x = Ragged(imputing).double(), torch.randn(40, 4, 6).double()
+    x[7, 1, 2] = x[14, 0, 0] = x[31, 3, 5] = -999
+    with pytest.raises(ValueError, match="mixes observations"):
+        fisher_information(model, (x, torch.arange(40) % 3), certify="always")
+    with pytest.raises(ValueError, match="'auto' or 'always'"):
+        fisher_information(model, (x, torch.arange(40) % 3), certify="never")
+
+
+def clamped(m, x):
+    with torch.no_grad():
+        m.first.weight.clamp_(-0.1, 0.1)
+    return m.last(torch.tanh(m.first(x)).sum(1))
+
+
+def test_a_constraint_on_a_parameter_is_undone():
+    torch.manual_seed(0)
+    model = Ragged(clamped).double()
+    before = model.first.weight.detach().clone()
+    found = fisher_information(model, batches(clamped, (3, 4)))
+    assert torch.equal(model.first.weight, before)
+    clamped(model, torch.ones(1, 1, 6).double())
+    torch.testing.assert_close(
+        found.diagonal(), fisher_information(model, batches(clamped, (3, 4))).diagonal()
+    )
+
+
+def chosen(m, x):
+    h = torch.cond(m.last.bias.sum() > -9, lambda z: m.first(z).tanh(), lambda z: m.first(z), (x,))
+    return m.last(h.sum(1))
+
+
+def test_control_flow_that_needs_a_compiler_is_refused_by_name():
+    model = Ragged(chosen).double()
+    with pytest.raises(ValueError, match=r"torch\.cond"):
+        fisher_information(model, batches(chosen, (3,)))
