@@ -75,7 +75,7 @@ def fisher_information(
         ``"labels"``; or one tuple of tensors ``(inputs, targets)``. A dict of inputs is passed
         to the model by name, a tuple by position. NumPy arrays of numbers may take the place of
         tensors, in the precision of the model. The values of the targets matter to
-        ``"empirical"`` alone, and the positions that they leave out to every kind.
+        ``"empirical"`` alone; labels that do not count (``ignore_index``) matter to every kind.
     likelihood
         How to read the output: ``"categorical"`` (logits), ``"next-token"`` (logits of the label
         that follows), ``"bernoulli"`` (logits), ``"gaussian"`` (means), ``"poisson"`` (log
@@ -92,7 +92,8 @@ def fisher_information(
         is known.
     criterion
         The loss ``criterion(output, target)`` of the training, such as
-        ``torch.nn.CrossEntropyLoss()``. It is compared with the likelihood, and not used else.
+        ``torch.nn.CrossEntropyLoss()``. It is compared with the likelihood, and used for
+        nothing else.
     kind
         Which expectation over labels :math:`y`.
 
@@ -120,6 +121,8 @@ def fisher_information(
 
         * the weight of a linear map or of a convolution, with the bias that the same operations
           add; a grouped convolution has two factors for each group, nothing between groups;
+        * the weights of a recurrent layer or cell, one for its inputs and one for its states,
+          which are linear maps used at every position;
         * the weight of a transposed convolution, grouped or not, with one factor for the input
           channels and one for the windows of outputs that an input position reaches. Its bias
           stands alone, unless the windows are single positions.
@@ -127,7 +130,7 @@ def fisher_information(
         Other parameters of at most one axis and 4,096 entries (biases that stand alone,
         normalisations) keep their whole block. All others keep their diagonal only: embeddings,
         longer vectors, and matrices that are used in another operation (as ``einsum`` or a
-        recurrent cell), in several ways, or in a form that is computed from the parameter (as by
+        bilinear map), in several ways, or in a form that is computed from the parameter (as by
         weight normalisation). :meth:`ewc_lib.Fisher.report` names what each keeps.
 
         ``"lowrank"``, the ``rank`` largest eigenvalues and their eigenvectors over all

@@ -26,7 +26,8 @@ class OutputDistribution(ABC):
 
         Where the values are infinitely many (Gaussian, Poisson) these are two values with the
         mean and the variance of the distribution. Scores of these families are affine in
-        :math:`y`, so expectations of their products need nothing more.
+        :math:`y`, so expectations of their products need nothing more. Where they cannot be
+        listed at all, as for most functions to a distribution of PyTorch, a TypeError says so.
         """
 
     @abstractmethod

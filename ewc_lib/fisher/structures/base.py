@@ -53,7 +53,10 @@ class Fisher(ABC):
     kind
         ``"exact"``, ``"sketch"``, ``"sampled"`` or ``"empirical"``.
     paths
-        How each parameter was computed: ``"rule"``, ``"generic"``, ``"loop"`` or ``"unused"``.
+        How each parameter was computed: ``"rule"``, from the operations that use it;
+        ``"generic"``, by differentiating the model for each observation, which is slower;
+        ``"loop"``, by running it on one observation after the other, which is slowest; or
+        ``"unused"``, if no output depends on it and its information is zero.
     """
 
     n_samples: int
@@ -90,7 +93,7 @@ class Fisher(ABC):
 
     @property
     def keeps(self) -> dict[str, str]:
-        """What is kept of each parameter: the name of a structure.
+        """What is kept of each parameter, by the name of a structure.
 
         ``"diagonal"``, ``"block"``, ``"dense"``, ``"kronecker"``, ``"eigenkronecker"`` or
         ``"lowrank"``. A block is the whole matrix of the parameter, or of those of its module.
