@@ -92,7 +92,7 @@ def check_place(dtype: torch.dtype | None, device: torch.device | str | None) ->
         raise ValueError(f"dtype must be a real torch.dtype, as torch.float64; got {_shown(dtype)}")
     try:
         where = torch.device("cpu" if device is None else device)
-        if where.type == "meta" or (where.type == "cuda" and not torch.cuda.is_available()):
+        if where.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("there is no such device here")
     except (RuntimeError, TypeError) as error:
         reason = str(error).partition("\n")[0]

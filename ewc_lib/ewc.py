@@ -144,7 +144,6 @@ class EWC(QuadraticPenalty):
         self.n_samples = n_samples
         self.draws, self.rank = draws, rank
         self.dtype, self.device = dtype, device
-        self._generator: torch.Generator | None = None
 
     @property
     def _structure(self) -> str:
@@ -171,8 +170,8 @@ class EWC(QuadraticPenalty):
         data, progress
             As in :func:`ewc_lib.fisher_information`.
         generator
-            As there; by default one with seed 0 for all tasks, so that no two of them have the
-            same random numbers.
+            As there; by default a fresh one with the number of tasks so far as its seed, so that
+            no two tasks have the same random numbers.
         n_samples
             As there, for this task; by default what the constructor was given.
 
@@ -193,10 +192,9 @@ class EWC(QuadraticPenalty):
             If it is zero everywhere, so that nothing would be protected.
         """
         self._check_room()
-        if generator is None:  # one for all tasks: their random errors are not to be the same
+        if generator is None:  # the random errors of two tasks are not to be the same
             device = next(self.model.parameters()).device
-            self._generator = self._generator or torch.Generator(device).manual_seed(0)
-            generator = self._generator
+            generator = torch.Generator(device).manual_seed(self.n_tasks)
         fisher = fisher_information(
             self.model,
             data,

@@ -641,10 +641,12 @@ def test_the_settings_of_the_fisher_information_are_those_of_every_task():
     model = network()
     options = {"kind": "sampled", "structure": "lowrank", "n_samples": 5, "draws": 3, "rank": 2}
     ewc = EWC(model, 1.0, dtype=torch.float32, device="cpu", **options)
-    options |= {"dtype": torch.float32, "generator": torch.Generator().manual_seed(0)}
     for t in range(2):
         found = ewc.consolidate(task(t))
-        expected = fisher_information(model, task(t), **options)
+        generator = torch.Generator().manual_seed(t)
+        expected = fisher_information(
+            model, task(t), dtype=torch.float32, generator=generator, **options
+        )
         assert same(found.state_dict(), expected.state_dict())
         assert (found.n_samples, len(found.eigenvalues)) == (5, 2)
     assert {value.dtype for value in ewc.anchor.values()} == {torch.float32}

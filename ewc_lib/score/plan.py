@@ -262,7 +262,7 @@ class Planner:
                 g = g[0].to(sum_dtype(g))
                 sums[name] = sums[name] + torch.tensordot(check.weights[part].to(g), g, dims=1)
         for name in scores.by_vmap:
-            check.check_vmap(name, self.parameters[name], sums[name])
+            check.check_vmap(name, self.parameters[name], sums[name], scores.forward.recorder.eps)
 
     def paths(self) -> dict[str, str]:
         """Say which way each parameter went."""
