@@ -274,7 +274,7 @@ class NetworkScores:
                 output = forward(self.model, given)
             edited = self.caller.state(given) != before
         self._originals = recorder.originals | self._originals
-        self.caller.learn(inputs, harmless=not edited and recorder.rows.stay)
+        self.caller.learn(inputs, harmless=not edited and recorder.rows.in_place)
         return ForwardPass(inputs, output, recorder)
 
     def paths(self) -> dict[str, str]:

@@ -82,44 +82,6 @@ _COMPOSITES: dict[Any, Callable[..., Any]] = {
 }
 
 
-def values_read(function: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the arguments that a result is computed from.
-
-    Left out is what only lends its shape or type, and what chooses one of several matrices for
-    all observations.
-    """
-    if function is Tensor.__getitem__:
-        choice = args[1] if isinstance(args[1], tuple) else args[1:]
-        return args[: 1 if all(map(_is_number, choice)) else None]
-    return args[: _FORM_ONLY.get(function)]
-
-
-def _is_number(index: Any) -> bool:
-    return not isinstance(index, Tensor) or (index.dim() == 0 and index.dtype != torch.bool)
-
-
-_FORM_ONLY: dict[Any, int] = {
-    function: n
-    for n, functions in enumerate(
-        [
-            (
-                torch.zeros_like,
-                torch.ones_like,
-                torch.empty_like,
-                torch.full_like,
-                Tensor.new_zeros,
-                Tensor.new_ones,
-                Tensor.new_empty,
-                Tensor.new_full,
-            ),
-            (Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as),
-        ]
-    )
-    for function in functions
-}
-"""Operations that take only shape, type or device from their arguments after the first few."""
-
-
 def _given(tensor: Tensor) -> Callable[[], Tensor]:
     return lambda: tensor
 

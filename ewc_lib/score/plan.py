@@ -159,7 +159,7 @@ class Planner:
         if plan is None or waiting or not plan.is_general:
             plan = self._try(batch, whole)
         self._compare_outputs(whole, trial, rows)
-        if not whole.recorder.rows.stay or len(rows) == 1:
+        if not whole.recorder.rows.in_place or len(rows) == 1:
             middle = torch.tensor([(n - 1) // 2])
             self._compare_outputs(whole, self._run_alone(whole, middle), middle)
         if self._always:
@@ -286,4 +286,4 @@ def _some_rows(whole: ForwardPass) -> Tensor:
     n = len(whole)
     few = max(1, min(n // 2, TRIAL_SIZE))
     rows = torch.linspace(0, n - 1, max(few, 2)).long()[-few:]
-    return rows.roll(few // 2) if whole.recorder.rows.stay else rows
+    return rows.roll(few // 2) if whole.recorder.rows.in_place else rows

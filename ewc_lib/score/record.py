@@ -18,15 +18,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from ewc_lib._checking import check_operation
 from ewc_lib.score.batch_axis import Placement
 from ewc_lib.score.graph import Graph, rounding
 from ewc_lib.score.memory import sum_dtype
-from ewc_lib.score.operations import inside, match, values_read
+from ewc_lib.score.operations import inside, match
+from ewc_lib.score.row_tracker import RowTracker, tensors, values_read
 from ewc_lib.score.rules import Rule
-from ewc_lib.score.values import Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +113,7 @@ class Recorder(TorchFunctionMode):
     eps
         Machine precision of the coarsest computation, be there a gradient of it or not.
     rows
-        Whether each row is known to have stayed in its place, whatever the values are.
+        Whether each row is known to have stayed in place, whatever the values are.
     nbytes
         Size of all results together.
     originals
@@ -132,8 +131,8 @@ class Recorder(TorchFunctionMode):
         self._steps: dict[int, list[Step]] = {id(p): [] for p in parameters.values()}
         self._constants = {id(t): (t, t._version) for t in constants}
         self.originals: dict[int, tuple[Tensor, Tensor]] = {}
-        given = _tensors(inputs)
-        self.rows = Rows(len(given[0]) if given else 0, given, self._is_constant)
+        given = tensors(inputs)
+        self.rows = RowTracker(len(given[0]) if given else 0, given, self._is_constant)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -144,12 +143,12 @@ class Recorder(TorchFunctionMode):
         if code := inside(func):
             with self:
                 return code(*args, **kwargs)
-        operands = _tensors(*values_read(func, args), *kwargs.values())
+        operands = tensors(*values_read(func, args), *kwargs.values())
         constant = all(map(self._is_constant, operands))
         versions = {id(t): t._version for t in operands}
         self.rows.check(func, args, kwargs)
         output = func(*args, **kwargs)
-        results = _tensors(args[0] if func is Tensor.__setitem__ else output)
+        results = tensors(args[0] if func is Tensor.__setitem__ else output)
         results += _bases(results, versions)
         if results:
             self.rows.see(results)
@@ -278,7 +277,7 @@ class ForwardPass:
     @property
     def is_predictable(self) -> bool:
         """Whether a batch with the same graph uses the parameters in the same way."""
-        return self.recorder.rows.stay and not self.graph.has_custom_functions
+        return self.recorder.rows.in_place and not self.graph.has_custom_functions
 
     @cached_property
     def signature(self) -> tuple[Any, ...]:
@@ -330,17 +329,6 @@ def pull_through(
     found: tuple[Tensor | None, ...] = torch.autograd.grad(
         along, ends, retain_graph=True, allow_unused=True
     )
-    return found
-
-
-def _tensors(*values: Any) -> list[Tensor]:
-    """Return all tensors in nested values; most operations nest none."""
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, tuple | list | dict):
-            found += (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
     return found
 
 

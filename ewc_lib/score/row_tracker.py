@@ -44,10 +44,10 @@ _ENTRY_BY_ENTRY = set(
         "dropout2d dropout3d dropout_ prelu glu swiglu one_hot to type type_as float double "
         "half bfloat16 long int bool clone detach contiguous zero_ fill_ zeros_like ones_like "
         "empty_like full_like new_zeros new_ones new_empty new_full new_tensor requires_grad_ "
-        "cpu cuda copy_ positive resolve_conj __add__ __radd__ __iadd__ __sub__ __rsub__ "
-        "__isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__ __itruediv__ __floordiv__ "
+        "cpu cuda copy_ positive resolve_conj broadcast_tensors __add__ __radd__ "
+        "__iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__ __itruediv__ __floordiv__ "
         "__mod__ __pow__ __rpow__ __neg__ __abs__ __pos__ __invert__ __and__ __or__ __xor__ "
-        "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ register_hook retain_grad"
+        "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ retain_grad"
     )
 )
 """Entry by entry, with any number of operands."""
@@ -59,7 +59,7 @@ _BY_FORM = set(
         "view_as reshape_as repeat repeat_interleave tile unbind chunk split tensor_split "
         "hsplit vsplit narrow select unfold fold pad roll flip fliplr flipud rot90 tril triu "
         "diag_embed diagonal cat concat concatenate stack hstack vstack dstack column_stack "
-        "atleast_1d atleast_2d broadcast_tensors meshgrid interpolate upsample pixel_shuffle "
+        "atleast_1d atleast_2d interpolate upsample pixel_shuffle "
         "pixel_unshuffle channel_shuffle max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d "
         "avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
         "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d _max_pool1d _max_pool2d "
@@ -67,22 +67,33 @@ _BY_FORM = set(
         "max_pool3d_with_indices fft ifft rfft irfft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn "
         "irfftn fftshift ifftshift stft istft __getitem__ __len__ size dim ndimension numel "
         "nelement stride is_floating_point is_complex element_size storage_offset is_contiguous "
-        "get_device data_ptr is_signed type dense_dim __iter__ __get__ arange linspace zeros "
-        "ones empty full eye tensor as_tensor scalar_tensor result_type promote_types can_cast "
-        "finfo iinfo is_tensor is_same_size randn rand randint"
+        "get_device data_ptr is_signed"
     )
 )
 """By shapes alone, if no later operand comes from the data."""
 
-_ALONG_AXES = set(
-    _found(
-        "sum mean prod amax amin aminmax max min var std var_mean std_mean norm vector_norm "
-        "logsumexp softmax log_softmax softmin cumsum cumprod cummax cummin logcumsumexp sort "
-        "argsort topk argmax argmin any all median nanmedian quantile mode kthvalue nansum "
-        "nanmean count_nonzero normalize cosine_similarity diff trapezoid"
+_ALL = None
+_ALONG_AXES: dict[Any, tuple[int, int | None]] = {
+    function: (position, default)
+    for names, position, default in (
+        (
+            "sum mean prod amax amin aminmax max min var std var_mean std_mean median nanmedian "
+            "nansum nanmean logsumexp argmax argmin any all count_nonzero",
+            1,
+            _ALL,
+        ),
+        ("norm vector_norm quantile", 2, _ALL),
+        ("softmax log_softmax softmin cumsum cumprod cummax cummin logcumsumexp", 1, _ALL),
+        ("sort argsort mode", 1, -1),
+        ("topk kthvalue diff", 2, -1),
+        ("normalize cosine_similarity", 2, 1),
     )
-)
-"""Along some axes, of which none may be that of the observations."""
+    for function in _found(names)
+}
+"""Along some axes, of which none may be that of the observations.
+
+Where the axes stand among the arguments, and which they are by default.
+"""
 
 _BY_CONSTANTS = set(
     _found(
@@ -93,8 +104,13 @@ _BY_CONSTANTS = set(
 )
 """Of one operand from the data with others that do not come from them."""
 
-_LENDING_FORM = set(_found("expand_as view_as reshape_as broadcast_tensors"))
-"""By shapes alone, of later operands too."""
+_FORM_ONLY: dict[Any, int] = {
+    **dict.fromkeys(
+        _found("zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full"), 0
+    ),
+    **dict.fromkeys(_found("to type_as expand_as view_as reshape_as"), 1),
+}
+"""Operations that take only shape, type or device from their arguments after the first few."""
 
 _PRODUCTS = set(
     _found("matmul mm bmm mv baddbmm einsum tensordot inner dot __matmul__ __rmatmul__")
@@ -106,7 +122,23 @@ _BATCHED = set(_found("matmul bmm baddbmm __matmul__ __rmatmul__"))
 _ATTENTION = {F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention}
 
 
-class Rows:
+def values_read(function: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments that a result is computed from.
+
+    Left out is what only lends its shape or type, and what chooses one of several matrices for
+    all observations.
+    """
+    if function is Tensor.__getitem__:
+        choice = args[1] if isinstance(args[1], tuple) else args[1:]
+        return args[: 1 if all(map(_is_number, choice)) else None]
+    return args[: _FORM_ONLY.get(function)]
+
+
+def _is_number(index: Any) -> bool:
+    return not isinstance(index, Tensor) or (index.dim() == 0 and index.dtype != torch.bool)
+
+
+class RowTracker:
     """Watches whether values may have decided what became of which row.
 
     Parameters
@@ -120,79 +152,73 @@ class Rows:
 
     Attributes
     ----------
-    stay
-        Whether each row is known to have stayed in its place.
+    in_place
+        Whether each row is known to have stayed where it was.
     """
 
     def __init__(
         self, n: int, inputs: Iterable[Tensor], is_constant: Callable[[Tensor], bool]
     ) -> None:
-        self.stay = True
+        self.in_place = True
         self._n = n
         self._is_constant = is_constant
         self._seen: dict[int, weakref.ref[Tensor]] = {}
         self.see(inputs)
 
-    def see(self, tensors: Iterable[Tensor]) -> None:
+    def see(self, known: Iterable[Tensor]) -> None:
         """Take note of tensors of which it is known how they were computed."""
-        self._seen.update((id(t), weakref.ref(t)) for t in tensors)
+        self._seen.update((id(t), weakref.ref(t)) for t in known)
 
     def check(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at an operation before it is computed."""
-        if self.stay:
-            self.stay = self._stay(function, args, kwargs)
+        if self.in_place:
+            self.in_place = self._stays(function, args, kwargs)
 
-    def _stay(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        data = [t for t in tensors if not self._is_constant(t)]
+    def _stays(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        data = [t for t in tensors((args, kwargs)) if not self._is_constant(t)]
         if not data:
             return True
-        if not all(self._is_seen(t) for t in data):
+        if not args or not all(map(self._is_seen, data)):
             return False  # computed out of sight
         if function in _ENTRY_BY_ENTRY or function in _ATTENTION:
             return True
         if function is torch.where or function is Tensor.where:
             return len(args) + len(kwargs) > 1
         if function is Tensor.__setitem__:
-            return all(self._is_constant(t) for t in _tensors(args[1]))
+            return all(self._is_constant(t) for t in tensors(args[1]))
         if function in _BY_FORM or getattr(function, "__name__", "") == "__get__":
             return self._is_by_form(function, args, kwargs)
         if function in _ALONG_AXES:
-            return self._is_along_other_axes(args, kwargs)
+            return self._is_along_other_axes(function, args, kwargs)
         if function in _BY_CONSTANTS:
             return len(data) < 2
         return function in _PRODUCTS and (len(data) < 2 or self._is_apart(function, args, data))
 
     def _is_by_form(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        first = args[0] if args else None
-        if isinstance(first, tuple | list):  # tensors that are put together
-            return all(self._is_constant(t) for t in _tensors((args[1:], kwargs)))
-        if function in _LENDING_FORM:
-            return True
-        places = _tensors((args[1:], kwargs))
-        if function is Tensor.__getitem__ and isinstance(first, Tensor):
+        first, places = args[0], tensors((args[1 : _FORM_ONLY.get(function)], kwargs))
+        if function is Tensor.__getitem__ and self._is_constant(first):
             # Each observation may read its rows of a table that is the same for all.
-            table = self._is_constant(first) and all(t.dim() for t in places)
-            return table or all(self._is_constant(t) for t in places)
-        return all(self._is_constant(t) for t in places)
+            return all(place.dim() for place in places)
+        return all(map(self._is_constant, places))
 
-    def _is_along_other_axes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        given = args[1:] + tuple(kwargs.values())
-        if any(isinstance(value, Tensor) for value in given):
-            return True  # entry by entry, as the larger of two
-        axes = kwargs.get("dim", next((v for v in args[1:] if v is not None), None))
-        tensor = args[0]
+    def _is_along_other_axes(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        place, default = _ALONG_AXES[function]
+        given = args[place] if len(args) > place else default
+        axes = kwargs.get("dim", kwargs.get("axis", given))
+        if isinstance(axes, Tensor):
+            return True  # the larger of two, entry by entry
         if isinstance(axes, int) and not isinstance(axes, bool):
             axes = (axes,)
         if not isinstance(axes, tuple | list) or not axes:
-            return bool(tensor.dim() == 0)
-        return all(isinstance(axis, int) and self._is_other(tensor, axis) for axis in axes)
+            return bool(args[0].dim() == 0)
+        return all(self._is_other(args[0].shape, axis) for axis in axes)
 
-    def _is_other(self, tensor: Tensor, axis: int) -> bool:
+    def _is_other(self, sizes: torch.Size, axis: int) -> bool:
         """Whether an axis is none of the observations, which lie along the first if they can."""
-        sizes = tensor.shape
-        if not -len(sizes) <= axis < len(sizes) or sizes[axis] == 1:
-            return True
+        if not -len(sizes) <= axis < len(sizes):
+            return False
         first = sizes[0] == self._n or self._n not in sizes
         return axis % len(sizes) != 0 if first else sizes[axis] != self._n
 
@@ -208,5 +234,12 @@ class Rows:
         return known is not None and known() is tensor
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+def tensors(*values: Any) -> list[Tensor]:
+    """Return all tensors in nested values; most operations nest none."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list | dict):
+            found += (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+    return found

@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from ewc_lib.score.values import Rows
+from ewc_lib.score.row_tracker import RowTracker, tensors
 
 X = torch.arange(12.0).reshape(4, 3)
 PLACES, MARKS, NUMBER = torch.tensor([2, 0, 1, 1]), torch.tensor([True, False, True, True]), X[0, 1]
@@ -21,7 +20,7 @@ class Watching(TorchFunctionMode):
         super().__init__()
         self.constants = list(constants)
         data = [t for t in (X, PLACES, MARKS, NUMBER) if all(t is not c for c in constants)]
-        self.rows = Rows(len(X), data, lambda t: any(t is c for c in self.constants))
+        self.rows = RowTracker(len(X), data, lambda t: any(t is c for c in self.constants))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -30,10 +29,6 @@ class Watching(TorchFunctionMode):
         constant = all(any(t is c for c in self.constants) for t in tensors((args, kwargs)))
         (self.constants.extend if constant else self.rows.see)(tensors(result))
         return result
-
-
-def tensors(values):
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 @torch.jit.script
@@ -64,6 +59,13 @@ DECIDING = {
     "an operation below": lambda: torch.ops.aten.index.Tensor(X, [PLACES]) + 1,
     "the largest of all": lambda: X / X.amax(),
     "a sum over rows": lambda: X - X.mean(0),
+    "the norm of all": lambda: X / X.norm(2),
+    "the largest rows": lambda: X.topk(2, 0),
+    "normalised columns": lambda: F.normalize(X, dim=0),
+    "similar columns": lambda: F.cosine_similarity(X, X, 0),
+    "columns by an axis": lambda: X.sort(axis=0),
+    "named operands": lambda: torch.softmax(input=X, dim=0),
+    "a function of gradients": lambda: X.clone().requires_grad_().register_hook(lambda g: g),
     "rows in order": lambda: X.sort(0).values,
     "an operation that nobody knows": lambda: torch.cdist(X, X),
     "where a mask holds": lambda: torch.where(MARKS),
@@ -91,6 +93,10 @@ SHAPED = {
     "a product of batches by letters": lambda: torch.einsum("nd,nd->n", X, X),
     "a mean of each row": lambda: X.mean(-1),
     "a norm of each row": lambda: X / X.norm(dim=1, keepdim=True),
+    "normalised rows": lambda: F.normalize(X),
+    "the norm of each row by place": lambda: X.norm(2, 1),
+    "a shape from elsewhere": lambda: X[:1].expand_as(X).to(X),
+    "the larger of two": lambda: torch.max(X, -X),
     "rows side by side": lambda: torch.cat([X, X * 2], 1),
 }
 
@@ -99,36 +105,36 @@ SHAPED = {
 def test_values_may_decide(operation):
     with Watching() as watching:
         operation()
-    assert not watching.rows.stay
+    assert not watching.rows.in_place
 
 
 @pytest.mark.parametrize("operation", SHAPED.values(), ids=SHAPED)
 def test_each_row_stays_in_its_place(operation):
     with Watching() as watching:
         operation()
-    assert watching.rows.stay
+    assert watching.rows.in_place
 
 
 @pytest.mark.parametrize("operation", [lambda: X[PLACES], lambda: bool(NUMBER > 0)])
 def test_what_does_not_depend_on_the_data_decides_the_same_each_time(operation):
     with Watching(X, PLACES, NUMBER) as watching:
         operation()
-    assert watching.rows.stay
+    assert watching.rows.in_place
 
 
 def test_each_observation_may_read_its_rows_of_a_table():
     with Watching(X) as watching:
         X[PLACES], F.embedding(PLACES, X)
-    assert watching.rows.stay
+    assert watching.rows.in_place
 
 
 def test_one_place_for_all_observations_is_decided_by_values():
     with Watching(X) as watching:
         X[PLACES[0]]
-    assert not watching.rows.stay
+    assert not watching.rows.in_place
 
 
 def test_rows_may_not_be_written_to_a_constant():
     with Watching(X) as watching:
         Tensor.index_add(X, 0, PLACES, X)
-    assert not watching.rows.stay
+    assert not watching.rows.in_place
