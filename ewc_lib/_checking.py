@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -13,6 +14,8 @@ from torch._ops import HigherOrderOperator
 from torch.nn.parameter import is_lazy
 
 T = TypeVar("T")
+
+_BATCH_NORM = inspect.signature(F.batch_norm)
 
 DTYPES_DIFFER = re.compile(
     r"(same|mixed) d(ata)?type|scalar type|type .* should be the same|have the type"
@@ -40,24 +43,11 @@ def check_operation(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
                 f"the model uses torch.{name}, whose gradient is not known outside compiled code; "
                 "use Python's own if or torch.where"
             )
-    if function is F.batch_norm and _trains(*args, **kwargs):
+    if function is F.batch_norm and _BATCH_NORM.bind(*args, **kwargs).arguments.get("training"):
         raise ValueError(
             "the model mixes observations: it normalises by the statistics of the batch in eval "
             "mode, too, so they have no scores of their own. Use running statistics"
         )
-
-
-def _trains(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    *others: Any,
-    **options: Any,
-) -> bool:
-    return training
 
 
 def explaining(batches: Iterable[T], model: nn.Module) -> Iterator[T]:

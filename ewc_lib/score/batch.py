@@ -15,9 +15,9 @@ from ewc_lib._batches import Batch
 from ewc_lib._parameters import Vector
 from ewc_lib.score import memory
 from ewc_lib.score.by_vmap import VmapGradients
+from ewc_lib.score.forward_pass import ForwardPass, in_units
 from ewc_lib.score.gradients import ParameterGradients, UseInBatch
 from ewc_lib.score.memory import sum_dtype
-from ewc_lib.score.record import ForwardPass, in_units
 
 if TYPE_CHECKING:
     from ewc_lib.score.plan import Plan

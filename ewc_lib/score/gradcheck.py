@@ -44,10 +44,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ewc_lib.score.batch_axis import BatchAxis, Placement, RaggedRows, batch_axes, weigh
+from ewc_lib.score.forward_pass import pull_through
 from ewc_lib.score.gradients import ParameterGradients
 from ewc_lib.score.graph import NOTHING, Graph
 from ewc_lib.score.memory import sum_dtype
-from ewc_lib.score.record import pull_through
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +143,7 @@ class GradientCheck:
         expected = self.answer.get(name)
         if gradients is None or expected is None:
             return expected is None
-        weighted, eps = gradients.weighted(self.weights), self._eps_of(gradients.parameter)
+        weighted, eps = gradients.weighted(self.weights), self.graph.eps_of(gradients.parameter)
         try:
             found = self._total(weighted, expected)
         except RuntimeError:  # the tensors have other shapes than the rule expects
@@ -176,9 +176,6 @@ class GradientCheck:
         gradients.add_total(total)
         return total
 
-    def _eps_of(self, parameter: Tensor) -> float:
-        return self.graph.eps_of(parameter)
-
     def check_vmap(
         self, name: str, parameter: Tensor, weighted: Tensor, forward_eps: float = 0.0
     ) -> None:
@@ -187,7 +184,7 @@ class GradientCheck:
         They have a forward pass of their own, which rounds in another way than that of the batch.
         """
         expected = self.answer.get(name, torch.zeros_like(weighted))
-        eps = max(forward_eps, self._eps_of(parameter))
+        eps = max(forward_eps, self.graph.eps_of(parameter))
         if not _agree(weighted, expected, eps, 100 * _unit(expected, eps) * self._largest):
             if parameter._backward_hooks:
                 hooks = ", ".join(_name(hook) for hook in parameter._backward_hooks.values())

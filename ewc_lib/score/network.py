@@ -23,9 +23,10 @@ from ewc_lib.likelihood.outputs import Likelihood, OutputDistribution
 from ewc_lib.score import memory
 from ewc_lib.score.batch import BatchScores
 from ewc_lib.score.by_vmap import VmapGradients
+from ewc_lib.score.forward_pass import ForwardPass
 from ewc_lib.score.memory import sum_dtype
 from ewc_lib.score.plan import Certify, Planner
-from ewc_lib.score.record import ForwardPass, Recorder
+from ewc_lib.score.record import Recorder
 
 Direction: TypeAlias = Callable[[Float[Tensor, "N ..."], Any], Float[Tensor, "N ..."]]
 """From the output and the target of a batch to a direction in the space of outputs."""

@@ -40,10 +40,10 @@ from ewc_lib._parameters import Vector
 from ewc_lib.score.batch import BatchScores
 from ewc_lib.score.batch_axis import BatchAxis, Placement, RaggedRows
 from ewc_lib.score.by_vmap import VmapGradients
+from ewc_lib.score.forward_pass import ForwardPass
 from ewc_lib.score.gradcheck import NO_SCORES, GradientCheck, check_alone, norm, random_direction
 from ewc_lib.score.gradients import selects_entries
 from ewc_lib.score.memory import sum_dtype
-from ewc_lib.score.record import ForwardPass
 
 Certify: TypeAlias = Literal["auto", "always"]
 """Whether batches are checked where a plan could fail to hold, or all of them."""

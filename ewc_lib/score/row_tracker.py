@@ -44,8 +44,9 @@ _ENTRY_BY_ENTRY = set(
         "dropout2d dropout3d dropout_ prelu glu swiglu one_hot to type type_as float double "
         "half bfloat16 long int bool clone detach contiguous zero_ fill_ zeros_like ones_like "
         "empty_like full_like new_zeros new_ones new_empty new_full new_tensor requires_grad_ "
-        "cpu cuda copy_ positive resolve_conj broadcast_tensors __add__ __radd__ "
-        "__iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__ __itruediv__ __floordiv__ "
+        "cpu cuda copy_ positive resolve_conj broadcast_tensors __add__ __radd__ __iadd__ "
+        "__sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__ "
+        "__itruediv__ __floordiv__ "
         "__mod__ __pow__ __rpow__ __neg__ __abs__ __pos__ __invert__ __and__ __or__ __xor__ "
         "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ retain_grad"
     )

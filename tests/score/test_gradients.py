@@ -12,8 +12,9 @@ from torch import Tensor
 from ewc_lib.score import gradients as module
 from ewc_lib.score import memory
 from ewc_lib.score.batch_axis import BatchAxis
+from ewc_lib.score.forward_pass import pull_through
 from ewc_lib.score.gradients import ParameterGradients, UseInBatch, pull_back, selects_entries
-from ewc_lib.score.record import ParameterUse, pull_through
+from ewc_lib.score.record import ParameterUse
 from ewc_lib.score.rules import (
     Broadcast,
     Convolution,
