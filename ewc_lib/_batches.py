@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ewc_lib._arguments import check_whole
 from ewc_lib._forms import check_iterable, is_whole, pair
-from ewc_lib._parameters import count
+from ewc_lib._parameters import count, form
 from ewc_lib.errors import EmptyData
 
 BATCH_SIZE = 128
@@ -110,7 +110,7 @@ def join(pieces: Iterable[Batch], enough: Callable[[], int]) -> Iterator[Batch]:
     """
     waiting: list[Batch] = []
     for piece in pieces:
-        if waiting and _form(waiting[0]) != _form(piece):
+        if waiting and form(waiting[0][:2]) != form(piece[:2]):
             yield _joined(waiting)
             waiting = []
         waiting.append(piece)
@@ -119,12 +119,6 @@ def join(pieces: Iterable[Batch], enough: Callable[[], int]) -> Iterator[Batch]:
             waiting = []
     if waiting:
         yield _joined(waiting)
-
-
-def _form(batch: Batch) -> Any:
-    """Everything but the number of observations."""
-    leaves, structure = tree_flatten((batch.inputs, batch.target))
-    return structure, [(leaf.dtype, leaf.shape[1:]) for leaf in leaves]
 
 
 def _joined(parts: list[Batch]) -> Batch:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from ewc_lib.errors import EmptyData
 
@@ -70,3 +70,9 @@ def rows(data: Data) -> Iterator[Data]:
 def row(data: Data, n: int) -> Data:
     """Return observation ``n``."""
     return tree_map(lambda leaf: leaf[n], data)
+
+
+def form(data: Data) -> Any:
+    """Return everything about data but the number of observations and their values."""
+    leaves, structure = tree_flatten(data)
+    return structure, tuple((leaf.dtype, leaf.shape[1:]) for leaf in leaves)

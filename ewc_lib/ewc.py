@@ -29,6 +29,7 @@ from ewc_lib.fisher.structures import (
 from ewc_lib.likelihood.agreement import Criterion
 from ewc_lib.likelihood.outputs import Likelihood, given_distribution
 from ewc_lib.quadratic import QuadraticPenalty
+from ewc_lib.score.plan import Certify
 
 __all__ = ["EWC"]
 
@@ -71,7 +72,7 @@ class EWC(QuadraticPenalty):
         another structure. With ``"lowrank"`` the rank, and so the memory, grows with every task.
     params
         As there: the parameters that are held. All others are free.
-    n_samples, draws, rank, dtype, device
+    n_samples, draws, rank, certify, dtype, device
         As there, for every task. They are settings: :meth:`state_dict` does not store them. What
         was summed on another ``device`` moves to the model's with the next penalty.
 
@@ -124,11 +125,12 @@ class EWC(QuadraticPenalty):
         n_samples: int | None = None,
         draws: int = 1,
         rank: int = 32,
+        certify: Certify = "auto",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         check_choice("mode", mode, ("separate", "online"))
-        check_request(kind, structure, n_samples, draws, rank, dtype, device)
+        check_request(kind, structure, n_samples, draws, rank, certify, dtype, device)
         given_distribution(likelihood)  # refuses an unknown word now, not later
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must lie between 0 and 1, got {decay}")
@@ -142,7 +144,7 @@ class EWC(QuadraticPenalty):
         self.kind: Kind = kind
         self.structure: Structure = structure
         self.n_samples = n_samples
-        self.draws, self.rank = draws, rank
+        self.draws, self.rank, self.certify = draws, rank, certify
         self.dtype, self.device = dtype, device
 
     @property
@@ -206,6 +208,7 @@ class EWC(QuadraticPenalty):
             n_samples=self.n_samples if n_samples is None else n_samples,
             draws=self.draws,
             rank=self.rank,
+            certify=self.certify,
             generator=generator,
             progress=progress,
             dtype=self.dtype,

@@ -13,6 +13,8 @@ from torch import nn
 
 from ewc_lib import EWC, Gaussian, fisher_information
 from ewc_lib.data import digits
+from ewc_lib.score import memory
+from ewc_lib.score.gradcheck import GradientCheck
 from tests.scenarios import PROPERTY, same, trace_of
 
 DOUBLE = torch.float64
@@ -708,6 +710,7 @@ def test_a_decay_outside_zero_and_one_is_refused(mode, decay):
         ({"n_samples": 0}, "n_samples must be at least 1, got 0"),
         ({"draws": 0}, "draws must be at least 1, got 0"),
         ({"rank": 1.5}, "rank must be a whole number, got 1.5"),
+        ({"certify": "never"}, "certify must be one of 'auto', 'always', got 'never'"),
         ({"dtype": torch.int64}, "dtype must be a real"),
         ({"device": "gpu"}, "device must be one of PyTorch, got 'gpu'"),
     ],
@@ -852,3 +855,21 @@ def test_a_task_that_is_consolidated_twice_counts_twice(mode):
         twice.consolidate(task())
     move(model, seed=1)
     torch.testing.assert_close(twice.penalty(), 2 * once.penalty(), **TIGHT)
+
+
+def test_every_batch_of_a_task_is_compared_if_asked_for(monkeypatch):
+    posed, pose = [], GradientCheck.pose
+
+    def counted(output, *rest):
+        posed.append(len(output))
+        return pose(output, *rest)
+
+    monkeypatch.setattr(GradientCheck, "pose", counted)
+    monkeypatch.setattr(memory, "BATCH_BYTES", 0)
+    x, y = task()
+    data = [(x[i : i + 2], y[i : i + 2]) for i in range(0, 6, 2)]
+    EWC(network(), 1.0).consolidate(data)
+    assert posed == [2, 2]  # the first and the last
+    posed.clear()
+    EWC(network(), 1.0, certify="always").consolidate(data)
+    assert posed == [2, 2, 2]

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ewc_lib._calling import evaluating
 from ewc_lib._progress import progress as show_progress
+from ewc_lib._restoring import evaluating
 from ewc_lib.continual._checkpoint import plain, restore, save
 from ewc_lib.continual.metrics import accuracy
 from ewc_lib.continual.streams import Source, Stream

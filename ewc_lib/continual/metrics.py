@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ewc_lib._calling import evaluating
+from ewc_lib._restoring import evaluating
 
 __all__ = [
     "accuracy",

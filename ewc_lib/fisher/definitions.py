@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.func import grad, jacrev
 from torch.utils._pytree import tree_map
 
-from ewc_lib._calling import forward, untouched
+from ewc_lib._calling import forward
 from ewc_lib._parameters import Data, Params, count, ravel
+from ewc_lib._restoring import untouched
 from ewc_lib.likelihood.definition import LogProb, check_log_prob, per_observation
 from ewc_lib.likelihood.outputs import Likelihood, output_distribution
 from ewc_lib.score.definition import scores

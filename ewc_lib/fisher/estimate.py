@@ -204,7 +204,7 @@ def fisher_information(
     >>> torch.allclose(F.diagonal()["bias"], p * (1 - p))
     True
     """
-    check_request(kind, structure, n_samples, draws, rank, dtype, device)
+    check_request(kind, structure, n_samples, draws, rank, certify, dtype, device)
     parameters = select_parameters(model, params)
     network = NetworkScores(model, parameters, certify=certify)
     generator = random_source(generator, network.device)
@@ -238,12 +238,14 @@ def check_request(
     n_samples: int | None,
     draws: int,
     rank: int,
+    certify: str,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
 ) -> None:
     """Raise a ValueError that names the first argument that cannot be meant."""
     check_choice("kind", kind, KINDS)
     check_choice("structure", structure, STRUCTURES)
+    check_choice("certify", certify, get_args(Certify))
     check_whole(n_samples=n_samples, draws=draws, rank=rank)
     check_place(dtype, device)
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
-from ewc_lib._calling import evaluating, forward
+from ewc_lib._calling import forward
 from ewc_lib._parameters import Data, Params, count, row, rows
+from ewc_lib._restoring import evaluating
 from ewc_lib._selecting import select_parameters
 from ewc_lib.likelihood.any_distribution import validating
 from ewc_lib.likelihood.outputs import Likelihood, output_distribution

@@ -7,14 +7,14 @@ called with the ``labels`` among its inputs.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ewc_lib._restoring import same_attributes
 from ewc_lib.likelihood.losses import Loss
 
 AS_PAIRS = "A model that is trained by another loss gets its data as pairs (inputs, targets)."
@@ -59,7 +59,10 @@ def own_loss(model: nn.Module, inputs: Any, labels: Tensor) -> Loss | None:
     """Return the loss that the model computes if it is called with labels, or None."""
     if not _takes(model, "labels"):
         return None
-    with _attributes_kept(model), torch.enable_grad():
+    # it may write down in its configuration what kind of problem it has seen
+    configurations = [getattr(module, "config", None) for module in model.modules()]
+    once = {id(configuration): configuration for configuration in configurations}
+    with same_attributes(once.values()), torch.enable_grad():
         try:
             output = model(**inputs, labels=labels)
         except Exception as error:
@@ -105,16 +108,3 @@ def slope(loss: Tensor, output: Any) -> Tensor | None:
     if not (isinstance(output, Tensor) and output.requires_grad and loss.requires_grad):
         return None
     return torch.autograd.grad(loss.sum(), output, allow_unused=True)[0]
-
-
-@contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Give all attributes back: a loss may write down what kind of problem it has seen."""
-    found = [owner for m in model.modules() for owner in (m, getattr(m, "config", None))]
-    kept = [(vars(owner), dict(vars(owner))) for owner in found if hasattr(owner, "__dict__")]
-    try:
-        yield
-    finally:
-        for now, before in kept:
-            now.clear()
-            now.update(before)

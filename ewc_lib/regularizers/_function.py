@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ewc_lib._arguments import check_strength
-from ewc_lib._calling import untouched
+from ewc_lib._restoring import untouched
 from ewc_lib.heads import MultiHead, own_outputs
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ewc_lib._arguments import check_whole, random_source
-from ewc_lib._calling import untouched
 from ewc_lib._drawing import random_part
+from ewc_lib._restoring import untouched
 from ewc_lib.fisher.structures import Diagonal
 from ewc_lib.regularizers._importance import ImportancePenalty
 from ewc_lib.score import per_observation_gradients

@@ -13,10 +13,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ewc_lib._batches import Batch, batches, join, marking_last
-from ewc_lib._calling import Caller, forward, untouched
+from ewc_lib._calling import Caller, forward
 from ewc_lib._checking import check_finite_parameters, check_modules
 from ewc_lib._parameters import Vector
 from ewc_lib._progress import progress as show_progress
+from ewc_lib._restoring import untouched
 from ewc_lib._selecting import Selection, select_parameters
 from ewc_lib.likelihood.agreement import Criterion, agreed, ready
 from ewc_lib.likelihood.outputs import Likelihood, OutputDistribution

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ewc_lib._arguments import check_choice
 from ewc_lib._batches import Batch
 from ewc_lib._parameters import Vector
 from ewc_lib.score.batch import BatchScores
@@ -102,8 +103,7 @@ class Planner:
         run: Callable[[Any], ForwardPass],
         certify: Certify = "auto",
     ) -> None:
-        if certify not in get_args(Certify):
-            raise ValueError(f"certify must be 'auto' or 'always', got {certify!r}")
+        check_choice("certify", certify, get_args(Certify))
         self.parameters = parameters
         self.vmap_gradients = vmap_gradients
         self.by_vmap: set[str] = set()

@@ -160,8 +160,9 @@ class Recorder(TorchFunctionMode):
         """Copy a parameter that the model is about to change in place, as by a constraint."""
         name = getattr(func, "__name__", "")
         if name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], Tensor):
-            for p in self._parameters.values():
-                if p.data_ptr() == args[0].data_ptr() and id(p) not in self.originals:
+            memory = _memory(args[0])
+            for p in self._parameters.values() if memory else ():
+                if _memory(p) == memory and id(p) not in self.originals:
                     self.originals[id(p)] = p, p.detach().clone()
 
     def _record(
@@ -245,6 +246,14 @@ class Recorder(TorchFunctionMode):
                 else:
                     return None
         return found
+
+
+def _memory(tensor: Tensor) -> int:
+    """Return where a tensor is kept; 0 for those that are nowhere, as inside of a transform."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
 
 
 def _bases(results: list[Tensor], versions: dict[int, int]) -> list[Tensor]:

@@ -209,7 +209,7 @@ def test_always_compares_the_outputs_of_all_observations():
     x[7, 1, 2] = x[14, 0, 0] = x[31, 3, 5] = -999
     with pytest.raises(ValueError, match="mixes observations"):
         fisher_information(model, (x, torch.arange(40) % 3), certify="always")
-    with pytest.raises(ValueError, match="'auto' or 'always'"):
+    with pytest.raises(ValueError, match="certify must be one of 'auto', 'always'"):
         fisher_information(model, (x, torch.arange(40) % 3), certify="never")
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ewc_lib._calling import evaluating
+from ewc_lib._restoring import evaluating
 from ewc_lib.continual import split
 from ewc_lib.data import Images
 from ewc_lib.experiments.runs.protocols import Experiment, Protocol, play
