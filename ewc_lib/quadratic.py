@@ -181,7 +181,8 @@ class QuadraticPenalty:
         if isinstance(self._precision, Diagonal):
             shares = self._shares(rates)
             for name, parameter in parameters.items():
-                anchor, share = self._anchor[name], shares[name]
+                anchor = self._anchor[name]
+                share = shares[name].to(anchor.dtype)  # that of a complex parameter is real
                 if parameter.dtype == anchor.dtype:
                     parameter.lerp_(anchor, share)
                 else:
@@ -309,11 +310,12 @@ class QuadraticPenalty:
 
     def _optimum(self, precision: Fisher) -> Vector:
         """Copy the present parameters, where a precision is and in its dtypes."""
-        like = precision.diagonal()
-        return {
-            name: p.detach().to(like[name].device, like[name].dtype, copy=True)
-            for name, p in self._parameters().items()
-        }
+        like, found = precision.diagonal(), {}
+        for name, parameter in self._parameters().items():
+            device, dtype = like[name].device, like[name].dtype
+            dtype = dtype.to_complex() if parameter.is_complex() else dtype
+            found[name] = parameter.detach().to(device, dtype, copy=True)
+        return found
 
     def _merge(self, precision: Fisher) -> None:
         r"""Add the quadratic of one more task around the present parameters, exactly.

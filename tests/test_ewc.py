@@ -873,3 +873,44 @@ def test_every_batch_of_a_task_is_compared_if_asked_for(monkeypatch):
     posed.clear()
     EWC(network(), 1.0, certify="always").consolidate(data)
     assert posed == [2, 2, 2]
+
+
+class Filter(nn.Module):
+    """A filter of frequencies with complex weights, and a real layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.filter = nn.Parameter(torch.randn(3, dtype=torch.complex128))
+        self.head = nn.Linear(4, 3, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.head(torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=4))
+
+
+def test_complex_parameters_are_held_by_their_squared_distance():
+    model, data = Filter(), (torch.randn(20, 4).double(), torch.arange(20) % 3)
+    ewc, parts, expected = EWC(model, 2.0), [], 0.0
+    for _ in range(2):
+        F = ewc.consolidate(data).diagonal()
+        parts.append((F, {n: p.detach().clone() for n, p in model.named_parameters()}))
+        with torch.no_grad():
+            model.filter += 0.5 - 0.3j
+            model.head.weight += 0.1
+    for F, old in parts:
+        for name, p in model.named_parameters():
+            expected += float((F[name] * (p.detach() - old[name]).abs().square()).sum())
+    assert ewc.penalty().item() == pytest.approx(expected)
+    ewc.penalty().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    ewc.add_gradient_()
+    for p, g in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, g)
+    again = EWC(model, 2.0)
+    again.load_state_dict(ewc.state_dict())
+    assert torch.equal(again.penalty(), ewc.penalty())
+    theta, step = model.filter.detach().clone(), 0.1 * 2.0 * ewc.precision.diagonal()["filter"]
+    ewc.proximal_step_(torch.optim.SGD(model.parameters(), lr=0.1))
+    expected = (theta + step * ewc.anchor["filter"]) / (1 + step)
+    torch.testing.assert_close(model.filter.detach(), expected)

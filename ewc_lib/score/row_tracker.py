@@ -185,6 +185,8 @@ class RowTracker:
             return True
         if function is torch.where or function is Tensor.where:
             return len(args) + len(kwargs) > 1
+        if function is Tensor.register_hook:  # those of PyTorch itself, as of counters, only look
+            return str(getattr(args[1], "__module__", "")).startswith("torch.")
         if function is Tensor.__setitem__:
             return all(self._is_constant(t) for t in tensors(args[1]))
         if function in _BY_FORM or getattr(function, "__name__", "") == "__get__":

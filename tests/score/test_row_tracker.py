@@ -97,6 +97,9 @@ SHAPED = {
     "the norm of each row by place": lambda: X.norm(2, 1),
     "a shape from elsewhere": lambda: X[:1].expand_as(X).to(X),
     "the larger of two": lambda: torch.max(X, -X),
+    "a hook of a counter": lambda: torch.autograd.graph.register_multi_grad_hook(
+        [X.clone().requires_grad_()], print
+    ),
     "rows side by side": lambda: torch.cat([X, X * 2], 1),
 }
 

@@ -117,10 +117,13 @@ class Fisher(ABC):
         return in_form_of(v, self._product(named(v, self.shapes)), self.shapes)
 
     def quadratic(self, v: Vector | Tensor) -> Float[Tensor, ""]:
-        r"""Return :math:`v^\top F v`, differentiable in ``v``, named or flat."""
+        r"""Return :math:`v^\top F v`, differentiable in ``v``, named or flat.
+
+        Of complex entries the squared sizes count.
+        """
         v = named(v, self.shapes)
         product = self._product(v)
-        return torch.stack([(v[name] * product[name]).sum() for name in product]).sum()
+        return torch.stack([(v[name].conj() * product[name]).sum().real for name in product]).sum()
 
     def solve(self, v: V, damping: float = 0.0) -> V:
         r"""Return :math:`(F + \text{damping} \cdot I)^{-1} v`, in the form of ``v``, named or flat.
