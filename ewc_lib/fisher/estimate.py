@@ -68,8 +68,9 @@ def fisher_information(
     Parameters
     ----------
     model
-        Any module that maps a batch of inputs to a tensor ``[N, ...]``, or to an object with
-        such ``.logits``. One entry of the first axis is one observation.
+        Any module that maps a batch of inputs to a tensor ``[N, ...]``, to a tuple that begins
+        with one, or to an object or dict with such ``logits``. One entry of the first axis is one
+        observation.
     data
         A DataLoader or any iterable of batches ``(inputs, targets)``, or of dicts with
         ``"labels"``; or one tuple of tensors ``(inputs, targets)``. A dict of inputs is passed

@@ -60,8 +60,9 @@ def per_observation_gradients(
     Parameters
     ----------
     model
-        Any module that maps a batch of inputs to a tensor ``[N, ...]``, or to an object with
-        such ``.logits``. One entry of the first axis is one observation.
+        Any module that maps a batch of inputs to a tensor ``[N, ...]``, to a tuple that begins
+        with one, or to an object or dict with such ``logits``. One entry of the first axis is one
+        observation.
     data
         As in :func:`ewc_lib.fisher_information`.
     likelihood, criterion

@@ -66,13 +66,14 @@ class Plan:
         For each parameter, the numbers of its uses and where the observations lie in them.
     selects_entries
         Parameters all of whose uses are of one tensor that holds their entries, none twice.
-    silent
-        Uses that added nothing when the plan was made, so that it says nothing about them.
+    unsettled
+        Uses that added nothing when the plan was made, or that more than one axis fitted, so that
+        it says nothing about them.
     """
 
     axes: dict[str, dict[int, Placement]]
     selects_entries: set[str]
-    silent: list[int]
+    unsettled: list[int]
 
     @property
     def is_general(self) -> bool:
@@ -130,8 +131,7 @@ class Planner:
             return False
         if (batch.last or self._random.random() < SHARE) and not self._passes(plan, batch, whole):
             return False
-        waiting = [i for i in plan.silent if not whole.uses[i].is_blank]
-        found = whole.pull(waiting, random_direction(whole.output))
+        found = whole.pull(self._waiting(plan, whole), random_direction(whole.output))
         return all(whole.uses[i].is_silent(g) for i, g in found.items())
 
     def _passes(self, plan: Plan, batch: Batch, whole: ForwardPass) -> bool:
@@ -148,27 +148,33 @@ class Planner:
 
     def _make(self, batch: Batch, whole: ForwardPass) -> Plan:
         """Make a plan on a few observations, or on the whole batch, and keep it if it holds."""
-        n = len(whole)
         rows = _some_rows(whole)
         trial = self._run_alone(whole, rows)
         predictable = whole.is_predictable and trial.way == whole.way
-        plan = None
-        if predictable and len(rows) == TRIAL_SIZE and not self._always:
-            plan = self._try(batch, trial)
-        waiting = plan is None or not all(whole.uses[i].is_blank for i in plan.silent)
-        if plan is None or waiting or not plan.is_general:
+        few_are_enough = predictable and len(rows) == TRIAL_SIZE and not self._always
+        plan = self._try(batch, trial) if few_are_enough else None
+        if plan is None or not plan.is_general or self._waiting(plan, whole):
             plan = self._try(batch, whole)
-        self._compare_outputs(whole, trial, rows)
-        if not whole.recorder.rows.in_place or len(rows) == 1:
-            middle = torch.tensor([(n - 1) // 2])
-            self._compare_outputs(whole, self._run_alone(whole, middle), middle)
-        if self._always:
-            for part in (torch.arange(0, n, 2), torch.arange(1, n, 2)):
-                if len(part):
-                    self._compare_outputs(whole, self._run_alone(whole, part), part)
-        if n > 1 and whole.is_predictable and plan.is_general:
+        self._check_outputs(whole, trial, rows)
+        if len(whole) > 1 and whole.is_predictable and plan.is_general:
             self._plans[whole.signature] = plan
         return plan
+
+    @staticmethod
+    def _waiting(plan: Plan, whole: ForwardPass) -> list[int]:
+        """Return the uses that a plan says nothing about and that could add something."""
+        return [i for i in plan.unsettled if not whole.uses[i].is_blank]
+
+    def _check_outputs(self, whole: ForwardPass, trial: ForwardPass, rows: Tensor) -> None:
+        """Compare the outputs of observations that have run alone with those in their batch."""
+        self._compare_outputs(whole, trial, rows)
+        n, parts = len(whole), []
+        if not whole.recorder.rows.in_place or len(rows) == 1:
+            parts.append(torch.tensor([(n - 1) // 2]))
+        if self._always and n > 1:
+            parts += [torch.arange(0, n, 2), torch.arange(1, n, 2)]
+        for part in parts:
+            self._compare_outputs(whole, self._run_alone(whole, part), part)
 
     def _run_alone(self, whole: ForwardPass, rows: Tensor) -> ForwardPass:
         """Run some observations without the rest of their batch."""
@@ -196,7 +202,7 @@ class Planner:
         plan = self._choose(trial, axes, plain)
         found = self._follow(plan, batch, trial).by_rule(check.direction, plain)
         failed = [n for n in self.parameters if not check.passes_rule(n, found.get(n))]
-        plan.silent.extend(unclear | self._silent(trial, plan, check, plain))
+        plan.unsettled.extend(unclear | self._without_effect(trial, plan, check, plain))
         self.by_vmap.update(failed)
         self._check_vmap(self._follow(plan, batch, trial), check)
         return plan
@@ -224,10 +230,10 @@ class Planner:
                 unclear.add(i)
         return axes, unclear
 
-    def _silent(
+    def _without_effect(
         self, trial: ForwardPass, plan: Plan, check: GradientCheck, plain: dict[int, Tensor]
     ) -> set[int]:
-        """Return the numbers of all uses that nothing is known about."""
+        """Return the numbers of the uses that add nothing, or to a gradient that is nothing."""
         uses = {i for axes in plan.axes.values() for i in axes}
         silent = {i for i in uses if trial.uses[i].is_silent(plain[i])}
         return silent.union(*(axes for n, axes in plan.axes.items() if not check.has_answer(n)))
