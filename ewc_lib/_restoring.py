@@ -15,6 +15,9 @@ from torch import Tensor, nn
 CONTAINERS = (dict, list, set, deque)
 """What is given its content back."""
 
+SMALL = 2**16
+"""Tensors up to this number of entries are kept and compared together."""
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -118,6 +121,54 @@ def _holds(container: Any, content: Any) -> bool:
     return all(a is b for a, b in zip(container, content, strict=True))
 
 
+class _Values:
+    """The values of some tensors of one dtype on one device, all in one."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+        self._shapes = [tensor.shape for tensor in tensors]
+        self.can_change_unseen = tensors[0].layout == torch.strided
+        """By writing to ``tensor.data``, which no version counts."""
+        self.before = self.versions()
+        self._values = self._now().clone() if len(tensors) == 1 else self._now()
+
+    def versions(self) -> list[int]:
+        return [tensor._version for tensor in self.tensors]
+
+    def differ(self) -> Tensor:
+        """Tell, on the device, whether any value is another now."""
+        if any(t.shape != v.shape for t, v in self._pairs()):
+            return torch.tensor(True, device=self._values.device)
+        return (self._now() != self._values).any()
+
+    def restore(self) -> None:
+        for tensor, value in self._pairs():
+            if tensor.layout != torch.strided or not torch.equal(tensor, value):
+                tensor.copy_(value)
+
+    def _now(self) -> Tensor:
+        if len(self.tensors) == 1:
+            return self.tensors[0].detach()
+        return torch.cat([tensor.detach().reshape(-1) for tensor in self.tensors])
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if len(self.tensors) == 1:
+            return iter([(self.tensors[0], self._values)])
+        parts = self._values.split([shape.numel() for shape in self._shapes])
+        views = (part.view(shape) for part, shape in zip(parts, self._shapes, strict=True))
+        return zip(self.tensors, views, strict=True)
+
+
+def _alike(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Group small tensors of one kind; large ones and those of a special layout stay alone."""
+    groups: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        ordinary = tensor.layout == torch.strided and not tensor.is_quantized
+        few = ordinary and type(tensor) is Tensor and tensor.numel() <= SMALL
+        groups.setdefault((tensor.dtype, tensor.device) if few else id(tensor), []).append(tensor)
+    return iter(groups.values())
+
+
 @contextmanager
 def _same_tensors(model: nn.Module) -> Iterator[None]:
     """Give buffers, and tensors that modules hold as attributes, the values back that they had.
@@ -125,8 +176,8 @@ def _same_tensors(model: nn.Module) -> Iterator[None]:
     Parameters that a module has converted, as by ``to``, get their own memory again.
     """
     memory = [(p, p.data, p.requires_grad) for p in model.parameters()]
-    held = [*model.buffers(), *held_tensors(model)]
-    values = [(tensor, tensor.detach().clone(), tensor._version) for tensor in held]
+    held = {id(t): t for t in [*model.buffers(), *held_tensors(model)]}
+    values = [_Values(tensors) for tensors in _alike(held.values())]
     try:
         yield
     finally:
@@ -135,10 +186,13 @@ def _same_tensors(model: nn.Module) -> Iterator[None]:
                 parameter.data = data
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
-        for tensor, value, version in values:
-            if tensor._version != version or _changed_unseen(tensor, value):
-                with torch.no_grad():
-                    tensor.copy_(value)
+        with torch.no_grad():
+            changed = [v for v in values if v.versions() != v.before]
+            unseen = [v for v in values if v not in changed and v.can_change_unseen]
+            if unseen and torch.stack([v.differ() for v in unseen]).any():
+                changed += unseen
+            for some in changed:
+                some.restore()
 
 
 def held_tensors(model: nn.Module) -> list[Tensor]:
@@ -156,11 +210,6 @@ def _differentiable(model: nn.Module) -> AbstractContextManager[None]:
     if any(isinstance(module, nn.RNNBase) for module in model.modules()):
         return torch.backends.cudnn.flags(enabled=False)
     return nullcontext()
-
-
-def _changed_unseen(buffer: Tensor, value: Tensor) -> bool:
-    """Tell whether ``buffer.data`` was written to, which no version counts."""
-    return buffer.layout == torch.strided and not torch.equal(buffer, value)
 
 
 def open_modules(model: nn.Module) -> list[nn.Module]:
