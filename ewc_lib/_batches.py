@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ewc_lib._arguments import check_whole
+from ewc_lib._checking import Problem, settle
 from ewc_lib._forms import check_iterable, is_whole, pair
 from ewc_lib._parameters import count, form
 from ewc_lib.errors import EmptyData
@@ -20,15 +22,33 @@ BATCH_SIZE = 128
 
 
 class Batch(NamedTuple):
-    """Inputs and targets, the number of the first observation, and whether no batch follows."""
+    """Observations that come together.
+
+    Attributes
+    ----------
+    inputs, target
+        Inputs and targets.
+    first
+        The number of the first observation.
+    last
+        Whether no batch follows.
+    problems
+        What may be wrong with the inputs, to be settled by whoever reads them.
+    """
 
     inputs: Any
     target: Tensor
     first: int
     last: bool = False
+    problems: tuple[Problem, ...] = ()
 
     def __len__(self) -> int:
         return len(self.target)
+
+    def checked(self) -> Batch:
+        """Raise a ValueError if an input holds NaN, else return the batch."""
+        settle(self.problems)
+        return self
 
 
 class Reading:
@@ -68,8 +88,8 @@ def batches(data: Any, device: torch.device, n_samples: int | None = None) -> It
     Raises
     ------
     ValueError
-        If there is no observation, fewer than ``n_samples``, a batch of another form, inputs and
-        targets of different lengths, or a NaN among the inputs.
+        If there is no observation, fewer than ``n_samples``, a batch of another form, or inputs
+        and targets of different lengths. A NaN among the inputs is left to :meth:`Batch.checked`.
     """
     check_whole(n_samples=n_samples)
     seen = 0
@@ -80,9 +100,8 @@ def batches(data: Any, device: torch.device, n_samples: int | None = None) -> It
         inputs, target = tree_map(
             lambda t, keep=keep: _ordinary(t[:keep].detach().to(device)), (inputs, target)
         )
-        _check_inputs(inputs, seen)
         if keep:
-            yield Batch(inputs, target, seen)
+            yield Batch(inputs, target, seen, problems=tuple(_problems(inputs, seen)))
         seen += keep
         if seen == n_samples:
             return
@@ -100,7 +119,7 @@ def marking_last(pieces: Iterable[Batch]) -> Iterator[Batch]:
             yield waiting
         waiting = piece
     if waiting is not None:
-        yield Batch(waiting.inputs, waiting.target, waiting.first, last=True)
+        yield Batch(waiting.inputs, waiting.target, waiting.first, True, waiting.problems)
 
 
 def join(pieces: Iterable[Batch], enough: Callable[[], int]) -> Iterator[Batch]:
@@ -126,7 +145,8 @@ def _joined(parts: list[Batch]) -> Batch:
         return parts[0]
     pairs = [(part.inputs, part.target) for part in parts]
     inputs, target = tree_map(lambda *leaves: torch.cat(leaves), *pairs)
-    return Batch(inputs, target, parts[0].first, parts[-1].last)
+    problems = tuple(chain.from_iterable(part.problems for part in parts))
+    return Batch(inputs, target, parts[0].first, parts[-1].last, problems)
 
 
 def _raw_batches(data: Any) -> Iterable[Any]:
@@ -152,9 +172,13 @@ def _length(inputs: Any, target: Tensor, number: int) -> int:
     return lengths[0]
 
 
-def _check_inputs(inputs: Any, first: int) -> None:
+def _problems(inputs: Any, first: int) -> Iterator[Problem]:
     for leaf in tree_leaves(inputs):
-        # A sum that is a number tells that there is no NaN, in a third of the time.
-        if leaf.is_floating_point() and leaf.sum().isnan() and leaf.isnan().any():
-            bad = leaf.isnan().reshape(len(leaf), -1).any(1).nonzero()[0]
-            raise ValueError(f"the input of observation {first + int(bad)} holds NaN")
+        if leaf.is_floating_point():
+            # A sum that is a number tells that there is no NaN, in a third of the time.
+            yield Problem(leaf.sum().isnan(), partial(_refuse_nan, leaf, first))
+
+
+def _refuse_nan(leaf: Tensor, first: int) -> None:
+    if (bad := leaf.isnan().reshape(len(leaf), -1).any(1)).any():
+        raise ValueError(f"the input of observation {first + int(bad.nonzero()[0])} holds NaN")

@@ -148,14 +148,14 @@ def test_a_nan_is_named_by_its_observation_in_the_whole_data(wrap, form, bad):
         parts = [slice(0, 3), slice(3, 8), slice(8, N)]
         data = [(pick(lambda t, part=part: t[part], inputs), Y[part]) for part in parts]
     with pytest.raises(ValueError, match=f"the input of observation {bad} holds NaN"):
-        list(batches(data, CPU))
+        [batch.checked() for batch in batches(data, CPU)]
 
 
 def test_the_first_of_several_nans_is_named():
     x = X.clone()
     x[4:] = NAN
     with pytest.raises(ValueError, match="observation 4 "):
-        list(batches((x, Y), CPU))
+        [batch.checked() for batch in batches((x, Y), CPU)]
 
 
 @pytest.mark.parametrize(

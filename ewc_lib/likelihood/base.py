@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ewc_lib._checking import Problem
+
 
 class OutputDistribution(ABC):
     """The distribution of a target given the output of a network."""
@@ -33,6 +35,14 @@ class OutputDistribution(ABC):
     @abstractmethod
     def check(self, output: Tensor, target: Tensor, first: int = 0) -> None:
         """Raise a ValueError that names the first bad observation, counted from ``first``."""
+
+    def problems(self, output: Tensor, target: Tensor, first: int = 0) -> list[Problem]:
+        """Return what may be wrong with a target, to be settled together with other problems.
+
+        What shapes and types show raises a ValueError at once.
+        """
+        self.check(output, target, first)
+        return []
 
     def invalid(self, output: Tensor) -> Bool[Tensor, ...]:
         """Mark the entries of an output that no distribution has."""

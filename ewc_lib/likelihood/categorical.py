@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ewc_lib._checking import Problem, settle
 from ewc_lib.likelihood.base import (
     OutputDistribution,
     first_bad,
@@ -90,6 +91,9 @@ class Categorical(OutputDistribution):
         return labels.expand(p.shape), p
 
     def check(self, output: Tensor, target: Tensor, first: int = 0) -> None:
+        settle(self.problems(output, target, first))
+
+    def problems(self, output: Tensor, target: Tensor, first: int = 0) -> list[Problem]:
         if target.is_floating_point() and target.shape == output.shape:
             raise ValueError(
                 "soft labels, one probability for each class, are no observed labels. The kinds "
@@ -100,12 +104,15 @@ class Categorical(OutputDistribution):
         if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
             raise ValueError(f"class labels must be integers, got {target.dtype}")
         label, n_classes = self._at_positions(target), output.shape[self._class_dim]
-        bad = ((label < 0) | (label >= n_classes)) & self.mask(target)
-        if bad.any():
+        bad = ((label < 0) | (label >= n_classes)) & (label != self.ignore_index)
+
+        def explain() -> None:
             raise ValueError(
                 f"label {int(label[bad][0])} of observation {first_bad(bad, first)} is outside "
                 f"the {n_classes} classes of the output"
             )
+
+        return [Problem(bad.any(), explain)]
 
     def invalid(self, output: Tensor) -> Bool[Tensor, ...]:
         impossible = output.isneginf().all(self._class_dim, keepdim=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ewc_lib._arguments import check_choice
+from ewc_lib._checking import Problem, settle
 from ewc_lib.likelihood.any_distribution import TorchDistribution
 from ewc_lib.likelihood.base import (
     OutputDistribution,
@@ -48,17 +49,23 @@ class _Elementwise(OutputDistribution):
     """One output, one target: all positions are independent."""
 
     def check(self, output: Tensor, target: Tensor, first: int = 0) -> None:
+        settle(self.problems(output, target, first))
+
+    def problems(self, output: Tensor, target: Tensor, first: int = 0) -> list[Problem]:
         if target.shape != output.shape:
             raise ValueError(
                 f"a {type(self).__name__} target must have the shape of the output, "
                 f"got {tuple(target.shape)} and {tuple(output.shape)}"
             )
         bad = self._outside_support(target)
-        if bad.any():
+
+        def explain() -> None:
             raise ValueError(
                 f"target {target[bad][0].item():g} of observation {first_bad(bad, first)} is "
                 f"outside the support of a {type(self).__name__}: {self._support}"
             )
+
+        return [Problem(bad.any(), explain)]
 
     _support = ""
 

@@ -127,7 +127,7 @@ class LwF(FunctionPenalty):
             As in :func:`ewc_lib.fisher_information`. Only the first observation is looked at,
             for the number of outputs.
         """
-        first = next(batches(data, self._device, 1))
+        first = next(batches(data, self._device, 1)).checked()
         new = self._head(first.inputs)
         self._heads = [head for head in self._heads if not contains(new, head)] + [new]
         self._old = _frozen(self.model)

@@ -164,7 +164,7 @@ class Replay(FunctionPenalty):
 
     def _observations(self, data: Any) -> tuple[Tensor, Tensor]:
         if not (isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data)):
-            pieces = list(batches(data, self._device))
+            pieces = [batch.checked() for batch in batches(data, self._device)]
             if not all(isinstance(piece.inputs, Tensor) for piece in pieces):
                 raise ValueError("to be replayed, the inputs must be one tensor [N, ...]")
             data = (
