@@ -223,7 +223,7 @@ class MatrixFree(LinearMap):
         if self.kind == "exact":
             return information_times(distribution, batch.output, batch.batch.target, u)
         total = torch.zeros_like(u)
-        for column in columns(
+        for block in columns(
             self.kind,
             distribution,
             batch.output,
@@ -231,6 +231,7 @@ class MatrixFree(LinearMap):
             self.draws,
             generator,
         ):
-            along = (column * u).reshape(len(batch), -1).sum(1)
-            total += weigh(column, along)
+            for column in block:
+                along = (column * u).reshape(len(batch), -1).sum(1)
+                total += weigh(column, along)
         return total

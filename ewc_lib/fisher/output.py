@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import singledispatch
-from itertools import product
+from itertools import chain, islice, product
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -35,7 +35,11 @@ KINDS: tuple[str, ...] = get_args(Kind)
 MAX_EXACT_COLUMNS = 1024
 """More columns than this cost more backward passes than anyone means to pay."""
 
+COLUMNS_AT_ONCE = 16
+"""Columns of a block, so that what they have in common is computed once for all of them."""
+
 Column: TypeAlias = Float[Tensor, "N ..."]
+Block: TypeAlias = Float[Tensor, "K N ..."]
 
 
 def columns(
@@ -45,8 +49,8 @@ def columns(
     target: Tensor,
     draws: int,
     generator: torch.Generator,
-) -> Iterator[Column]:
-    """Yield the columns of a root, each in the shape of the output.
+) -> Iterator[Block]:
+    """Yield the columns of a root in blocks, each column in the shape of the output.
 
     ``exact`` yields all of them, ``sketch`` and ``sampled`` yield ``draws`` random ones whose
     outer product is right on average, ``empirical`` yields the score of the observed target.
@@ -54,14 +58,19 @@ def columns(
     if isinstance(distribution, Categorical) and (axis := distribution.class_dim) is not None:
         distribution = replace(distribution, class_dim=None)
         found = columns(kind, distribution, output.movedim(axis, -1), target, draws, generator)
-        return (column.movedim(-1, axis) for column in found)
+        return (block.movedim(-1, axis + 1 if axis >= 0 else axis) for block in found)
     if kind == "exact":
         return exact(distribution, output, target)
     if kind == "sketch":
-        return sketch(distribution, output, target, draws, generator)
+        return _blocks(sketch(distribution, output, target, draws, generator))
     if kind == "sampled":
-        return sampled(distribution, output, target, draws, generator)
-    return iter([output_score(distribution, output, target)])
+        return _blocks(sampled(distribution, output, target, draws, generator))
+    return _blocks(iter([output_score(distribution, output, target)]))
+
+
+def _blocks(columns: Iterator[Column]) -> Iterator[Block]:
+    while block := list(islice(columns, COLUMNS_AT_ONCE)):
+        yield torch.stack(block) if len(block) > 1 else block[0].unsqueeze(0)
 
 
 def sampled(
@@ -95,7 +104,7 @@ def sketch(
         yield _masked(column, distribution.mask(target)) / math.sqrt(draws)
 
 
-def exact(distribution: OutputDistribution, output: Tensor, target: Tensor) -> Iterator[Column]:
+def exact(distribution: OutputDistribution, output: Tensor, target: Tensor) -> Iterator[Block]:
     """Every column: each position of the output by itself, since positions are independent."""
     n_columns = output.shape[1:].numel()
     if isinstance(distribution, Categorical):
@@ -107,46 +116,51 @@ def exact(distribution: OutputDistribution, output: Tensor, target: Tensor) -> I
             "unbiased and takes one"
         )
     mask = distribution.mask(target)
-    positions, parts = root_at_positions(distribution, output)
-    for part in parts:
-        part = _masked(part, mask)
+    positions, blocks = root_at_positions(distribution, output)
+    masked = (_masked(block, mask, axis=1) for block in blocks)
+    return masked if not positions else _blocks(_at_each(positions, masked))
+
+
+def _at_each(positions: torch.Size, blocks: Iterator[Block]) -> Iterator[Column]:
+    """Yield each column at one position after the other, and zero elsewhere."""
+    for column in chain.from_iterable(blocks):
         for index in product(*map(range, positions)):
             at: tuple[Any, ...] = (slice(None), *index)
-            column = torch.zeros_like(part)
-            column[at] = part[at]
-            yield column
+            alone = torch.zeros_like(column)
+            alone[at] = column[at]
+            yield alone
 
 
 @singledispatch
 def root_at_positions(
     distribution: OutputDistribution, output: Tensor
-) -> tuple[torch.Size, Iterator[Column]]:
+) -> tuple[torch.Size, Iterator[Block]]:
     """Return the shape of the positions, and the columns that each of them has."""
     return output.shape[1:], root(distribution, output)
 
 
 @root_at_positions.register
-def _(distribution: Categorical, output: Tensor) -> tuple[torch.Size, Iterator[Column]]:
+def _(distribution: Categorical, output: Tensor) -> tuple[torch.Size, Iterator[Block]]:
     return output.shape[1:-1], root(distribution, output)
 
 
 @root_at_positions.register
-def _(distribution: TorchDistribution, output: Tensor) -> tuple[torch.Size, Iterator[Column]]:
+def _(distribution: TorchDistribution, output: Tensor) -> tuple[torch.Size, Iterator[Block]]:
     roots = Curvature(distribution, output).root()
     parts = (part.reshape(output.shape).to(output.dtype) for part in roots.unbind(-1))
-    return roots.shape[1:-2], parts
+    return roots.shape[1:-2], _blocks(parts)
 
 
 @singledispatch
-def root(distribution: OutputDistribution, output: Tensor) -> Iterator[Column]:
-    """Yield the columns of the root, each at every position."""
+def root(distribution: OutputDistribution, output: Tensor) -> Iterator[Block]:
+    """Yield the columns of the root in blocks, each column at every position."""
     raise TypeError(f"no root of the Fisher information is known for {distribution}")
 
 
 @singledispatch
 def root_times(distribution: OutputDistribution, output: Tensor, v: Tensor) -> Column:
     """Multiply the root by a vector with one entry for each entry of the output."""
-    return next(root(distribution, output)) * v
+    return next(root(distribution, output))[0] * v
 
 
 @root_times.register
@@ -170,7 +184,7 @@ def information_times(
 
 @singledispatch
 def _information_times(distribution: OutputDistribution, output: Tensor, v: Tensor) -> Tensor:
-    return next(root(distribution, output)).square() * v
+    return next(root(distribution, output))[0].square() * v
 
 
 @_information_times.register
@@ -185,16 +199,18 @@ def _(distribution: Categorical, output: Tensor, v: Tensor) -> Tensor:
 
 
 @root.register
-def _(distribution: Categorical, output: Tensor) -> Iterator[Column]:
+def _(distribution: Categorical, output: Tensor) -> Iterator[Block]:
     r"""``C - 1`` columns without cancellation, pivot on the most likely class ``r``.
 
     :math:`S_{jk} = \sqrt{p_k}\,(\delta_{jk} - p_j / (1 + \sqrt{p_r}))` for the other classes and
     :math:`S_{rk} = -\sqrt{p_k p_r}`.
     """
     root_p, share, pivot = _pivoted(output)
-    for k in range(output.shape[-1] - 1):
+    numbers = torch.arange(output.shape[-1] - 1, device=output.device)
+    for some in numbers.split(COLUMNS_AT_ONCE) if len(numbers) else ():
+        k = some.reshape(-1, *[1] * output.dim())
         other = k + (pivot <= k)
-        root_pk = root_p.gather(-1, other)
+        root_pk = root_p.expand(len(some), *root_p.shape).gather(-1, other)
         yield (-root_pk * share).scatter_add(-1, other, root_pk)
 
 
@@ -215,24 +231,26 @@ def _pivoted(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @root.register
-def _(distribution: Bernoulli, output: Tensor) -> Iterator[Column]:
-    return iter([(output.sigmoid() * (-output).sigmoid()).sqrt()])
+def _(distribution: Bernoulli, output: Tensor) -> Iterator[Block]:
+    return iter([(output.sigmoid() * (-output).sigmoid()).sqrt().unsqueeze(0)])
 
 
 @root.register
-def _(distribution: Gaussian, output: Tensor) -> Iterator[Column]:
-    return iter([torch.full_like(output, 1 / distribution.sigma)])
+def _(distribution: Gaussian, output: Tensor) -> Iterator[Block]:
+    return iter([torch.full_like(output, 1 / distribution.sigma).unsqueeze(0)])
 
 
 @root.register
-def _(distribution: Poisson, output: Tensor) -> Iterator[Column]:
-    return iter([(output / 2).exp()])
+def _(distribution: Poisson, output: Tensor) -> Iterator[Block]:
+    return iter([(output / 2).exp().unsqueeze(0)])
 
 
-def _masked(column: Column, mask: Tensor | None) -> Column:
+def _masked(column: Tensor, mask: Tensor | None, axis: int = 0) -> Tensor:
+    """Leave out positions that do not count; ``axis`` is that of the observations."""
     if mask is None:
         return column
-    return column * mask.reshape(*mask.shape, *[1] * (column.dim() - mask.dim()))
+    ends = [1] * (column.dim() - axis - mask.dim())
+    return column * mask.reshape(*mask.shape, *ends)
 
 
 def _repeat(values: Tensor, draws: int) -> Tensor:

@@ -5,16 +5,25 @@ from itertools import product
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.distributions as D
 from hypothesis import given
 
 from ewc_lib.fisher import output as output_module
-from ewc_lib.fisher.output import KINDS, columns, information_times, output_score, root_times
+from ewc_lib.fisher.output import (
+    COLUMNS_AT_ONCE,
+    KINDS,
+    columns,
+    information_times,
+    output_score,
+    root_times,
+)
 from ewc_lib.likelihood.outputs import (
     Bernoulli,
     Categorical,
     Gaussian,
     OutputDistribution,
     Poisson,
+    TorchDistribution,
 )
 from tests.scenarios import PROPERTY
 
@@ -31,7 +40,7 @@ def target_for(distribution, output):
 def all_columns(kind, distribution, output, target=None, draws=1, seed=0):
     target = target_for(distribution, output) if target is None else target
     generator = torch.Generator().manual_seed(seed)
-    return torch.stack(list(columns(kind, distribution, output, target, draws, generator)))
+    return torch.cat(list(columns(kind, distribution, output, target, draws, generator)))
 
 
 def second_moment(found):
@@ -111,7 +120,8 @@ def test_classes_with_a_logit_of_minus_infinity_have_no_information(kind):
 
 @pytest.mark.parametrize("n_classes", [1, 2, 3, 10])
 def test_one_column_less_than_classes(n_classes):
-    found = list(columns("exact", Categorical(), normal(4, n_classes), torch.zeros(4), 1, None))
+    blocks = columns("exact", Categorical(), normal(4, n_classes), torch.zeros(4), 1, None)
+    found = torch.cat(list(blocks))
     assert len(found) == n_classes - 1
     assert all(column.shape == (4, n_classes) for column in found)
 
@@ -226,11 +236,22 @@ def test_columns_need_no_gradient_and_keep_the_output():
     assert f.grad is None
 
 
-def test_exact_columns_are_built_one_at_a_time():
+def test_exact_columns_are_built_a_few_at_a_time():
     """A thousand classes would otherwise fill gigabytes."""
     found = columns("exact", Categorical(), normal(8, 1000), torch.zeros(8), 1, None)
-    storage = {id(column.untyped_storage()): column.untyped_storage() for column in [next(found)]}
-    assert sum(s.nbytes() for s in storage.values()) == 8 * 1000 * 8
+    blocks = list(found)
+    assert [len(block) for block in blocks] == [*[COLUMNS_AT_ONCE] * 62, 7]
+    assert blocks[0].untyped_storage().nbytes() == COLUMNS_AT_ONCE * 8 * 1000 * 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_column_has_the_shape_of_the_output(kind):
+    f = normal(3, 2, 5)
+    for distribution in (Categorical(), Gaussian(), TorchDistribution(lambda f: D.Normal(f, 1.0))):
+        target = torch.zeros(3, 2).long() if isinstance(distribution, Categorical) else f
+        generator = torch.Generator().manual_seed(0)
+        for block in columns(kind, distribution, f, target, 3, generator):
+            assert block.shape[1:] == f.shape
 
 
 def test_the_limit_counts_columns_and_not_classes(monkeypatch):
