@@ -13,8 +13,8 @@ from torch import nn
 
 from ewc_lib import EWC, Gaussian, fisher_information
 from ewc_lib.data import digits
-from ewc_lib.score import memory
 from ewc_lib.score.gradcheck import GradientCheck
+from tests.budgets import set_budget
 from tests.scenarios import PROPERTY, same, trace_of
 
 DOUBLE = torch.float64
@@ -865,7 +865,7 @@ def test_every_batch_of_a_task_is_compared_if_asked_for(monkeypatch):
         return pose(output, *rest)
 
     monkeypatch.setattr(GradientCheck, "pose", counted)
-    monkeypatch.setattr(memory, "BATCH_BYTES", 0)
+    set_budget(monkeypatch, batch=0)
     x, y = task()
     data = [(x[i : i + 2], y[i : i + 2]) for i in range(0, 6, 2)]
     EWC(network(), 1.0).consolidate(data)

@@ -16,8 +16,7 @@ from ewc_lib._drawing import random_part
 from ewc_lib._restoring import untouched
 from ewc_lib.fisher.structures import Diagonal
 from ewc_lib.regularizers._importance import ImportancePenalty
-from ewc_lib.score import per_observation_gradients
-from ewc_lib.score.memory import ROWS_BYTES
+from ewc_lib.score import memory, per_observation_gradients
 
 __all__ = ["MAS"]
 
@@ -105,7 +104,7 @@ class MAS(ImportancePenalty):
             direction=of_squared_length,
             params=list(total),
             n_samples=n_samples,
-            max_bytes=ROWS_BYTES,
+            max_bytes=memory.budget(device).rows,
         )
         with untouched(self.model):  # also by what draws the data
             for gradients in found:

@@ -38,6 +38,12 @@ class BatchAxis:
         cut = tensor.reshape(*before, *sizes, *after)
         return cut.movedim(self.axis + self.inner, 0) if self.axis or self.inner else cut
 
+    def split_columns(self, tensors: Shaped[Tensor, "K ..."], n: int) -> Shaped[Tensor, "K N ..."]:
+        """Cut several tensors of one shape, one behind the other."""
+        if len(tensors) == 1:
+            return self.split(tensors[0], n).unsqueeze(0)
+        return BatchAxis(self.axis + 1, self.inner).split(tensors, n).transpose(0, 1)
+
 
 @dataclass(frozen=True, eq=False)
 class RaggedRows:
@@ -64,6 +70,10 @@ class RaggedRows:
         rows = tensor.new_zeros(n, most, *tensor.shape[1:])
         rows[owner, position] = tensor[order]
         return rows
+
+    def split_columns(self, tensors: Shaped[Tensor, "K ..."], n: int) -> Shaped[Tensor, "K N ..."]:
+        """Cut several tensors of one shape, one behind the other."""
+        return torch.stack([self.split(tensor, n) for tensor in tensors])
 
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -99,7 +99,8 @@ class VmapGradients:
     ) -> Iterator[tuple[slice, Gradients]]:
         """Yield, for parts of the batch, the gradient of every column and observation."""
         size = sum(self.parameters[name].numel() for name in names) * columns.element_size()
-        for part in memory.pieces(columns.shape[1], size * len(columns), memory.VMAP_BYTES):
+        room = memory.budget(columns.device).vmap
+        for part in memory.pieces(columns.shape[1], size * len(columns), room):
             xs = tree_map(lambda leaf, part=part: leaf[part], inputs)
             yield part, self._part(names, xs, columns[:, part])
 

@@ -35,19 +35,42 @@ ten-thousandth of a gradient can hide; in doubt, run the model in double precisi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from ewc_lib._checking import Problem
 from ewc_lib.score.batch_axis import BatchAxis, Placement, RaggedRows, batch_axes, weigh
 from ewc_lib.score.forward_pass import pull_through
 from ewc_lib.score.gradients import ParameterGradients
 from ewc_lib.score.graph import NOTHING, Graph
 from ewc_lib.score.memory import sum_dtype
+from ewc_lib.score.record import ParameterUse
+
+
+class Placements(NamedTuple):
+    """Where the observations may lie in some uses.
+
+    Attributes
+    ----------
+    found
+        For each use, all places that fit.
+    sizes
+        The length of each output gradient.
+    silent
+        Uses that add nothing to the gradient of any observation, wherever these lie.
+    """
+
+    found: dict[int, list[Placement]]
+    sizes: dict[int, float]
+    silent: set[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,32 +88,45 @@ class GradientCheck:
         not depend on is left out.
     graph
         The graph of the output, which tells how precise each gradient is.
+    at_edges
+        The weighted gradients at some edges of the graph.
+    sizes
+        The length of each answer, once a rule has been judged.
+    unsettled
+        Parameters that have passed because their gradient is but rounding of larger ones.
     """
 
     direction: Float[Tensor, "N ..."]
     weights: Float[Tensor, " N"]
     answer: dict[str, Tensor]
     graph: Graph = NOTHING
+    at_edges: dict[GradientEdge, Tensor | None] = field(default_factory=dict)
+    sizes: dict[str, float] = field(default_factory=dict)
     unsettled: set[str] = field(default_factory=set)
-    """Parameters that have passed because their gradient is but rounding of larger ones."""
 
     @classmethod
     def pose(
-        cls, output: Tensor, parameters: dict[str, torch.nn.Parameter], graph: Graph | None = None
+        cls,
+        output: Tensor,
+        parameters: dict[str, torch.nn.Parameter],
+        graph: Graph | None = None,
+        edges: Sequence[GradientEdge] = (),
     ) -> GradientCheck:
-        """Draw the random numbers and ask autograd."""
-        generator, graph = torch.Generator().manual_seed(0), graph or Graph.of(output)
+        """Draw the random numbers and ask autograd, for the gradients at some edges, too."""
+        graph = graph or Graph.of(output)
         direction = random_direction(output)
-        weights = random_weights(len(output), generator).to(output)
+        weights = random_weights(len(output)).to(output)
         if not output.requires_grad:  # it depends on none of the parameters
             return cls(direction, weights, {}, graph)
-        gradients = pull_through(output, list(parameters.values()), weigh(direction, weights))
+        places = [*map(get_gradient_edge, parameters.values()), *edges]
+        gradients = pull_through(output, places, weigh(direction, weights))
         answer = {
             name: g.to_dense() if g.is_sparse else g
-            for name, g in zip(parameters, gradients, strict=True)
+            for name, g in zip(parameters, gradients, strict=False)
             if g is not None
         }
-        return cls(direction, weights, answer, graph)
+        at_edges = dict(zip(edges, gradients[len(parameters) :], strict=True))
+        return cls(direction, weights, answer, graph, at_edges)
 
     @property
     def weighted(self) -> Float[Tensor, "N ..."]:
@@ -98,22 +134,46 @@ class GradientCheck:
         return weigh(self.direction, self.weights)
 
     def placements(
-        self, input: Tensor, plain: Tensor, weighted: Tensor, eps: float = 0.0
-    ) -> list[Placement]:
-        """Find where the observations may lie, from output gradients without and with the weights.
+        self, uses: Sequence[ParameterUse], plain: dict[int, Tensor], weighted: dict[int, Tensor]
+    ) -> Placements:
+        """Find where the observations lie, from output gradients without and with the weights.
 
         Along the right axis, each observation of the second is that of the first times its
         weight. If there is no such axis, rows may still have one owner each.
         """
-        n = len(self.weights)
-        found: list[Placement] = []
-        for axis in batch_axes(plain.shape, n):
-            if axis.fits(input.shape, n):
-                expected = weigh(axis.split(plain, n), self.weights)
-                if _agree(axis.split(weighted, n), expected, eps):
-                    found.append(axis)
-        rows = None if found else self._owners(plain, weighted, eps)
-        return [rows] if rows is not None and rows.fits(input.shape, n) else found
+        n, candidates = len(self.weights), list[tuple[int, BatchAxis]]()
+        for i, g in plain.items():
+            shape = uses[i].input.shape
+            candidates += ((i, axis) for axis in batch_axes(g.shape, n) if axis.fits(shape, n))
+        cuts = _unique([(axis, plain[i], weighted[i]) for i, axis in candidates])
+        expected = self.weigh([axis.split(g, n) for axis, g, _ in cuts.values()])
+        found = [axis.split(g, n) for axis, _, g in cuts.values()]
+        inputs = [uses[i].input for i in plain if uses[i].rule.multiplies]
+        distances, lengths, sizes, of_inputs = norms(
+            _differences(found, expected), expected, list(plain.values()), inputs
+        )
+        of_cut = dict(zip(cuts, zip(distances, lengths, strict=True), strict=True))
+        places: dict[int, list[Placement]] = {i: [] for i in plain}
+        for i, axis in candidates:
+            distance, length = of_cut[_key(axis, plain[i], weighted[i])]
+            eps = self.graph.eps(uses[i].edge.node)
+            if distance <= _tolerance(plain[i], eps) * length:
+                places[i].append(axis)
+        for i in (i for i, axes in places.items() if not axes):
+            rows = self._owners(plain[i], weighted[i], self.graph.eps(uses[i].edge.node))
+            if rows is not None and rows.fits(uses[i].input.shape, n):
+                places[i].append(rows)
+        blank = dict(zip((i for i in plain if uses[i].rule.multiplies), of_inputs, strict=True))
+        silent = {i for i, size in zip(plain, sizes, strict=True) if 0 in (size, blank.get(i))}
+        return Placements(places, dict(zip(plain, sizes, strict=True)), silent)
+
+    def weigh(self, tensors: Sequence[Float[Tensor, "N ..."]]) -> list[Float[Tensor, "N ..."]]:
+        """Multiply the observations of each tensor by their weights."""
+        if not tensors:
+            return []
+        weights = {t.dtype: self.weights.to(t) for t in tensors}
+        shaped = [weights[t.dtype].reshape(-1, *[1] * (t.dim() - 1)) for t in tensors]
+        return list(torch._foreach_mul(list(tensors), shaped))
 
     def any_axis(self, input: Tensor, plain: Tensor) -> BatchAxis | None:
         """Return an axis that the shapes allow, for what is too small to show one."""
@@ -138,43 +198,75 @@ class GradientCheck:
             return None
         return RaggedRows(order[nearest].where(size > 0, n), n)
 
-    def passes_rule(self, name: str, gradients: ParameterGradients | None) -> bool:
-        """Whether the sum of the gradients by rule is autograd's, up to rounding of its terms."""
-        expected = self.answer.get(name)
-        if gradients is None or expected is None:
-            return expected is None
-        weighted, eps = gradients.weighted(self.weights), self.graph.eps_of(gradients.parameter)
-        try:
-            found = self._total(weighted, expected)
-        except RuntimeError:  # the tensors have other shapes than the rule expects
-            return False
-        unit = _unit(expected, eps)
-        if _agree(found, expected, eps, min(4 * unit, math.sqrt(unit) / 50) * self._largest):
-            return True
-        if any(use.source is not gradients.parameter for use in gradients.uses):
+    def failures(self, found: dict[str, ParameterGradients]) -> set[str]:
+        """Return the parameters of which the sum of the gradients by rule is not autograd's.
+
+        They may differ by the rounding of their terms.
+        """
+        failed = self.answer.keys() - found.keys()
+        weighted = self._weighted({n: g for n, g in found.items() if n in self.answer})
+        totals = _zeros({name: self.answer[name] for name in weighted})
+        for name, gradients in weighted.items():
+            try:
+                gradients.add_total(totals[name])
+            except RuntimeError:  # the tensors have other shapes than the rule expects
+                failed.add(name)
+                del totals[name]
+        names = list(totals)
+        answers = [self.answer[name] for name in names]
+        differences = _differences([totals[name] for name in names], answers)
+        sizes, distances, lengths = norms(
+            list(self.answer.values()), differences, list(totals.values())
+        )
+        self.sizes.update(zip(self.answer, sizes, strict=True))
+        for name, distance, length in zip(names, distances, lengths, strict=True):
+            if not self._agrees(name, distance, weighted[name].parameter) and not (
+                self._cancels(name, length, weighted[name])
+            ):
+                failed.add(name)
+        return failed
+
+    def _agrees(self, name: str, distance: float, parameter: Tensor) -> bool:
+        unit = _unit(self.answer[name], self.graph.eps_of(parameter))
+        noise = min(4 * unit, math.sqrt(unit) / 50) * self._largest
+        return distance <= math.sqrt(unit) * self.sizes[name] + noise
+
+    def _cancels(self, name: str, length: float, weighted: ParameterGradients) -> bool:
+        """Whether the terms cancel, as in the bias of the keys of attention.
+
+        Then the answer is but rounding, and what was found, too.
+        """
+        if any(use.source is not weighted.parameter for use in weighted.uses):
             return False  # the signs of what was computed from the parameter are not known
-        # Terms may cancel, as in the bias of the keys of attention: then both are but rounding.
-        size = max(norm(found), norm(expected))
-        terms = norm(self._total(weighted.absolute(), expected))
-        if size <= _noise(unit) * terms:
+        expected, size = self.answer[name], max(length, self.sizes[name])
+        unit = _unit(expected, self.graph.eps_of(weighted.parameter))
+        total = _zeros({name: expected})[name]
+        weighted.absolute().add_total(total)
+        if size <= _noise(unit) * norm(total):
             return True
         if size <= self.negligible(expected, self._largest):
             self.unsettled.add(name)
         return name in self.unsettled
 
+    def _weighted(self, found: dict[str, ParameterGradients]) -> dict[str, ParameterGradients]:
+        """Weigh the observations in the gradients of all parameters, along the only column."""
+        every = [g[0] for gradients in found.values() for g in gradients.output_gradients]
+        weighted = iter(self.weigh(every))
+        return {
+            name: replace(
+                gradients,
+                output_gradients=[next(weighted).unsqueeze(0) for _ in gradients.uses],
+            )
+            for name, gradients in found.items()
+        }
+
     def negligible(self, like: Tensor, largest: float) -> float:
         """Return the size of what may be rounding of gradients of the largest size."""
         return _noise(_unit(like, self.graph.eps())) * largest
 
-    @cached_property
+    @property
     def _largest(self) -> float:
-        return max((norm(g) for g in self.answer.values()), default=0.0)
-
-    @staticmethod
-    def _total(gradients: ParameterGradients, like: Tensor) -> Tensor:
-        total = torch.zeros(like.shape, dtype=sum_dtype(like), device=like.device)
-        gradients.add_total(total)
-        return total
+        return max(self.sizes.values(), default=0.0)
 
     def check_vmap(
         self, name: str, parameter: Tensor, weighted: Tensor, forward_eps: float = 0.0
@@ -202,7 +294,7 @@ class GradientCheck:
         """Whether the gradient of a parameter tells right from wrong, or can only be zero."""
         if name not in self.answer:
             return True
-        return name not in self.unsettled and bool(self.answer[name].any())
+        return name not in self.unsettled and self.sizes[name] > 0
 
 
 def random_direction(output: Float[Tensor, "N ..."]) -> Float[Tensor, "N ..."]:
@@ -210,8 +302,13 @@ def random_direction(output: Float[Tensor, "N ..."]) -> Float[Tensor, "N ..."]:
     return torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
 
 
-def random_weights(n: int, generator: torch.Generator) -> Float[Tensor, " N"]:
-    """Draw one weight an observation, between 1/2 and 2 in size and evenly spread."""
+@lru_cache(64)
+def random_weights(n: int) -> Float[Tensor, " N"]:
+    """Draw one weight an observation, between 1/2 and 2 in size and evenly spread.
+
+    They are the same for the same number.
+    """
+    generator = torch.Generator().manual_seed(0)
     places = torch.randperm(n, generator=generator, dtype=torch.float64)
     within = torch.rand(n, generator=generator, dtype=torch.float64)
     signs = 2 * torch.randint(0, 2, (n,), generator=generator, dtype=torch.float64) - 1
@@ -224,17 +321,24 @@ NO_SCORES = (
 )
 
 
-def check_alone(alone: Tensor, together: Tensor, eps: float = 0.0) -> None:
-    """Raise a ValueError if observations have another output without the rest of their batch.
+def apart(alone: Tensor, together: Tensor, eps: float = 0.0) -> Problem:
+    """Tell whether observations have another output without the rest of their batch.
 
     No gradient shows a mixture of the inputs, before the first parameter.
     """
-    a, b = (output.detach().nan_to_num(neginf=0.0) for output in (alone, together))
-    if a.numel() != b.numel() or not _agree(a.reshape(b.shape), b, eps):
+
+    def explain() -> None:
         raise ValueError(
             "the model mixes observations: the output of some of them is another without the "
             f"rest of their batch, {NO_SCORES}"
         )
+
+    if alone.numel() != together.numel():
+        explain()
+    both = torch.stack([alone.detach().reshape(together.shape), together.detach()])
+    a, b = _wide(both.nan_to_num(neginf=0.0))
+    distance, length = torch.linalg.vector_norm(a - b), torch.linalg.vector_norm(b)
+    return Problem(distance > _tolerance(together, eps) * length, explain)
 
 
 def _agree(a: Tensor, b: Tensor, eps: float, noise: float = 0.0) -> bool:
@@ -257,7 +361,51 @@ def _unit(values: Tensor, eps: float) -> float:
 
 def norm(values: Tensor) -> float:
     """Return the length of a vector, in the precision of sums."""
-    return float(torch.linalg.vector_norm(values, dtype=sum_dtype(values)))
+    return norms([values])[0][0]
+
+
+def norms(*groups: Sequence[Tensor]) -> list[list[float]]:
+    """Return the length of every tensor of some groups; the device is asked once."""
+    every = [_wide(tensor.detach()) for group in groups for tensor in group]
+    if not every:
+        return [[] for _ in groups]
+    lengths = iter(torch.stack(torch._foreach_norm(every)).tolist())
+    return [list(islice(lengths, len(group))) for group in groups]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Bring a tensor to the precision of sums; whole numbers and truth values, too."""
+    return tensor.to(sum_dtype(tensor))
+
+
+def _differences(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    """Subtract the second of each pair from the first, in the precision of sums."""
+    if not a:
+        return []
+    return list(torch._foreach_sub([*map(_wide, a)], [*map(_wide, b)]))
+
+
+def _zeros(like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return sums to start with, in the shapes of some tensors and the precision of sums."""
+    kinds = {name: (sum_dtype(tensor), tensor.device) for name, tensor in like.items()}
+    found: dict[str, Tensor] = {}
+    for dtype, device in set(kinds.values()):
+        names = [name for name, kind in kinds.items() if kind == (dtype, device)]
+        sizes = [like[name].numel() for name in names]
+        parts = torch.zeros(sum(sizes), dtype=dtype, device=device).split(sizes)
+        found |= {n: part.view(like[n].shape) for n, part in zip(names, parts, strict=True)}
+    return found
+
+
+def _key(axis: BatchAxis, plain: Tensor, weighted: Tensor) -> tuple[Any, ...]:
+    return axis, id(plain), id(weighted)
+
+
+def _unique(
+    cuts: list[tuple[BatchAxis, Tensor, Tensor]],
+) -> dict[tuple[Any, ...], tuple[BatchAxis, Tensor, Tensor]]:
+    """Leave out what comes twice, as the output gradient of a matrix and of its bias."""
+    return {_key(*cut): cut for cut in cuts}
 
 
 def _name(hook: Any) -> str:

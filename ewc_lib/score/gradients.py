@@ -11,9 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ewc_lib.score import memory
-from ewc_lib.score.batch_axis import Placement, weigh
+from ewc_lib.score.batch_axis import Placement
 from ewc_lib.score.record import ParameterUse
-from ewc_lib.score.rules import Products, Rule, add_rows
+from ewc_lib.score.rules import Products, Rule
+from ewc_lib.score.squares import SquareSums
 
 
 def pull_back(source: Tensor, parameter: Tensor, values: Tensor) -> Tensor:
@@ -70,9 +71,9 @@ class UseInBatch:
         a = a.to(dtype) if a.is_floating_point() else a
         return cls(use, axis, n, dtype, use.rule.prepare(a, room))
 
-    def cut(self, gradient: Tensor) -> Float[Tensor, "N ..."]:
-        """Cut the gradient of the operation's output in the same way."""
-        return self.axis.split(gradient, self.n).to(self.dtype)
+    def cut(self, gradients: Float[Tensor, "K ..."]) -> Float[Tensor, "K N ..."]:
+        """Cut gradients of the operation's output in the same way."""
+        return self.axis.split_columns(gradients, self.n).to(self.dtype)
 
     @property
     def copied(self) -> int:
@@ -93,7 +94,7 @@ class UseInBatch:
 
 @dataclass(frozen=True, eq=False)
 class ParameterGradients:
-    """The gradient of one parameter along one output column, from all of its uses.
+    """The gradients of one parameter along some output columns, from all of its uses.
 
     Attributes
     ----------
@@ -102,19 +103,23 @@ class ParameterGradients:
     uses
         Its uses.
     output_gradients
-        For each use the gradient of the operation's output, one row for each observation.
+        For each use the gradients of the operation's output, one for each column and observation.
     selects_entries
         Whether all uses are of one tensor that holds entries of the parameter, none twice.
     """
 
     parameter: Tensor
     uses: list[UseInBatch]
-    output_gradients: list[Float[Tensor, "N ..."]]
+    output_gradients: list[Float[Tensor, "K N ..."]]
     selects_entries: bool
 
-    def weighted(self, weights: Float[Tensor, " N"]) -> ParameterGradients:
-        """Weigh the observations."""
-        return replace(self, output_gradients=[weigh(g, weights) for g in self.output_gradients])
+    def __len__(self) -> int:
+        """Return the number of columns."""
+        return len(self.output_gradients[0])
+
+    def column(self, k: int) -> ParameterGradients:
+        """Return the gradients along one column."""
+        return replace(self, output_gradients=[g[k : k + 1] for g in self.output_gradients])
 
     def absolute(self) -> ParameterGradients:
         """Take away all signs, so that a sum shows the size of its terms."""
@@ -122,31 +127,35 @@ class ParameterGradients:
         return replace(self, uses=uses, output_gradients=[g.abs() for g in self.output_gradients])
 
     def add_total(self, out: Tensor) -> None:
-        """Add the gradients of all observations to ``out``."""
+        """Add the gradients of all observations along the only column to ``out``."""
         totals: dict[int, tuple[Tensor, Tensor]] = {}
         for use, g in zip(self.uses, self.output_gradients, strict=True):
             total = out
             if use.source is not self.parameter:
                 start = use.source, out.new_zeros(use.source.shape)
                 total = totals.setdefault(id(use.source), start)[1]
-            use.rule.add_total(total, use.input, g)
+            use.rule.add_total(total, use.input, g[0])
         for source, total in totals.values():
             out += pull_back(source, self.parameter, total)
 
     def gradients(self, part: slice = slice(None)) -> Float[Tensor, "n ..."]:
-        """Gradient of the parameter for each observation of a part of the batch."""
+        """Gradient along the only column for each observation of a part of the batch."""
         found = [piece._rows() for piece in self._pieces(part)]
         rows = torch.cat(found) if len(found) > 1 else found[0]
         return pull_back(self._source, self.parameter, rows) if self.selects_entries else rows
 
-    def add_squares(self, out: Tensor) -> None:
-        """Add the squared gradients of all observations to ``out``."""
+    def add_squares(self, out: Tensor, squares: SquareSums) -> None:
+        """Add the squared gradients along all columns and of all observations to ``out``.
+
+        Some of them are added when ``squares`` is finished.
+        """
         common = out
         if self.selects_entries and self._source is not self.parameter:
             common = out.new_zeros(self._source.shape)
         for piece in self._pieces():
-            piece._add_squares(common)
+            piece._add_squares(common, squares)
         if common is not out:
+            squares.finish()
             out += pull_back(self._source, self.parameter, common)
 
     @property
@@ -157,23 +166,28 @@ class ParameterGradients:
         """
         if not self.selects_entries or len(self.uses) > 1:
             return False
-        return self.uses[0].rule.squares_factorise(self.uses[0].input, self.output_gradients[0])
+        return self.uses[0].rule.squares_factorise(self.uses[0].input, self.output_gradients[0][0])
+
+    def squared_terms(self) -> Float[Tensor, "N ..."]:
+        """Return the squares of the output gradients, added up over columns."""
+        g = self.output_gradients[0]
+        return g.square().sum(0) if len(g) > 1 else g[0].square()
 
     def add_squares_of_terms(self, out: Tensor, squared: Float[Tensor, "N ..."]) -> None:
         """Add the squared gradients to ``out``, given those of the output gradients."""
         use = self.uses[0]
         uses = [replace(use, input=use.input.square())]
-        replace(self, uses=uses, output_gradients=[squared]).add_total(out)
+        replace(self, uses=uses, output_gradients=[squared.unsqueeze(0)]).add_total(out)
 
     @property
     def _source(self) -> Tensor:
         return self.uses[0].source
 
     def _rows(self) -> Float[Tensor, "n ..."]:
-        """Gradients of the common tensor, or of the parameter if there is none."""
+        """Gradients of the common tensor along the only column, or of the parameter."""
         sums: dict[int, tuple[Tensor, Tensor]] = {}
         for use, g in zip(self.uses, self.output_gradients, strict=True):
-            rows, key = use.rule.gradients(use.input, g), id(use.source)
+            rows, key = use.rule.gradients(use.input, g[0]), id(use.source)
             sums[key] = use.source, sums[key][1] + rows if key in sums else rows
         if not self.selects_entries:
             sums = {k: (t, pull_back(t, self.parameter, rows)) for k, (t, rows) in sums.items()}
@@ -182,15 +196,16 @@ class ParameterGradients:
             first = first + other
         return first
 
-    def _add_squares(self, common: Tensor) -> None:
+    def _add_squares(self, common: Tensor, squares: SquareSums) -> None:
         """Add the squared gradients of the common tensor, or of the parameter."""
         if self.selects_entries and len(self.uses) == 1:
             use = self.uses[0]
-            use.rule.add_squares(common, use.input, self.output_gradients[0])
+            use.rule.add_squares(common, use.input, self.output_gradients[0], squares)
             return
         row_bytes = common.numel() * common.element_size()
-        for part in memory.pieces(self.uses[0].n, row_bytes, memory.SQUARES_BYTES):
-            add_rows(common, self._of(part)._rows().square())
+        for k in range(len(self)):
+            for part in squares.budget.pieces_of_squares(self.uses[0].n, row_bytes):
+                squares.add(common, self.column(k)._of(part)._rows())
 
     def _of(self, part: slice) -> ParameterGradients:
         """Take a part of the batch."""
@@ -198,7 +213,8 @@ class ParameterGradients:
         if n == self.uses[0].n:
             return self
         uses = [replace(use, n=n, input=use.input[part]) for use in self.uses]
-        return replace(self, uses=uses, output_gradients=[g[part] for g in self.output_gradients])
+        output_gradients = [g[:, part] for g in self.output_gradients]
+        return replace(self, uses=uses, output_gradients=output_gradients)
 
     def _pieces(self, part: slice = slice(None)) -> Iterator[ParameterGradients]:
         """Cut a part of the batch so that uses can be joined in the memory there is for rows."""
@@ -208,7 +224,8 @@ class ParameterGradients:
             return
         pairs = zip(own.uses, own.output_gradients, strict=True)
         row_bytes = sum(_size(u, g) * g.element_size() for u, g in pairs if _is_small(u, g))
-        for piece in memory.pieces(own.uses[0].n, row_bytes, memory.ROWS_BYTES):
+        room = memory.budget(self.parameter.device).rows
+        for piece in memory.pieces(own.uses[0].n, row_bytes, room):
             yield own._of(piece)._joined()
 
     def _joined(self) -> ParameterGradients:
@@ -236,8 +253,8 @@ class ParameterGradients:
 
 def _is_small(use: UseInBatch, g: Tensor) -> bool:
     """Whether a product takes more memory than its factors."""
-    return isinstance(use.rule, Products) and _size(use, g) < use.rule.shape.numel()
+    return isinstance(use.rule, Products) and _size(use, g) < len(g) * use.rule.shape.numel()
 
 
 def _size(use: UseInBatch, g: Tensor) -> int:
-    return use.input[0].numel() + g[0].numel()
+    return use.input[0].numel() + g[:, 0].numel()

@@ -8,7 +8,7 @@ parameter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,23 @@ class Graph:
     def eps_of(self, parameter: Tensor) -> float:
         """Return the machine precision of the coarsest operation on the way to a parameter."""
         return self.eps(None if self._eps is None else get_gradient_edge(parameter).node)
+
+
+def endmost(output: Tensor, nodes: Collection[Node]) -> set[Node]:
+    """Return those of some nodes from which the way back leads to none of the others."""
+    leads: dict[Node, bool] = {}
+    pending = [output.grad_fn]
+    while pending:
+        node = pending[-1]
+        if node is None or node in leads:
+            pending.pop()
+            continue
+        children = [child for child, _ in node.next_functions if child is not None]
+        if waiting := [child for child in children if child not in leads]:
+            pending += waiting
+        else:
+            leads[node] = any(child in nodes or leads[child] for child in children)
+    return {node for node in nodes if not leads.get(node, False)}
 
 
 NOTHING = Graph(0, False, 0.0, None)

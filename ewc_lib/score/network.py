@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ewc_lib._batches import Batch, batches, join, marking_last
 from ewc_lib._calling import Caller, forward
-from ewc_lib._checking import check_finite_parameters, check_modules
+from ewc_lib._checking import Problem, check_finite_parameters, check_modules, settle
 from ewc_lib._parameters import Vector
 from ewc_lib._progress import progress as show_progress
 from ewc_lib._restoring import untouched
@@ -142,7 +142,7 @@ def _gradients(
         with network.leaving_no_trace():
             scores = network.run(batch)
         output = scores.output
-        column = _checked(along(output, batch.target), output)
+        column = _checked(along(output, batch.target), output).unsqueeze(0)
         versions = network.versions()
         by_rule = scores.by_rule(column)
         for part in memory.pieces(len(batch), row_bytes, max_bytes):
@@ -212,8 +212,8 @@ class NetworkScores:
         distribution: OutputDistribution | None = None,
         certify: Certify = "auto",
     ) -> None:
-        check_finite_parameters(dict(parameters))
         check_modules(model)
+        check_finite_parameters(dict(parameters))
         self.model = model
         self.parameters = parameters
         self.distribution = distribution
@@ -256,6 +256,7 @@ class NetworkScores:
 
     def run(self, batch: Batch) -> BatchScores:
         """Run the model on one batch, check its output, and plan its backward passes."""
+        self.planner.look_ahead(batch)
         whole = self._forward(batch.inputs)
         output = whole.output.detach()
         if output.shape[:1] != (len(batch),):
@@ -263,12 +264,26 @@ class NetworkScores:
                 f"the model must return one row per observation, got {tuple(output.shape)} for "
                 f"a batch of {len(batch)}"
             )
-        if self.distribution is not None:
-            self.distribution.check(output, batch.target, batch.first)
-        _check_output(output, self.distribution, batch)
+        settle([*self._problems(output, batch), *self.planner.problems(whole)])
         scores = self.planner.scores(batch, whole)
-        self._enough = memory.BATCH_BYTES * len(batch) // max(1, whole.recorder.nbytes)
+        room = memory.budget(self.device).batch
+        self._enough = room * len(batch) // max(1, whole.nbytes)
         return scores
+
+    def _problems(self, output: Tensor, batch: Batch) -> Iterator[Problem]:
+        """Yield what may be wrong with the numbers of a batch, in the order they were computed."""
+        yield from batch.problems
+        if self.distribution is not None:
+            yield from self.distribution.problems(output, batch.target, batch.first)
+        # Of a sum that is a number, and not infinite, all terms are.
+        yield Problem((output.sum() * 0).isnan(), partial(self._refuse_output, output, batch))
+
+    def _refuse_output(self, output: Tensor, batch: Batch) -> None:
+        known = self.distribution
+        invalid = ~output.isfinite() if known is None else known.invalid(output)
+        if invalid.any():
+            bad = invalid.reshape(len(output), -1).any(1).nonzero()[0]
+            raise ValueError(f"the output of observation {batch.first + int(bad)} is not finite")
 
     def _forward(self, inputs: Any) -> ForwardPass:
         with self.caller.prepared(inputs) as given:
@@ -291,12 +306,3 @@ def _eager() -> AbstractContextManager[Any]:
         return nullcontext()
     eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return eager
-
-
-def _check_output(output: Tensor, distribution: OutputDistribution | None, batch: Batch) -> None:
-    if output.sum().isfinite():  # then all are
-        return
-    invalid = ~output.isfinite() if distribution is None else distribution.invalid(output)
-    if invalid.any():
-        bad = invalid.reshape(len(output), -1).any(1).nonzero()[0]
-        raise ValueError(f"the output of observation {batch.first + int(bad)} is not finite")

@@ -28,8 +28,9 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +38,20 @@ from torch.utils._pytree import tree_map
 
 from ewc_lib._arguments import check_choice
 from ewc_lib._batches import Batch
+from ewc_lib._checking import Problem, settle
 from ewc_lib._parameters import Vector
+from ewc_lib.score import memory
 from ewc_lib.score.batch import BatchScores
 from ewc_lib.score.batch_axis import BatchAxis, Placement, RaggedRows
 from ewc_lib.score.by_vmap import VmapGradients
 from ewc_lib.score.forward_pass import ForwardPass
-from ewc_lib.score.gradcheck import NO_SCORES, GradientCheck, check_alone, norm, random_direction
+from ewc_lib.score.gradcheck import (
+    NO_SCORES,
+    GradientCheck,
+    Placements,
+    apart,
+    random_direction,
+)
 from ewc_lib.score.gradients import selects_entries
 from ewc_lib.score.memory import sum_dtype
 
@@ -69,17 +78,47 @@ class Plan:
     unsettled
         Uses that added nothing when the plan was made, or that more than one axis fitted, so that
         it says nothing about them.
+    together
+        Whether several output columns may go back at once, and give what each gives alone.
     """
 
     axes: dict[str, dict[int, Placement]]
     selects_entries: set[str]
     unsettled: list[int]
+    together: bool = False
 
     @property
     def is_general(self) -> bool:
         """Whether it holds for the rows of other batches, too."""
         found = (axis for axes in self.axes.values() for axis in axes.values())
         return not any(isinstance(axis, RaggedRows) for axis in found)
+
+
+class Ahead(NamedTuple):
+    """What some observations of a batch have shown.
+
+    Attributes
+    ----------
+    rows
+        Their numbers.
+    output
+        Their outputs without the rest of the batch.
+    way
+        What was computed.
+    plan
+        What holds for them.
+    failed
+        Parameters for which it does not hold.
+    judged
+        What judged it, if it does not hold for all.
+    """
+
+    rows: Tensor
+    output: Tensor
+    way: tuple[Any, ...]
+    plan: Plan
+    failed: set[str]
+    judged: tuple[ForwardPass, GradientCheck] | None
 
 
 class Planner:
@@ -113,42 +152,94 @@ class Planner:
         self._always = certify == "always"
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._random = random.Random(0)
+        self._is_first = True
+        self._due = False
+        self._ahead: Ahead | None = None
+
+    def look_ahead(self, batch: Batch) -> None:
+        """Check some observations of a batch, before all of them take memory.
+
+        What is found there holds if the whole batch then goes the same way. Where something is
+        wrong, nothing is said: the whole batch will tell what it is.
+        """
+        share = self._random.random() < SHARE
+        self._due = self._is_first or (bool(self._plans) and (batch.last or share))
+        self._is_first, self._ahead = False, None
+        if self._due and len(batch) >= 2 * TRIAL_SIZE and not self._always:
+            try:
+                self._ahead = self._try_ahead(batch)
+            except (RuntimeError, ValueError, IndexError):
+                return
+
+    def _try_ahead(self, batch: Batch) -> Ahead | None:
+        """Run some observations alone, and check the plan for them or make one."""
+        rows = _some_rows(len(batch), in_place=True)
+        trial = self._run_some(batch.inputs, rows)
+        if not trial.is_predictable:
+            return None
+        plan = self._plans.get(trial.signature)
+        if plan is None:
+            plan, check, failed = self._by_rule(batch, trial)
+        else:
+            check = GradientCheck.pose(trial.output, self.parameters, trial.graph)
+            found = self._follow(plan, batch, trial).by_rule(check.direction[None])
+            failed = check.failures(found) - self.by_vmap
+            if failed:
+                return None
+        judged = (trial, check) if failed else None  # else their graph is let go
+        return Ahead(rows, trial.output.detach(), trial.way, plan, failed, judged)
+
+    def problems(self, whole: ForwardPass) -> list[Problem]:
+        """Return what may be wrong with the outputs, if some were looked at ahead."""
+        if not self._went_as(whole):
+            return []
+        assert self._ahead is not None
+        return [self._apart(whole, self._ahead.output, self._ahead.rows)]
+
+    def _went_as(self, whole: ForwardPass) -> bool:
+        """Whether what was looked at ahead went the same way as the whole batch."""
+        ahead = self._ahead
+        return ahead is not None and whole.is_predictable and ahead.way == whole.way
 
     def scores(self, batch: Batch, whole: ForwardPass) -> BatchScores:
         """Return a batch with a plan for its backward passes."""
-        plan = self._plans.get(whole.signature)
-        if plan is None or not self._holds(plan, batch, whole):
-            plan = self._make(batch, whole)
+        plan, went = self._plans.get(whole.signature), self._went_as(whole)
+        if plan is None and went and self._ahead is not None and self._ahead.plan.is_general:
+            plan = self._plans[whole.signature] = self._accept(batch, self._ahead)
+        if plan is None or self._always or (self._due and not went) or self._speaks(plan, whole):
+            plan = self._make(batch, whole, went)
+        self._ahead = None
         self.used |= {name for name, axes in plan.axes.items() if axes} | self.by_vmap
         return self._follow(plan, batch, whole)
+
+    def _accept(self, batch: Batch, ahead: Ahead) -> Plan:
+        """Take the plan that was made ahead; what it does not hold for goes by vmap."""
+        if ahead.judged is not None:
+            trial, check = ahead.judged
+            self.by_vmap.update(ahead.failed)
+            self._check_vmap(self._follow(ahead.plan, batch, trial), check)
+        return ahead.plan
 
     def _follow(self, plan: Plan, batch: Batch, forward: ForwardPass) -> BatchScores:
         return BatchScores(batch, forward, plan, sorted(self.by_vmap), self.vmap_gradients)
 
-    def _holds(self, plan: Plan, batch: Batch, whole: ForwardPass) -> bool:
-        """Tell whether a plan that was kept may be followed, or has to be made again."""
-        if self._always:
+    def _speaks(self, plan: Plan, whole: ForwardPass) -> bool:
+        """Whether a use of which a plan says nothing adds something now."""
+        if not (waiting := self._waiting(plan, whole)):
             return False
-        if (batch.last or self._random.random() < SHARE) and not self._passes(plan, batch, whole):
-            return False
-        found = whole.pull(self._waiting(plan, whole), random_direction(whole.output))
-        return all(whole.uses[i].is_silent(g) for i, g in found.items())
+        found = whole.pull(waiting, random_direction(whole.output)[None])
+        return not all(whole.uses[i].is_silent(g) for i, g in found.items())
 
-    def _passes(self, plan: Plan, batch: Batch, whole: ForwardPass) -> bool:
-        """Check a plan that was kept on a few observations of another batch."""
-        rows = _some_rows(whole)
-        trial = self._run_alone(whole, rows)
-        self._compare_outputs(whole, trial, rows)
-        if len(rows) < TRIAL_SIZE or trial.way != whole.way:
-            return False
-        check = GradientCheck.pose(trial.output, self.parameters, trial.graph)
-        found = self._follow(plan, batch, trial).by_rule(check.direction)
-        by_rule = self.parameters.keys() - self.by_vmap
-        return all(check.passes_rule(name, found.get(name)) for name in by_rule)
-
-    def _make(self, batch: Batch, whole: ForwardPass) -> Plan:
+    def _make(self, batch: Batch, whole: ForwardPass, went: bool) -> Plan:
         """Make a plan on a few observations, or on the whole batch, and keep it if it holds."""
-        rows = _some_rows(whole)
+        plan = self._try(batch, whole) if went else self._try_some_or_all(batch, whole)
+        if len(whole) > 1 and whole.is_predictable and plan.is_general:
+            self._plans[whole.signature] = plan
+        return plan
+
+    def _try_some_or_all(self, batch: Batch, whole: ForwardPass) -> Plan:
+        """Make a plan where no observations were looked at ahead."""
+        rows = _some_rows(len(whole), whole.recorder.rows.in_place)
         trial = self._run_alone(whole, rows)
         predictable = whole.is_predictable and trial.way == whole.way
         few_are_enough = predictable and len(rows) == TRIAL_SIZE and not self._always
@@ -156,8 +247,6 @@ class Planner:
         if plan is None or not plan.is_general or self._waiting(plan, whole):
             plan = self._try(batch, whole)
         self._check_outputs(whole, trial, rows)
-        if len(whole) > 1 and whole.is_predictable and plan.is_general:
-            self._plans[whole.signature] = plan
         return plan
 
     @staticmethod
@@ -167,76 +256,107 @@ class Planner:
 
     def _check_outputs(self, whole: ForwardPass, trial: ForwardPass, rows: Tensor) -> None:
         """Compare the outputs of observations that have run alone with those in their batch."""
-        self._compare_outputs(whole, trial, rows)
+        settle([self._apart(whole, trial.output, rows)])
         n, parts = len(whole), []
         if not whole.recorder.rows.in_place or len(rows) == 1:
             parts.append(torch.tensor([(n - 1) // 2]))
         if self._always and n > 1:
             parts += [torch.arange(0, n, 2), torch.arange(1, n, 2)]
         for part in parts:
-            self._compare_outputs(whole, self._run_alone(whole, part), part)
+            settle([self._apart(whole, self._run_alone(whole, part).output, part)])
 
     def _run_alone(self, whole: ForwardPass, rows: Tensor) -> ForwardPass:
         """Run some observations without the rest of their batch."""
-        at = rows.to(whole.output.device)
         try:
-            return self._run(tree_map(lambda leaf: leaf[at], whole.inputs))
+            return self._run_some(whole.inputs, rows)
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(
                 f"the model mixes observations: it runs on a batch of {len(whole)} but not on "
                 f"{len(rows)} of them, {NO_SCORES} ({error})"
             ) from error
 
+    def _run_some(self, inputs: Any, rows: Tensor) -> ForwardPass:
+        return self._run(tree_map(lambda leaf: leaf[rows.to(leaf.device)], inputs))
+
     @staticmethod
-    def _compare_outputs(whole: ForwardPass, alone: ForwardPass, rows: Tensor) -> None:
+    def _apart(whole: ForwardPass, alone: Tensor, rows: Tensor) -> Problem:
         together = whole.output[rows.to(whole.output.device)]
-        check_alone(alone.output, together, whole.recorder.eps)
+        return apart(alone, together, whole.recorder.eps)
 
     def _try(self, batch: Batch, trial: ForwardPass) -> Plan:
         """Let every parameter whose rules fail go by vmap, and check that too."""
-        check = GradientCheck.pose(trial.output, self.parameters, trial.graph)
-        numbers = range(len(trial.uses))
-        plain = trial.pull(numbers, check.direction)
-        weighted = trial.pull(numbers, check.weighted)
-        axes, unclear = self._placements(trial, check, plain, weighted)
-        plan = self._choose(trial, axes, plain)
-        found = self._follow(plan, batch, trial).by_rule(check.direction, plain)
-        failed = [n for n in self.parameters if not check.passes_rule(n, found.get(n))]
-        plan.unsettled.extend(unclear | self._without_effect(trial, plan, check, plain))
+        plan, check, failed = self._by_rule(batch, trial)
         self.by_vmap.update(failed)
         self._check_vmap(self._follow(plan, batch, trial), check)
         return plan
 
-    @staticmethod
-    def _placements(
+    def _by_rule(self, batch: Batch, trial: ForwardPass) -> tuple[Plan, GradientCheck, set[str]]:
+        """Return a plan, what judged it, and the parameters for which it does not hold."""
+        together = memory.budget(trial.output.device).columns > 0
+        if together:  # what goes back at once may be wrong, or not work at all
+            check = GradientCheck.pose(trial.output, self.parameters, trial.graph)
+            try:
+                plan, failed = self._judged(batch, trial, check, *_at_once(trial, check))
+            except RuntimeError:
+                together = False
+            else:
+                together = not failed
+        if not together:
+            check, plain, weighted = self._apart_from_each_other(trial)
+            plan, failed = self._judged(batch, trial, check, plain, weighted)
+        return replace(plan, together=together), check, failed
+
+    def _apart_from_each_other(
+        self, trial: ForwardPass
+    ) -> tuple[GradientCheck, dict[int, Tensor], dict[int, Tensor]]:
+        """Bring back the direction, and with the answer of autograd the weighted direction."""
+        edges = trial.edges(range(len(trial.uses)))
+        check = GradientCheck.pose(trial.output, self.parameters, trial.graph, list(edges))
+        found = check.at_edges.items()
+        weighted = {i: g for edge, g in found if g is not None for i in edges[edge]}
+        return check, _single(trial.pull(sorted(weighted), check.direction[None])), weighted
+
+    def _judged(
+        self,
+        batch: Batch,
         trial: ForwardPass,
         check: GradientCheck,
         plain: dict[int, Tensor],
         weighted: dict[int, Tensor],
+    ) -> tuple[Plan, set[str]]:
+        """Make a plan from output gradients without and with weights, and judge it."""
+        places = check.placements(trial.uses, plain, weighted)
+        axes, unclear = self._placements(trial, check, plain, places)
+        plan = self._choose(trial, axes, plain)
+        columns = {i: g.unsqueeze(0) for i, g in plain.items()}
+        by_rule = self._follow(plan, batch, trial).by_rule(check.direction[None], columns)
+        failed = check.failures(by_rule)
+        plan.unsettled.extend(unclear | self._without_effect(plan, check, places))
+        return plan, failed
+
+    @staticmethod
+    def _placements(
+        trial: ForwardPass, check: GradientCheck, plain: dict[int, Tensor], places: Placements
     ) -> tuple[list[Placement | None], set[int]]:
-        """Find where the observations lie in each use, and the uses that do not show it."""
-        largest = max(map(norm, plain.values()), default=0.0)
+        """Choose where the observations lie in each use, and tell which do not show it."""
+        largest = max(places.sizes.values(), default=0.0)
         axes: list[Placement | None] = [BatchAxis()] * len(trial.uses)
         unclear = set()
-        for i, g in plain.items():
-            use = trial.uses[i]
-            eps = trial.graph.eps(use.edge.node)
-            found = check.placements(use.input, g, weighted[i], eps)
+        for i, found in places.found.items():
             axes[i] = found[0] if found else None
-            if not found and norm(g) <= check.negligible(g, largest):
-                axes[i] = check.any_axis(use.input, g)
+            if not found and places.sizes[i] <= check.negligible(plain[i], largest):
+                axes[i] = check.any_axis(trial.uses[i].input, plain[i])
                 unclear.add(i)
             elif len(found) > 1:
                 unclear.add(i)
         return axes, unclear
 
-    def _without_effect(
-        self, trial: ForwardPass, plan: Plan, check: GradientCheck, plain: dict[int, Tensor]
-    ) -> set[int]:
+    @staticmethod
+    def _without_effect(plan: Plan, check: GradientCheck, places: Placements) -> set[int]:
         """Return the numbers of the uses that add nothing, or to a gradient that is nothing."""
         uses = {i for axes in plan.axes.values() for i in axes}
-        silent = {i for i in uses if trial.uses[i].is_silent(plain[i])}
-        return silent.union(*(axes for n, axes in plan.axes.items() if not check.has_answer(n)))
+        of_nothing = (axes for n, axes in plan.axes.items() if not check.has_answer(n))
+        return (uses & places.silent).union(*of_nothing)
 
     def _choose(
         self, trial: ForwardPass, axes: list[Placement | None], plain: dict[int, Tensor]
@@ -263,7 +383,7 @@ class Planner:
 
     def _compare(self, scores: BatchScores, check: GradientCheck) -> None:
         sums: Vector = defaultdict(lambda: torch.zeros(()))
-        for part, found in scores.by_function([check.direction]):
+        for part, found in scores.by_function(check.direction.unsqueeze(0)):
             for name, g in found.items():
                 g = g[0].to(sum_dtype(g))
                 sums[name] = sums[name] + torch.tensordot(check.weights[part].to(g), g, dims=1)
@@ -283,13 +403,29 @@ class Planner:
         return {name: path(name) for name in self.parameters}
 
 
-def _some_rows(whole: ForwardPass) -> Tensor:
+@lru_cache(64)
+def _some_rows(n: int, in_place: bool) -> Tensor:
     """Return the numbers of some observations from the first to the last, half of them at most.
 
     They change places, so that a mixture shows that takes something from the first or the last
     row. Where values decide they keep their order, which lengths may have to be in.
     """
-    n = len(whole)
     few = max(1, min(n // 2, TRIAL_SIZE))
     rows = torch.linspace(0, n - 1, max(few, 2)).long()[-few:]
-    return rows.roll(few // 2) if whole.recorder.rows.in_place else rows
+    return rows.roll(few // 2) if in_place else rows
+
+
+def _at_once(
+    trial: ForwardPass, check: GradientCheck
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Bring back the direction and the weighted direction together."""
+    found = trial.pull(range(len(trial.uses)), torch.stack([check.direction, check.weighted]))
+    cut = {id(g): g.unbind() for g in found.values()}  # uses share output gradients
+    plain = {i: cut[id(g)][0] for i, g in found.items()}
+    return plain, {i: cut[id(g)][1] for i, g in found.items()}
+
+
+def _single(found: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Return the gradients along the only column; uses that share one still do."""
+    alone = {id(g): g[0] for g in found.values()}
+    return {i: alone[id(g)] for i, g in found.items()}

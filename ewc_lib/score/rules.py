@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from string import ascii_letters
 from typing import ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ewc_lib.score import memory
+from ewc_lib.score.squares import SquareSums
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,21 @@ class Rule(ABC):
         """
         return False
 
-    def add_squares(self, out: Tensor, a: Tensor, g: Tensor) -> None:
-        """Add the squares of the gradients of all observations to ``out``."""
-        row_bytes = self.shape.numel() * out.element_size()
-        for part in memory.pieces(len(g), row_bytes, memory.SQUARES_BYTES):
-            add_rows(out, self.gradients(a[part], g[part]).square())
+    def add_squares(
+        self, out: Tensor, a: Tensor, g: Float[Tensor, "K N ..."], squares: SquareSums
+    ) -> None:
+        """Add the squares of the gradients along all columns and of all observations to ``out``."""
+        row_bytes = len(g) * self.shape.numel() * out.element_size()
+        for part in squares.budget.pieces_of_squares(len(a), row_bytes):
+            squares.add(out, self._of_columns(a[part], g[:, part]))
+
+    def _of_columns(self, a: Tensor, g: Float[Tensor, "K N ..."]) -> Float[Tensor, "K N ..."]:
+        """Return the gradients along several output columns."""
+        return _stacked([self.gradients(a, column) for column in g])
 
 
-def add_rows(out: Tensor, rows: Float[Tensor, "N ..."]) -> None:
-    """Add all rows to ``out`` in one sweep, as a product with ones."""
-    out.view(-1).addmv_(rows.reshape(len(rows), -1).mT, rows.new_ones(len(rows)))
+def _stacked(columns: list[Tensor]) -> Float[Tensor, "K ..."]:
+    return torch.stack(columns) if len(columns) > 1 else columns[0].unsqueeze(0)
 
 
 @dataclass(frozen=True)
@@ -104,21 +111,49 @@ class Products(Rule):
     def squares_factorise(self, a: Tensor, g: Tensor) -> bool:
         return self.sides(a[:1], g[:1])[0].shape[2] == 1
 
-    def add_squares(self, out: Tensor, a: Tensor, g: Tensor) -> None:
-        left, right = self.sides(a, g)
-        add_squared_products(out.view(left.shape[1], left.shape[3], -1), left, right)
+    def add_squares(
+        self, out: Tensor, a: Tensor, g: Float[Tensor, "K N ..."], squares: SquareSums
+    ) -> None:
+        inputs, outputs = self.input_rows(a), self._output_rows_of_columns(a, g)
+        if not self.transposed:
+            matrix = out.view(inputs.shape[1], -1, inputs.shape[3])
+            add_squared_products(matrix, outputs, inputs, squares)
+        elif len(g) == 1:
+            matrix = out.view(inputs.shape[1], inputs.shape[3], -1)
+            add_squared_products(matrix, inputs.unsqueeze(0), outputs[0], squares)
+        else:
+            matrix = out.new_zeros(inputs.shape[1], outputs.shape[4], inputs.shape[3])
+            add_squared_products(matrix, outputs, inputs, squares)
+            squares.finish()
+            out += matrix.mT.reshape(out.shape)
 
-    def join(self, uses: Sequence[tuple[Tensor, Tensor]]) -> tuple[Rule, Tensor, Tensor]:
+    def _output_rows_of_columns(
+        self, a: Tensor, g: Float[Tensor, "K N ..."]
+    ) -> Float[Tensor, "K N groups T O"]:
+        rows = self.output_rows(a, g[0] if len(g) == 1 else g.flatten(0, 1))
+        found: Tensor = rows.unflatten(0, (len(g), -1))
+        return found
+
+    def join(
+        self, uses: Sequence[tuple[Tensor, Float[Tensor, "K N ..."]]]
+    ) -> tuple[Rule, Tensor, Float[Tensor, "K N groups T O"]]:
         """Return one rule, input and gradient with the positions of several uses by this one."""
-        left, right = (
-            torch.cat(sides, 2) for sides in zip(*(self.sides(a, g) for a, g in uses), strict=True)
-        )
-        return Factors(self.shape), right, left
+        inputs = torch.cat([self.input_rows(a) for a, _ in uses], 2)
+        outputs = torch.cat([self._output_rows_of_columns(a, g) for a, g in uses], 3)
+        return Factors(self.shape, self.transposed), inputs, outputs
 
 
 @dataclass(frozen=True)
 class Factors(Products):
-    """Factors that are rows already: those of the columns are the input."""
+    """Factors that are rows already.
+
+    Attributes
+    ----------
+    transposed
+        The matrix has one row for each input instead of each output.
+    """
+
+    transposed: bool = False
 
     def input_rows(self, a: Tensor) -> Tensor:
         return a
@@ -129,34 +164,55 @@ class Factors(Products):
 
 def add_squared_products(
     out: Float[Tensor, "groups L R"],
-    left: Float[Tensor, "N groups T L"],
+    left: Float[Tensor, "K N groups T L"],
     right: Float[Tensor, "N groups T R"],
+    squares: SquareSums,
 ) -> None:
-    r"""Add :math:`\sum_n (\sum_t l_{nt} r_{nt}^\top)^2` to ``out``, entry by entry."""
-    if left.shape[2] == 1:  # the square of a product is a product of squares
-        squares = (side.squeeze(2).transpose(0, 1).square() for side in (left, right))
-        out.baddbmm_(next(squares).mT, next(squares))
-    elif len(out) == 1:
-        _add_squared_products_of_one(out[0], left[:, 0], right[:, 0])
-    else:
-        row_bytes = out.numel() * out.element_size()
-        for part in memory.pieces(len(left), row_bytes, memory.SQUARES_BYTES):
-            add_rows(out, (left[part].mT @ right[part]).square_())
+    r"""Add :math:`\sum_k \sum_n (\sum_t l_{knt} r_{nt}^\top)^2` to ``out``, entry by entry."""
+    if left.shape[3] == 1:  # the square of a product is a product of squares
+        of_left = left.square().sum(0) if len(left) > 1 else left[0].square()
+        both = (side.squeeze(2).transpose(0, 1) for side in (of_left, right.square()))
+        out.baddbmm_(next(both).mT, next(both))
+        return
+    row_bytes = len(left) * out.numel() * out.element_size()
+    if squares.budget.by_reduction:
+        for part in squares.budget.pieces_of_squares(len(right), row_bytes):
+            squares.add(out, _products_of_columns(left[:, part], right[part]))
+        return
+    for column in left:
+        if len(out) == 1:
+            _add_squared_products_of_one(out[0], column[:, 0], right[:, 0], squares)
+            continue
+        for part in squares.budget.pieces_of_squares(len(right), row_bytes):
+            squares.add(out, column[part].mT @ right[part], reusable=True)
+
+
+def _products_of_columns(
+    left: Float[Tensor, "K N groups T L"], right: Float[Tensor, "N groups T R"]
+) -> Float[Tensor, "N K groups L R"]:
+    """Return all products of one observation by one matrix, the columns below each other."""
+    if len(left) == 1:
+        return (left[0].mT @ right).unsqueeze(1)
+    below = left.permute(1, 2, 0, 4, 3).flatten(2, 3)
+    found: Tensor = (below @ right).unflatten(2, (len(left), -1)).movedim(2, 1)
+    return found
 
 
 def _add_squared_products_of_one(
-    out: Float[Tensor, "L R"], left: Float[Tensor, "N T L"], right: Float[Tensor, "N T R"]
+    out: Float[Tensor, "L R"],
+    left: Float[Tensor, "N T L"],
+    right: Float[Tensor, "N T R"],
+    squares: SquareSums,
 ) -> None:
     """Do that for one group, in pieces of the matrix and of the observations."""
-    row_bytes = right.shape[2] * out.element_size()
-    for rows in memory.pieces(out.shape[0], row_bytes, memory.SQUARES_BYTES):
+    row_bytes, most = right.shape[2] * out.element_size(), squares.budget.squares
+    for rows in memory.pieces(out.shape[0], row_bytes, most):
         height = len(out[rows])
-        parts = list(memory.pieces(len(left), height * row_bytes, memory.SQUARES_BYTES))
-        buffer = out.new_empty(len(left[parts[0]]), *out[rows].shape)
+        parts = memory.pieces(len(left), height * row_bytes, most)
         for part in parts:
-            piece = buffer[: len(left[part])]
+            piece = squares.scratch(out, len(left[part]), *out[rows].shape)
             torch.bmm(left[part, :, rows].mT, right[part], out=piece)
-            add_rows(out[rows], piece.square_())
+            squares.add(out[rows], piece, reusable=True)
 
 
 @dataclass(frozen=True)
@@ -281,9 +337,24 @@ class Broadcast(Rule):
     multiplies: ClassVar[bool] = False
 
     def gradients(self, a: Tensor, g: Tensor) -> Tensor:
-        padded = (1,) * (g.dim() - 1 - self._width) + self._aligned
-        axes = [axis for axis in range(1, g.dim()) if padded[axis - 1] == 1 < g.shape[axis]]
-        return (g.sum(axes) if axes else g).reshape(len(g), *self.shape)
+        return self._sums(self._terms(a, g))
+
+    def add_total(self, out: Tensor, a: Tensor, g: Tensor) -> None:
+        out += self._sums(self._terms(a, g).unsqueeze(0)).squeeze(0)
+
+    def _of_columns(self, a: Tensor, g: Float[Tensor, "K N ..."]) -> Float[Tensor, "K N ..."]:
+        found: Tensor = self._sums(self._terms(a, g).flatten(0, 1)).unflatten(0, g.shape[:2])
+        return found
+
+    def _sums(self, terms: Tensor) -> Tensor:
+        """Add over positions."""
+        padded = (1,) * (terms.dim() - 1 - self._width) + self._aligned
+        axes = [i for i in range(1, terms.dim()) if padded[i - 1] == 1 < terms.shape[i]]
+        return (terms.sum(axes) if axes else terms).reshape(len(terms), *self.shape)
+
+    def _terms(self, a: Tensor, g: Tensor) -> Tensor:
+        """Return what is added over positions."""
+        return g
 
     def squares_factorise(self, a: Tensor, g: Tensor) -> bool:
         return g[0].numel() == self.shape.numel()
@@ -303,8 +374,8 @@ class Scale(Broadcast):
 
     multiplies: ClassVar[bool] = True
 
-    def gradients(self, a: Tensor, g: Tensor) -> Tensor:
-        return super().gradients(a, a * g)
+    def _terms(self, a: Tensor, g: Tensor) -> Tensor:
+        return a * g
 
 
 @dataclass(frozen=True)
@@ -321,6 +392,12 @@ class Einsum(Rule):
 
     def gradients(self, a: Tensor, g: Tensor) -> Tensor:
         return torch.einsum(self.equation, a, g)
+
+    def _of_columns(self, a: Tensor, g: Float[Tensor, "K N ..."]) -> Float[Tensor, "K N ..."]:
+        own, rest = self.equation.split(",")
+        output, parameter = rest.split("->")
+        free = next(letter for letter in ascii_letters if letter not in self.equation)
+        return torch.einsum(f"{own},{free}{output}->{free}{parameter}", a, g)
 
 
 @dataclass(frozen=True)
@@ -340,27 +417,31 @@ class Rows(Rule):
     multiplies: ClassVar[bool] = False
 
     def gradients(self, a: Tensor, g: Tensor) -> Tensor:
-        n, n_rows = len(a), self.shape[0]
-        index = (a.reshape(n, -1) + n_rows * self._arange(a)).reshape(-1)
         of_each = self._of_each(a, g)
-        table = g.new_zeros(n * n_rows, *of_each.shape[1:]).index_add_(0, index, of_each)
-        return table.reshape(n, *self.shape)
+        table = g.new_zeros(len(a) * self.shape[0], *of_each.shape[1:])
+        return table.index_add_(0, self._keys(a), of_each).reshape(len(a), *self.shape)
 
     def add_total(self, out: Tensor, a: Tensor, g: Tensor) -> None:
         out.view(self.shape[0], -1).index_add_(0, a.reshape(-1), self._of_each(a, g))
 
-    def add_squares(self, out: Tensor, a: Tensor, g: Tensor) -> None:
+    def add_squares(
+        self, out: Tensor, a: Tensor, g: Float[Tensor, "K N ..."], squares: SquareSums
+    ) -> None:
         """Sum only the rows that each observation used, then square them."""
         n_rows = self.shape[0]
-        key = (a.reshape(len(a), -1) + n_rows * self._arange(a)).reshape(-1)
-        used, position = key.unique(return_inverse=True)
-        of_each = self._of_each(a, g)
-        sums = g.new_zeros(len(used), *of_each.shape[1:]).index_add_(0, position, of_each)
-        out.view(self.shape[0], -1).index_add_(0, used % n_rows, sums.square_())
+        key = self._keys(a)
+        ordered = key.sort().values
+        first = torch.searchsorted(ordered, key)  # equal keys share a place, others stay empty
+        of_each = _stacked([self._of_each(a, column) for column in g])
+        sums = torch.zeros_like(of_each).index_add_(1, first, of_each).square_()
+        squared = sums.sum(0) if len(g) > 1 else sums[0]
+        out.view(n_rows, -1).index_add_(0, ordered % n_rows, squared)
 
-    @staticmethod
-    def _arange(a: Tensor) -> Tensor:
-        return torch.arange(len(a), device=a.device).unsqueeze(1)
+    def _keys(self, a: Tensor) -> Tensor:
+        """Give the rows of each observation numbers of their own."""
+        n_rows = self.shape[0]
+        offsets = torch.arange(0, len(a) * n_rows, n_rows, device=a.device)
+        return (a.reshape(len(a), -1) + offsets.unsqueeze(1)).reshape(-1)
 
     def _of_each(self, a: Tensor, g: Tensor) -> Float[Tensor, "rows width"]:
         """Gradient of every row that was looked up."""

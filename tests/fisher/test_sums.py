@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 from ewc_lib import fisher_information
 from ewc_lib._batches import Batch
 from ewc_lib.continual import mlp
+from ewc_lib.fisher.output import COLUMNS_AT_ONCE
 from ewc_lib.fisher.structures import Dense, Diagonal
 from ewc_lib.fisher.sums import base
 from ewc_lib.fisher.sums.base import ParameterSpace
@@ -18,6 +19,7 @@ from ewc_lib.fisher.sums.rows import BlockSum, DenseSum, LowRankSum
 from ewc_lib.likelihood.outputs import Categorical, Gaussian
 from ewc_lib.score import memory
 from ewc_lib.score.network import NetworkScores
+from tests.budgets import set_budget
 from tests.scenarios import (
     BATCH_SIZES,
     SCENARIOS,
@@ -82,7 +84,7 @@ SUMS = {
 each_sum = pytest.mark.parametrize("structure", SUMS)
 
 
-def add(structure, model, columns, dtype=None):
+def add(structure, model, columns, dtype=None, at_once=COLUMNS_AT_ONCE):
     """Sum the given output columns over two batches."""
     parameters = dict(model.named_parameters())
     total = SUMS[structure](ParameterSpace(parameters, dtype))
@@ -90,7 +92,8 @@ def add(structure, model, columns, dtype=None):
     for n, first in ((5, 0), (3, 5)):
         x = torch.randn(n, 3, generator=torch.Generator().manual_seed(first), dtype=torch.float64)
         batch = network.run(Batch(x, torch.zeros(n, dtype=torch.long), first))
-        total.add(batch, iter([column[:n] for column in columns]))
+        blocks = [columns[i : i + at_once] for i in range(0, len(columns), at_once)]
+        total.add(batch, (torch.stack([column[:n] for column in block]) for block in blocks))
     return total.mean("exact", network.paths())
 
 
@@ -121,22 +124,25 @@ def test_the_diagonal_sum_is_the_diagonal_of_the_matrices(model):
 
 
 @each_sum
-def test_the_sum_does_not_depend_on_how_many_columns_go_at_once(model, structure, monkeypatch):
-    at_once = add(structure, model, columns(5)).to_dense()
-    monkeypatch.setattr(base, "COLUMNS_AT_ONCE", 2)
-    torch.testing.assert_close(add(structure, model, columns(5)).to_dense(), at_once)
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_the_sum_does_not_depend_on_how_many_columns_go_at_once(model, structure, at_once):
+    """Neither in a block, nor back through the network together."""
+    found = add(structure, model, columns(5), at_once=at_once).to_dense()
+    torch.testing.assert_close(add(structure, model, columns(5)).to_dense(), found)
+    with memory.as_on("cuda"):
+        torch.testing.assert_close(add(structure, model, columns(5)).to_dense(), found)
 
 
 @each_sum
 def test_the_sum_does_not_depend_on_how_many_rows_go_at_once(model, structure, monkeypatch):
     at_once = add(structure, model, columns(3)).to_dense()
-    monkeypatch.setattr(memory, "ROWS_BYTES", 1)
+    set_budget(monkeypatch, rows=1)
     torch.testing.assert_close(add(structure, model, columns(3)).to_dense(), at_once)
 
 
 def test_rows_are_written_out_in_pieces_of_bounded_size(model, monkeypatch):
     size = sum(p.numel() for p in model.parameters()) * 8
-    monkeypatch.setattr(memory, "ROWS_BYTES", 2 * size)
+    set_budget(monkeypatch, rows=2 * size)
     lengths = []
 
     class Watched(DenseSum):

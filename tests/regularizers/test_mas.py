@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ewc_lib.regularizers import MAS, mas
+from ewc_lib.regularizers import MAS
+from tests.budgets import set_budget
 from tests.regularizers.cases import DOUBLE, TIGHT, copies, move, network, task
 
 
@@ -52,7 +53,7 @@ def test_observations_do_not_cancel():
 
 @pytest.mark.parametrize("limit", [1, 100, 2**24])
 def test_the_result_does_not_depend_on_how_many_gradients_are_held_at_once(limit, monkeypatch):
-    monkeypatch.setattr(mas, "ROWS_BYTES", 8 * limit)
+    set_budget(monkeypatch, rows=8 * limit)
     model = network()
     x, y = task()
     expected = sensitivity(model, x)

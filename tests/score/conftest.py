@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ewc_lib.score import memory
+from tests.budgets import set_budget
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -18,4 +18,4 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def batches_as_given(monkeypatch):
     """Run every batch by itself, so that a test means the batch sizes that it names."""
-    monkeypatch.setattr(memory, "BATCH_BYTES", 0)
+    set_budget(monkeypatch, batch=0)

@@ -16,9 +16,10 @@ def test_both_paths_together_bring_back_the_gradient_of_the_batch():
         scores.forward.output, [parameters[name] for name in names], column, retain_graph=True
     )
     found = {
-        name: gradients.gradients().sum(0) for name, gradients in scores.by_rule(column).items()
+        name: gradients.gradients().sum(0)
+        for name, gradients in scores.by_rule(column[None]).items()
     }
-    for _, generic in scores.by_function([column]):
+    for _, generic in scores.by_function(column[None]):
         found |= {name: g.sum((0, 1)) for name, g in generic.items()}
     assert set(found) == set(names)
     for name, gradient in zip(names, expected, strict=True):
@@ -30,7 +31,7 @@ def test_gradients_are_written_out_for_a_part_of_the_batch(part):
     network = three_paths()
     scores = network.run(batch(5))
     column = torch.randn(scores.output.shape, generator=torch.Generator().manual_seed(1)).double()
-    found = scores.gradients(scores.by_rule(column), column, part)
+    found = scores.gradients(scores.by_rule(column[None]), column[None], part)
     parameters = dict(network.model.named_parameters())
     assert list(found) == list(parameters)
     for row, n in enumerate(range(5)[part]):

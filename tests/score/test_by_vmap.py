@@ -8,8 +8,8 @@ from torch import nn
 
 from ewc_lib import fisher_information
 from ewc_lib._calling import Caller
-from ewc_lib.score import memory
 from ewc_lib.score.by_vmap import VmapGradients
+from tests.budgets import set_budget
 from tests.scenarios import SCENARIOS, N, Scenario, estimate, same, slow_path_allowed
 
 VECTORISED = ("cnn_with_norms", "attention", "tied_weights", "weight_norm", "sequence_of_labels")
@@ -89,7 +89,7 @@ def test_the_budget_bounds_what_exists_at_once(budget, parts, monkeypatch):
     names = ["0.weight", "4.bias"]
     per_observation = sum(parameters[n].numel() for n in names) * 8 * len(columns)
     whole, _ = gradients(VmapGradients(Caller(case.model), parameters), names, case.x, columns)
-    monkeypatch.setattr(memory, "VMAP_BYTES", budget * per_observation)
+    set_budget(monkeypatch, vmap=budget * per_observation)
     cut, n_parts = gradients(VmapGradients(Caller(case.model), parameters), names, case.x, columns)
     assert n_parts == parts
     for n in names:
@@ -101,7 +101,7 @@ def test_the_budget_bounds_what_exists_at_once(budget, parts, monkeypatch):
 def test_the_budget_does_not_change_the_result(name, structure, monkeypatch):
     case = SCENARIOS[name]()
     expected = estimate(case, structure=structure).to_dense()
-    monkeypatch.setattr(memory, "VMAP_BYTES", 1)
+    set_budget(monkeypatch, vmap=1)
     found = estimate(case, structure=structure).to_dense()
     assert torch.allclose(found, expected, rtol=1e-10, atol=1e-14)
 
@@ -116,7 +116,7 @@ def test_inputs_and_parameters_keep_their_values_and_gradients():
 
 def test_the_loop_warns_once_and_names_the_model_and_the_reason(monkeypatch):
     case, parameters, columns = prepare("lstm")
-    monkeypatch.setattr(memory, "VMAP_BYTES", 1)
+    set_budget(monkeypatch, vmap=1)
     path = VmapGradients(Caller(case.model), parameters)
     message = r"vmap cannot follow LSTM; .* slow \(.+\)"
     with pytest.warns(RuntimeWarning, match=message) as caught:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ from ewc_lib.score.rules import (
     Rows,
     Scale,
 )
+from ewc_lib.score.squares import SquareSums
+from tests.budgets import set_budget
 
 N = 5
 
@@ -165,7 +168,9 @@ def test_a_reading_cuts_its_input_and_what_arrives_alike():
     weight, axis = parameter(2, 3), BatchAxis(1)
     found = use_in_batch(weight, OuterProduct(weight.shape), normal(4, N, 3), axis)
     assert torch.equal(found.input, axis.split(normal(4, N, 3), N))
-    assert found.cut(normal(4, N, 2)).shape == (N, 4, 1, 2)
+    assert found.cut(normal(1, 4, N, 2)).shape == (1, N, 4, 1, 2)
+    both = normal(2, 4, N, 2)
+    assert torch.equal(found.cut(both)[1], axis.split(both[1], N))
     assert found.source is weight
 
 
@@ -174,7 +179,7 @@ def test_conversion_keeps_the_indices_of_a_table():
         parameter(3, 2), Rows(torch.Size([3, 2])), torch.zeros(N, 4).long(), dtype=torch.float32
     )
     assert found.input.dtype == torch.int64
-    assert found.cut(torch.ones(N, 4, 2, dtype=torch.float16)).dtype == torch.float32
+    assert found.cut(torch.ones(1, N, 4, 2, dtype=torch.float16)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
@@ -210,7 +215,7 @@ class Function:
         self.uses = [use_in_batch(*use) for use in uses]
 
     def gradients(self, at_outputs, selects_entries):
-        gs = [r.cut(g) for r, g in zip(self.uses, at_outputs, strict=True)]
+        gs = [r.cut(g[None]) for r, g in zip(self.uses, at_outputs, strict=True)]
         return ParameterGradients(self.parameter, self.uses, gs, selects_entries)
 
     def by_observation(self, at_outputs):
@@ -365,27 +370,49 @@ def added(add, like, *args):
     return out - normal(*like.shape, seed=9)
 
 
-def test_totals_are_weighted_sums(case):
+def squared(gradients, like, budget=None):
+    """Add up squared gradients, on top of something."""
+    out, squares = normal(*like.shape, seed=9), SquareSums(budget or memory.CPU)
+    gradients.add_squares(out, squares)
+    squares.finish()
+    return out - normal(*like.shape, seed=9)
+
+
+def test_totals_are_sums(case):
     gradients, expected = case
-    weights = normal(N, seed=11)
     assert close(added(gradients.add_total, expected[0]), expected.sum(0))
-    weighted = gradients.weighted(weights)
-    assert close(added(weighted.add_total, expected[0]), torch.tensordot(weights, expected, dims=1))
 
 
 @pytest.mark.parametrize("size", [1, 200, 2**22])
 def test_gradients_are_added_before_they_are_squared(case, size, monkeypatch):
     gradients, expected = case
-    monkeypatch.setattr(memory, "SQUARES_BYTES", size)
-    assert close(added(gradients.add_squares, expected[0]), expected.square().sum(0))
+    set_budget(monkeypatch, squares=size)
+    assert close(squared(gradients, expected[0]), expected.square().sum(0))
+    on_gpu = replace(memory.accelerator(2**35), squares=size, limit=size, cuts=None)
+    assert close(squared(gradients, expected[0], on_gpu), expected.square().sum(0))
+
+
+def test_columns_that_went_back_together_are_those_that_went_alone(case):
+    gradients, expected = case
+    both = replace(
+        gradients, output_gradients=[torch.cat([g, -2 * g]) for g in gradients.output_gradients]
+    )
+    assert len(both) == 2
+    assert close(both.column(1).gradients(), -2 * expected)
+    for budget in (memory.CPU, memory.accelerator(2**35)):
+        assert close(squared(both, expected[0], budget), 5 * expected.square().sum(0))
+    if both.squares_factorise:
+        found = added(both.add_squares_of_terms, expected[0], both.squared_terms())
+        assert close(found, 5 * expected.square().sum(0))
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_uses_may_be_joined_for_a_few_observations_at_a_time(case, rows, monkeypatch):
     gradients, expected = case
-    tensors = [*gradients.output_gradients, *(use.input for use in gradients.uses)]
+    at_outputs = [g[0] for g in gradients.output_gradients]
+    tensors = [*at_outputs, *(use.input for use in gradients.uses)]
     one = sum(t[0].numel() * t.element_size() for t in tensors)
-    monkeypatch.setattr(memory, "ROWS_BYTES", rows * one)
+    set_budget(monkeypatch, rows=rows * one)
     largest, join = [0], Products.join
 
     def watched(rule, uses):
@@ -394,7 +421,7 @@ def test_uses_may_be_joined_for_a_few_observations_at_a_time(case, rows, monkeyp
         return joined
 
     monkeypatch.setattr(Products, "join", watched)
-    assert close(added(gradients.add_squares, expected[0]), expected.square().sum(0))
+    assert close(squared(gradients, expected[0]), expected.square().sum(0))
     assert close(gradients.gradients(), expected)
     assert close(gradients.gradients(slice(1, 5)), expected[1:5])
     assert max(largest) <= rows * one
@@ -406,15 +433,14 @@ def test_uses_at_many_positions_take_one_product(make, monkeypatch):
     at_outputs = [normal(*out.shape) for out in function.function()]
     products = []
 
-    def watched(rule, a, g):
+    def watched(rule, a):
         products.append(a.shape[:3])
-        return sides(rule, a, g)
+        return a
 
-    sides = Factors.sides
-    monkeypatch.setattr(Factors, "sides", watched)
+    monkeypatch.setattr(Factors, "input_rows", watched)
     gradients = function.gradients(at_outputs, selects_entries)
     gradients.gradients()
-    gradients.add_squares(torch.zeros(8, 9, dtype=torch.float64))
+    squared(gradients, torch.zeros(8, 9))
     positions = sum(out[0].numel() // 8 for out in at_outputs)
     assert products == [(N, 1, positions)] * 2
 
@@ -442,15 +468,15 @@ def test_what_was_computed_from_a_parameter_is_pulled_back_once(monkeypatch):
     at_outputs = [normal(*out.shape) for out in function.function()]
     gradients = function.gradients(at_outputs, selects_entries)
     gradients.add_total(torch.zeros(8, 9, dtype=torch.float64))
-    gradients.add_squares(torch.zeros(8, 9, dtype=torch.float64))
+    squared(gradients, torch.zeros(8, 9))
     assert shapes == [(8, 9), (N, 8, 9)]
 
 
 def test_squares_of_terms_may_be_added_over_columns_first(case):
     gradients, expected = case
     if gradients.squares_factorise:
-        squared = gradients.output_gradients[0].square()
-        found = added(gradients.add_squares_of_terms, expected[0], 3 * squared)
+        terms = gradients.squared_terms()
+        found = added(gradients.add_squares_of_terms, expected[0], 3 * terms)
         assert close(found, 3 * expected.square().sum(0))
 
 
@@ -489,7 +515,7 @@ def test_squares_of_moved_entries_are_pulled_back_once(monkeypatch):
         gradients = function.gradients(
             [normal(*out.shape) for out in function.function()], selects_entries
         )
-        gradients.add_squares(torch.zeros(3, 2, dtype=torch.float64))
+        squared(gradients, torch.zeros(3, 2))
     assert shapes == [(2, 3), (2, 3)]
 
 

@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-from ewc_lib.score import memory
 from ewc_lib.score.network import NetworkScores
 from ewc_lib.score.network import _eager as eager
+from tests.budgets import set_budget
 from tests.scenarios import SCENARIOS, N, estimate, relative_error, same
 from tests.score.cases import batch, three_paths
 
@@ -40,7 +40,7 @@ def test_an_output_that_is_not_finite_is_refused_by_its_observation(network):
 def test_joining_batches_changes_no_number(name, size, monkeypatch):
     case = SCENARIOS[name]()
     apart = estimate(case, size, structure="dense").to_dense()
-    monkeypatch.setattr(memory, "BATCH_BYTES", 2**24)
+    set_budget(monkeypatch, batch=2**24)
     assert relative_error(estimate(case, size, structure="dense").to_dense(), apart) < 1e-12
 
 
@@ -49,14 +49,14 @@ def test_joining_batches_changes_no_draw(kind, monkeypatch):
     case = SCENARIOS["mlp_categorical"]()
     options = {"kind": kind, "draws": 3, "structure": "dense"}
     apart = estimate(case, 3, **options).to_dense()
-    monkeypatch.setattr(memory, "BATCH_BYTES", 2**24)
+    set_budget(monkeypatch, batch=2**24)
     assert relative_error(estimate(case, 3, **options).to_dense(), apart) < 1e-12
 
 
 def test_small_batches_are_joined_after_the_first(monkeypatch):
     sizes, run = [], NetworkScores.run
     monkeypatch.setattr(NetworkScores, "run", lambda self, b: sizes.append(len(b)) or run(self, b))
-    monkeypatch.setattr(memory, "BATCH_BYTES", 2**24)
+    set_budget(monkeypatch, batch=2**24)
     estimate(SCENARIOS["mlp_categorical"](), 2)
     assert sizes == [2, N - 2]
 

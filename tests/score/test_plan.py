@@ -13,10 +13,13 @@ from tests.score.cases import batch, of, three_paths
 
 def spy_on_trials(monkeypatch):
     """Return the list to which every judged pass adds its number of observations."""
-    judged, judge = [], Planner._try
-    monkeypatch.setattr(
-        Planner, "_try", lambda self, b, trial: judged.append(len(trial)) or judge(self, b, trial)
-    )
+    judged, judge = [], Planner._judged
+
+    def spy(self, batch, trial, *rest):
+        judged.append(len(trial))
+        return judge(self, batch, trial, *rest)
+
+    monkeypatch.setattr(Planner, "_judged", spy)
     return judged
 
 

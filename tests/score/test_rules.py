@@ -1,5 +1,6 @@
 """Every rule against autograd, one observation at a time."""
 
+from dataclasses import replace
 from functools import partial
 
 import hypothesis.strategies as st
@@ -22,6 +23,7 @@ from ewc_lib.score.rules import (
     TransposedConvolution,
     add_squared_products,
 )
+from ewc_lib.score.squares import SquareSums
 from tests.scenarios import PROPERTY
 
 
@@ -67,20 +69,26 @@ def check(rule, operation, parameter, a, seed=1, other=None):
         squares = start + expected.square().sum(0)
         # Pieces of less than one observation, of about two, and of all of them.
         for size in (1, 2 * 8 * parameter.numel(), 2**22):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(memory, "SQUARES_BYTES", size)
-                assert close(added(rule.add_squares, start, ready, g), squares)
+            for budget in (
+                replace(memory.CPU, squares=size),
+                replace(ON_GPU, squares=size, limit=size, cuts=None),
+            ):
+                found = squared(rule.add_squares, start, budget, ready, g.unsqueeze(0))
+                assert close(found, squares)
+                both = torch.stack([g, 2 * g])  # along two output columns at once
+                found = squared(rule.add_squares, start, budget, ready, both)
+                assert close(found, start + 5 * expected.square().sum(0))
         if rule.squares_factorise(ready, g):
             of_terms = added(rule.add_total, start, ready.square(), g.square())
             assert close(of_terms, squares)
         if isinstance(rule, Products):  # two uses of it, as one
-            joined, a_of_both, g_of_both = rule.join([(ready, g), (ready, 2 * g)])
+            joined, a_of_both, g_of_both = rule.join([(ready, g[None]), (ready, 2 * g[None])])
             assert joined.shape == rule.shape
-            assert close(joined.gradients(a_of_both, g_of_both), 3 * expected)
-            total = added(joined.add_total, start, a_of_both, g_of_both)
+            assert close(joined.gradients(a_of_both, g_of_both[0]), 3 * expected)
+            total = added(joined.add_total, start, a_of_both, g_of_both[0])
             assert close(total, start + 3 * expected.sum(0))
-            squares = start + 9 * expected.square().sum(0)
-            assert close(added(joined.add_squares, start, a_of_both, g_of_both), squares)
+            found = squared(joined.add_squares, start, memory.CPU, a_of_both, g_of_both)
+            assert close(found, start + 9 * expected.square().sum(0))
     assert torch.equal(other, before[0])
     assert torch.equal(g, before[1])
     return rule.squares_factorise(ready, g)
@@ -92,6 +100,14 @@ def added(add, start, *args):
     return out
 
 
+def squared(add, start, budget, *args):
+    out, squares = start.clone(), SquareSums(budget)
+    add(out, *args, squares)
+    squares.finish()
+    return out
+
+
+ON_GPU = memory.accelerator(2**35)
 SEEDS = st.integers(0, 1000)
 POSITIONS = st.lists(st.integers(1, 3), max_size=2)
 COUNTS = st.integers(1, 4)
@@ -140,10 +156,15 @@ def test_products_are_squared_in_pieces_of_any_size(
     right = normal(n, groups, positions, columns, seed=seed + 1)
     expected = torch.einsum("ngtl,ngtr->nglr", left, right).square().sum(0)
     start = torch.ones(groups, rows, columns).double()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "SQUARES_BYTES", size)
-        found = added(add_squared_products, start, left, right)
-    assert torch.allclose(found, 1 + expected, rtol=1e-11, atol=1e-11)
+    for budget in (
+        replace(memory.CPU, squares=size),
+        replace(ON_GPU, squares=size, limit=size, cuts=None),
+    ):
+        found = squared(add_squared_products, start, budget, left[None], right)
+        assert torch.allclose(found, 1 + expected, rtol=1e-11, atol=1e-11)
+        both = torch.stack([left, -2 * left])
+        found = squared(add_squared_products, start, budget, both, right)
+        assert torch.allclose(found, 1 + 5 * expected, rtol=1e-11, atol=1e-11)
 
 
 def test_no_piece_of_the_squares_is_larger_than_the_cache(monkeypatch):
@@ -155,8 +176,8 @@ def test_no_piece_of_the_squares_is_larger_than_the_cache(monkeypatch):
     left, right = normal(6, 1, 3, 16), normal(6, 1, 3, 8)
     for size in (8 * 8, 5 * 8 * 8, 16 * 8 * 8, 40 * 8 * 8):
         pieces.clear()
-        monkeypatch.setattr(memory, "SQUARES_BYTES", size)
-        add_squared_products(torch.zeros(1, 16, 8).double(), left, right)
+        budget = replace(memory.CPU, squares=size)
+        squared(add_squared_products, torch.zeros(1, 16, 8).double(), budget, left[None], right)
         assert max(pieces) <= size
         assert sum(pieces) == 6 * 16 * 8 * 8
 

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +13,9 @@ from torch import Tensor, nn
 from ewc_lib._parameters import Vector
 from ewc_lib.fisher.structures import Fisher
 from ewc_lib.score.batch import BatchScores
+from ewc_lib.score.forward_pass import Columns
 from ewc_lib.score.gradients import ParameterGradients
 from ewc_lib.score.memory import sum_dtype
-
-COLUMNS_AT_ONCE = 16
-"""Output columns that are taken together, so that the way by vmap needs one forward pass."""
 
 MAX_BYTES = 2**34
 """Larger matrices are refused: nobody means to ask for them."""
@@ -59,6 +56,17 @@ class ParameterSpace:
         """Return the space of one parameter."""
         return replace(self, parameters={name: self.parameters[name]})
 
+    def zeros_of_each(self) -> Vector:
+        """Return a sum to start with for each parameter, in its shape: parts of one tensor."""
+        found: Vector = {}
+        kinds = {name: (self.dtype_of(name), self.device_of(name)) for name in self.shapes}
+        for dtype, device in set(kinds.values()):
+            names = [name for name, kind in kinds.items() if kind == (dtype, device)]
+            sizes = [self.shapes[name].numel() for name in names]
+            parts = torch.zeros(sum(sizes), dtype=dtype, device=device).split(sizes)
+            found |= {n: part.view(self.shapes[n]) for n, part in zip(names, parts, strict=True)}
+        return {name: found[name] for name in self.shapes}
+
     def zeros(self, names: Iterable[str], *size: int) -> Tensor:
         """Return a sum to start with, for the given parameters."""
         names = list(names)
@@ -92,15 +100,24 @@ class Sum(ABC):
         self.n = 0
         self.space = space
 
-    def add(self, batch: BatchScores, columns: Iterator[Tensor]) -> None:
-        """Add all columns of one batch."""
+    def add(self, batch: BatchScores, columns: Iterator[Columns]) -> None:
+        """Add all columns of one batch, block by block."""
         self.n += len(batch)
         with torch.no_grad():
-            while block := list(islice(columns, COLUMNS_AT_ONCE)):
+            for block in columns:
                 self.add_by_vmap(batch.by_function(block))
-                for k, column in enumerate(block):
-                    self.add_column(batch.by_rule(column), k, len(column))
+                self.add_block(batch, block)
                 self.end_block()
+
+    def add_block(self, batch: BatchScores, block: Columns) -> None:
+        """Add the columns of one block."""
+        start = 0
+        for part in batch.parts(block):
+            found = batch.by_rule(part)
+            for k in range(len(part)):
+                column = {name: gradients.column(k) for name, gradients in found.items()}
+                self.add_column(column, start + k, len(batch))
+            start += len(part)
 
     @abstractmethod
     def add_by_vmap(self, parts: Iterable[tuple[slice, Vector]]) -> None:

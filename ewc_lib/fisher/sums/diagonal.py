@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -11,7 +10,11 @@ from torch import Tensor
 from ewc_lib._parameters import Vector
 from ewc_lib.fisher.structures import Diagonal
 from ewc_lib.fisher.sums.base import ParameterSpace, Sum
+from ewc_lib.score import memory
+from ewc_lib.score.batch import BatchScores
+from ewc_lib.score.forward_pass import Columns
 from ewc_lib.score.gradients import ParameterGradients
+from ewc_lib.score.squares import SquareSums
 
 
 class DiagonalSum(Sum):
@@ -19,11 +22,10 @@ class DiagonalSum(Sum):
 
     def __init__(self, space: ParameterSpace) -> None:
         super().__init__(space)
-        self.sums = {
-            name: torch.zeros(shape, dtype=space.dtype_of(name), device=space.device_of(name))
-            for name, shape in space.shapes.items()
-        }
+        self.sums = space.zeros_of_each()
         self._terms: dict[str, tuple[ParameterGradients, Tensor]] = {}
+        self._squares_on: dict[torch.device, SquareSums] = {}
+        self._parts: Vector = {}
 
     def add_by_vmap(self, parts: Iterable[tuple[slice, Vector]]) -> None:
         for _, found in parts:
@@ -32,31 +34,53 @@ class DiagonalSum(Sum):
                 squares = sizes.to(self.space.dtype_of(name)).square().sum((0, 1))
                 self.sums[name] += squares.to(self.space.device_of(name))
 
+    def add_block(self, batch: BatchScores, block: Columns) -> None:
+        for part in batch.parts(block):
+            if len(part) == 1:
+                batch.one_by_one(part, self._take, again=len(block) > 1)
+            else:
+                for name, gradients in batch.by_rule(part).items():
+                    self._take(name, gradients)
+
     def add_column(self, found: dict[str, ParameterGradients], k: int, n: int) -> None:
         for name, gradients in found.items():
-            g = gradients.output_gradients[0]
-            if not gradients.squares_factorise:
-                self._add(name, gradients.add_squares, g)
-            elif name in self._terms:
-                self._terms[name][1].addcmul_(g, g)
-            else:
-                self._terms[name] = gradients, g.square()
+            self._take(name, gradients)
+
+    def _take(self, name: str, gradients: ParameterGradients) -> None:
+        """Add the squares of a parameter, or of their terms if these factorise."""
+        g = gradients.output_gradients[0]
+        if not gradients.squares_factorise:
+            squares = self._on(g.device)
+            gradients.add_squares(self._place(name, g), squares)
+        elif name in self._terms:
+            self._terms[name][1].add_(gradients.squared_terms())
+        else:
+            self._terms[name] = gradients, gradients.squared_terms()
 
     def end_block(self) -> None:
         for name, (gradients, squared) in self._terms.items():
-            self._add(name, partial(gradients.add_squares_of_terms, squared=squared), squared)
-        self._terms = {}
+            gradients.add_squares_of_terms(self._place(name, squared), squared)
+        for squares in self._squares_on.values():
+            squares.finish()
+        for name, part in self._parts.items():
+            self.sums[name] += part.to(self.sums[name])
+        self._terms, self._parts = {}, {}
 
-    def _add(self, name: str, add: Callable[[Tensor], None], like: Tensor) -> None:
-        """Add to the sum in place if it is like the gradients, else to a part that then joins."""
+    def _on(self, device: torch.device) -> SquareSums:
+        if device not in self._squares_on:
+            self._squares_on[device] = SquareSums(memory.budget(device))
+        return self._squares_on[device]
+
+    def _place(self, name: str, like: Tensor) -> Tensor:
+        """Return the sum if it is like the gradients, else a part that joins it in the end."""
         total = self.sums[name]
         if (total.device, total.dtype) == (like.device, like.dtype):
-            add(total)
-        else:
-            part = like.new_zeros(total.shape)
-            add(part)
-            total += part.to(total)
+            return total
+        if name not in self._parts:
+            self._parts[name] = like.new_zeros(total.shape)
+        return self._parts[name]
 
     def mean(self, kind: str, paths: dict[str, str]) -> Diagonal:
-        values = {name: total / self.n for name, total in self.sums.items()}
+        means = torch._foreach_div(list(self.sums.values()), self.n)
+        values = dict(zip(self.sums, means, strict=True))
         return Diagonal(self.n, kind, {name: paths[name] for name in values}, values)

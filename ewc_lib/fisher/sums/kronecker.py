@@ -24,8 +24,10 @@ from ewc_lib.fisher.sums.diagonal import DiagonalSum
 from ewc_lib.fisher.sums.rows import DenseSum
 from ewc_lib.score import memory
 from ewc_lib.score.batch import BatchScores
+from ewc_lib.score.forward_pass import Columns
 from ewc_lib.score.gradients import ParameterGradients, UseInBatch
 from ewc_lib.score.rules import Broadcast, Products, Rule, add_squared_products
+from ewc_lib.score.squares import SquareSums
 
 MAX_VECTOR = 4096
 """Vectors up to this size keep their whole block."""
@@ -61,7 +63,7 @@ class Layer:
     def output_rows(gradients: ParameterGradients) -> Float[Tensor, "N groups T O"]:
         """Return the gradients of the outputs at all positions."""
         pairs = zip(gradients.uses, gradients.output_gradients, strict=True)
-        return torch.cat([_products(use.rule).output_rows(use.input, g) for use, g in pairs], 2)
+        return torch.cat([_products(use.rule).output_rows(use.input, g[0]) for use, g in pairs], 2)
 
 
 def _products(rule: Rule) -> Products:
@@ -127,12 +129,14 @@ class KroneckerSum(Sum):
         self._n_of: Counter[str] = Counter()
         self._others: dict[str, Sum] = {}
 
-    def add(self, batch: BatchScores, columns: Iterator[Tensor]) -> None:
+    def add(self, batch: BatchScores, columns: Iterator[Columns]) -> None:
         self._place(batch)
         for layer, uses in self.uses(batch):
             self._n_of[layer.weight] += len(batch)
             row_bytes = sum(r.input[0].numel() * r.input.itemsize for r in uses)
-            for part in memory.pieces(len(batch), row_bytes, memory.ROWS_BYTES):
+            for part in memory.pieces(
+                len(batch), row_bytes, memory.budget(batch.output.device).rows
+            ):
                 rows = layer.input_rows(uses, part)
                 if self.reduce:
                     self._add(self.inputs[layer.weight], rows.mean(2, keepdim=True))
@@ -238,7 +242,7 @@ class EigenKroneckerSum(Sum):
         }
         self._inputs: dict[str, Tensor] = {}
 
-    def add(self, batch: BatchScores, columns: Iterator[Tensor]) -> None:
+    def add(self, batch: BatchScores, columns: Iterator[Columns]) -> None:
         self._inputs = {}
         for layer, uses in self.first.uses(batch):
             basis = self._bases[layer.weight][1]
@@ -251,7 +255,9 @@ class EigenKroneckerSum(Sum):
     def add_column(self, found: dict[str, ParameterGradients], k: int, n: int) -> None:
         for name in found.keys() & self._inputs.keys():
             rows = _rotated(Layer.output_rows(found[name]), self._bases[name][0])
-            add_squared_products(_by_group(self.moments[name]), rows, self._inputs[name])
+            moments, squares = self.moments[name], SquareSums(memory.budget(rows.device))
+            add_squared_products(_by_group(moments), rows[None], self._inputs[name], squares)
+            squares.finish()
 
     def mean(self, kind: str, paths: dict[str, str]) -> BlockDiagonal:
         if self.n != self.first.n:

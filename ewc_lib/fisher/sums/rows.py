@@ -28,6 +28,8 @@ class RowSum(Sum):
         self._row_bytes = sum(
             shape.numel() * space.dtype_of(name).itemsize for name, shape in space.shapes.items()
         )
+        device = next(iter(space.parameters.values())).device
+        self._room = memory.budget(device).rows
 
     def add_by_vmap(self, parts: Iterable[tuple[slice, Vector]]) -> None:
         for _, found in parts:
@@ -36,7 +38,7 @@ class RowSum(Sum):
 
     def add_column(self, found: dict[str, ParameterGradients], k: int, n: int) -> None:
         by_vmap = {name: torch.cat([g[k] for g in gs]) for name, gs in self._by_vmap.items()}
-        for part in memory.pieces(n, self._row_bytes, memory.ROWS_BYTES):
+        for part in memory.pieces(n, self._row_bytes, self._room):
             rows = {name: gradients.gradients(part) for name, gradients in found.items()}
             rows |= {name: gradients[part] for name, gradients in by_vmap.items()}
             self.add_rows(rows, part.stop - part.start)

@@ -17,6 +17,7 @@ from ewc_lib.fisher.structures import Dense, Diagonal, EigenKronecker, Kronecker
 from ewc_lib.fisher.sums import kronecker as factors
 from ewc_lib.likelihood.outputs import Gaussian, output_distribution
 from ewc_lib.score.by_vmap import VmapGradients
+from tests.budgets import set_budget
 from tests.scenarios import (
     BATCH_SIZES,
     CLASSES,
@@ -544,7 +545,7 @@ def group_of(block, groups):
 def test_inputs_are_read_in_pieces_of_bounded_size(structure, name, monkeypatch):
     case = CASES[name].make()
     expected = estimate(case, structure=structure).to_dense()
-    monkeypatch.setattr("ewc_lib.score.memory.ROWS_BYTES", 1)
+    set_budget(monkeypatch, rows=1)
     close(estimate(case, structure=structure).to_dense(), expected)
 
 
