@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
+from operator import is_
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 Part: TypeAlias = str | nn.Module | Tensor
 """One or several parameters: a name or glob pattern, a module with parameters, a parameter."""
@@ -39,6 +40,49 @@ def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, n
     return {name: p for name, p in trainable.items() if name in names}
 
 
+class Chooser:
+    """Choose again and again, and look for names only where the model has changed.
+
+    A model has changed if another module or parameter is in a place, or if a parameter was
+    frozen or is no longer. A predicate is asked every time: what it answers may depend on more.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[object] = []
+        self._trainable: list[str] = []
+        self._chosen: dict[str, nn.Parameter] = {}
+
+    def __call__(self, model: nn.Module, params: Selection) -> dict[str, nn.Parameter]:
+        """Return what :func:`select_parameters` does."""
+        if not (params is None or isinstance(params, list)):
+            return select_parameters(model, params)
+        if torch.compiler.is_compiling():  # which does not know how to match patterns
+            trainable = _trainable(model)
+            if params is not None and list(trainable) == self._trainable:
+                return {name: trainable[name] for name in self._chosen}
+            return select_parameters(model, params)
+        seen = [*(params or ()), params is None, *_content(model)]
+        if len(seen) != len(self._seen) or not all(map(is_, seen, self._seen)):
+            self._chosen = select_parameters(model, params)
+            self._seen, self._trainable = seen, list(_trainable(model))
+        return dict(self._chosen)
+
+
+def _content(model: nn.Module) -> list[object]:
+    """Return all on which the names of a model's trainable parameters depend."""
+    found: list[object] = []
+    modules, known = [model], {id(model)}
+    for module in modules:  # which grow
+        for name, parameter in module._parameters.items():
+            found += (name, parameter, parameter is not None and parameter.requires_grad)
+        for name, child in module._modules.items():
+            found += (name, child)
+            if child is not None and id(child) not in known:
+                known.add(id(child))
+                modules.append(child)
+    return found
+
+
 def fixed(model: nn.Module, params: Selection) -> list[str] | Callable[[str, Tensor], bool] | None:
     """Return a choice that can be made again and again: names instead of modules and parameters.
 
@@ -58,13 +102,14 @@ def fixed(model: nn.Module, params: Selection) -> list[str] | Callable[[str, Ten
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {_kind_of(model)}")
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if isinstance(parameter, nn.UninitializedParameter):
             raise ValueError(
                 f"parameter {name!r} of a lazy module has no shape yet: run the model once, "
                 "model(inputs), before"
             )
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
     if not trainable:
         raise ValueError(f"{type(model).__name__} has no trainable parameter")
     return trainable

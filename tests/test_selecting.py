@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from ewc_lib import EWC, fisher_information
-from ewc_lib._selecting import fixed, select_parameters
+from ewc_lib import EWC, _selecting, fisher_information
+from ewc_lib._selecting import Chooser, fixed, select_parameters
 from ewc_lib.fisher import MatrixFree
 from ewc_lib.regularizers import MAS
 from ewc_lib.score import per_observation_gradients
@@ -201,3 +201,98 @@ def test_what_is_no_module_is_named(model):
 def test_a_model_without_trainable_parameters_is_refused(model):
     with pytest.raises(ValueError, match=f"{type(model).__name__} has no trainable parameter"):
         select_parameters(model)
+
+
+# Again and again
+
+
+def exchange(model):
+    model.head = nn.Linear(3, 4)
+
+
+def replace_a_parameter(model):
+    model.body[0].weight = nn.Parameter(torch.zeros(3, 2))
+
+
+def rename(model):
+    model.top = model.head
+    del model.head
+
+
+def tie(model):
+    model.body[2].bias = model.body[0].bias
+
+
+CHANGES = {
+    "another module": exchange,
+    "another parameter": replace_a_parameter,
+    "a module more": lambda model: model.add_module("last", nn.Linear(2, 2)),
+    "a module less": lambda model: setattr(model, "head", None),
+    "another name": rename,
+    "frozen": lambda model: model.body[2].requires_grad_(False),
+    "tied": tie,
+}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The choices that were really made."""
+    made = []
+
+    def counted(model, params=None):
+        made.append(params)
+        return select_parameters(model, params)
+
+    monkeypatch.setattr(_selecting, "select_parameters", counted)
+    return made
+
+
+@pytest.mark.parametrize("params", [None, ["body.*.bias", "body.0.*"]])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_choice_is_made_again_only_where_the_model_has_changed(change, params, asked):
+    model, choose = network(), Chooser()
+    model.itself = [model]  # which is no module of it
+    for _ in range(3):
+        found = choose(model, params)
+    assert len(asked) == 1
+    found.clear()  # what is returned is the caller's
+    CHANGES[change](model)
+    for _ in range(2):
+        found, expected = choose(model, params), select_parameters(model, params)
+        assert list(found) == list(expected)
+        assert all(found[name] is expected[name] for name in expected)
+    assert len(asked) == 2
+
+
+def test_a_choice_is_made_again_for_another_model_and_other_names(asked):
+    choose, models = Chooser(), [network(), network()]
+    for model in models:
+        for params in (None, ["head.*"], ["head.bias"]):
+            found, expected = choose(model, params), select_parameters(model, params)
+            assert [id(p) for p in found.values()] == [id(p) for p in expected.values()]
+    assert len(asked) == 6
+
+
+def test_a_predicate_is_asked_every_time(asked):
+    model, choose, limit = network(), Chooser(), [1]
+    for limit[0] in (1, 2):
+        found = choose(model, lambda name, p: p.dim() == limit[0])
+        assert all(p.dim() == limit[0] for p in found.values())
+    assert len(asked) == 2
+
+
+def test_a_choice_that_cannot_be_made_is_an_error_every_time(asked):
+    model, choose = network(), Chooser()
+    choose(model, ["head.*"])
+    model.head.requires_grad_(False)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"no trainable parameter is named 'head\.\*'"):
+            choose(model, ["head.*"])
+    model.head.requires_grad_(True)
+    assert list(choose(model, ["head.*"])) == ["head.weight", "head.bias"]
+
+
+def test_modules_that_hold_each_other_end():
+    model, choose = network(), Chooser()
+    model.body.parent = model
+    assert list(choose(model, None)) == ALL
