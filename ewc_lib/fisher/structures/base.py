@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ewc_lib._arguments import check_damping, is_number
+from ewc_lib._foreach import inner
 from ewc_lib._parameters import Vector
 from ewc_lib.fisher.structures.states import decode, encode
 from ewc_lib.fisher.structures.vectors import V, check_shapes, in_form_of, named
@@ -122,8 +123,7 @@ class Fisher(ABC):
         Of complex entries the squared sizes count.
         """
         v = named(v, self.shapes)
-        product = self._product(v)
-        return torch.stack([(v[name].conj() * product[name]).sum().real for name in product]).sum()
+        return inner(self._product(v), v)
 
     def solve(self, v: V, damping: float = 0.0) -> V:
         r"""Return :math:`(F + \text{damping} \cdot I)^{-1} v`, in the form of ``v``, named or flat.

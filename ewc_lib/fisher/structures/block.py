@@ -100,7 +100,7 @@ class BlockDiagonal(Fisher):
         return {name: merged[name] for name in self.paths}
 
     def _product(self, v: Vector) -> Vector:
-        return self._merge(lambda block: block @ _part(v, block))
+        return self._merge(lambda block: block._product(_part(v, block)))
 
     def _solve(self, v: Vector, damping: float) -> Vector:
         return self._merge(lambda block: block.solve(_part(v, block), damping))

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ewc_lib._foreach import each
 from ewc_lib._parameters import Vector, ravel
 from ewc_lib.fisher.structures.base import Fisher
 from ewc_lib.fisher.structures.vectors import divide
@@ -38,7 +39,7 @@ class Diagonal(Fisher):
         return ravel(self.values)[0].diag()
 
     def _product(self, v: Vector) -> Vector:
-        return {name: value * v[name] for name, value in self.values.items()}
+        return each("mul", self.values, v)
 
     def _solve(self, v: Vector, damping: float) -> Vector:
         return {name: divide(v[name], value + damping) for name, value in self.values.items()}

@@ -44,6 +44,8 @@ def in_form_of(v: V, found: Vector, shapes: dict[str, torch.Size]) -> V:
 
 def check_shapes(expected: dict[str, torch.Size], given: dict[str, torch.Size]) -> None:
     """Raise a ValueError that lists every name or shape that differs."""
+    if expected == given:
+        return
     problems = [f"{name!r} is missing" for name in expected if name not in given]
     problems += [f"{name!r} is not expected" for name in given if name not in expected]
     problems += [
