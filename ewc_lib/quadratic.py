@@ -10,15 +10,18 @@ Fisher information for the precision; other methods take other importances and s
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ewc_lib._anchored import add_pull_, displacement, go_, in_layout_of, shares, squared_distance
 from ewc_lib._arguments import check_strength
+from ewc_lib._foreach import each
 from ewc_lib._parameters import Vector
-from ewc_lib._selecting import Selection, fixed, select_parameters
+from ewc_lib._selecting import Chooser, Selection, fixed
 from ewc_lib.fisher.structures import Diagonal, Fisher, check_shapes
 from ewc_lib.fisher.structures.states import decode, encode, under
 
@@ -56,11 +59,12 @@ class QuadraticPenalty:
         self.model = model
         self.strength = strength
         self.params = fixed(model, params)
+        self._choose = Chooser()
         self._precision: Fisher | None = None
         self._anchor: Vector = {}
         self._offset = torch.zeros(())
         self._n_tasks = 0
-        self._kept_shares: tuple[Fisher | None, dict[str, float], Vector] = None, {}, {}
+        self._kept_shares: tuple[Fisher | None, Any, Vector] = None, None, {}
         self._kept_scaled: tuple[Fisher, float, Fisher] | None = None
         self._parameters()
 
@@ -113,10 +117,10 @@ class QuadraticPenalty:
         """
         if self._precision is None:
             return torch.zeros((), device=next(self.model.parameters()).device)
-        displacement = self._displacement(self._parameters())
+        parameters = self._held()
         assert self._precision is not None
-        quadratic = self._precision.quadratic(displacement) + self._offset
-        return 0.5 * self.strength * quadratic
+        distance = squared_distance(self._precision, self._anchor, parameters)
+        return 0.5 * self.strength * (distance + self._offset)
 
     @torch.no_grad()
     def add_gradient_(self) -> None:
@@ -127,20 +131,9 @@ class QuadraticPenalty:
         """
         if self._precision is None:
             return
-        parameters = self._parameters()
-        displacement = self._displacement(parameters)
+        parameters = self._held()
         assert self._precision is not None
-        if isinstance(self._precision, Diagonal):  # in one sweep
-            values = self._precision.values
-            for name, parameter in parameters.items():
-                gradient = _gradient_like(parameter, displacement[name])
-                gradient.addcmul_(values[name], displacement[name], value=self.strength)
-                _set_gradient(parameter, gradient)
-            return
-        pull = self._precision @ displacement
-        for name, parameter in parameters.items():
-            gradient = _gradient_like(parameter, pull[name]).add_(pull[name], alpha=self.strength)
-            _set_gradient(parameter, gradient)
+        add_pull_(self._precision, self._anchor, parameters, self.strength)
 
     @torch.no_grad()
     def proximal_step_(self, optimizer: torch.optim.Optimizer) -> None:
@@ -174,19 +167,10 @@ class QuadraticPenalty:
         """
         if self._precision is None or self.strength == 0:
             return
-        parameters = self._parameters()
-        self._check_shapes(parameters)
-        self._follow(next(iter(parameters.values())).device)
+        parameters = self._held()
         rates = _rates(optimizer, parameters)
         if isinstance(self._precision, Diagonal):
-            shares = self._shares(rates)
-            for name, parameter in parameters.items():
-                anchor = self._anchor[name]
-                share = shares[name].to(anchor.dtype)  # that of a complex parameter is real
-                if parameter.dtype == anchor.dtype:
-                    parameter.lerp_(anchor, share)
-                else:
-                    parameter.copy_(parameter.to(anchor.dtype).lerp_(anchor, share))
+            go_(parameters, self._anchor, self._shares(self._precision, rates))
             return
         if len(distinct := set(rates.values())) > 1:
             raise ValueError(
@@ -194,9 +178,8 @@ class QuadraticPenalty:
                 f"a precision that is not diagonal needs a single one"
             )
         scaled = self._scaled(distinct.pop() * self.strength)
-        left = scaled.solve(self._displacement(parameters), damping=1.0)
-        for name, parameter in parameters.items():
-            parameter.copy_(self._anchor[name] + left[name])
+        left = scaled.solve(displacement(parameters, self._anchor), damping=1.0)
+        each("copy_", parameters, each("add", self._anchor, left))
 
     def before_task(self) -> None:
         """Begin a task, at the parameters that the model has now."""
@@ -253,7 +236,7 @@ class QuadraticPenalty:
             shapes = {name: p.shape for name, p in self._parameters().items()}
             check_shapes(shapes, {name: value.shape for name, value in anchor.items()})
             check_shapes(shapes, precision.shapes)
-        self._precision, self._anchor = precision, anchor
+        self._keep(precision, anchor)
         self._offset = state["offset"].to(device, copy=True)
         self._n_tasks = int(state["n_tasks"])
 
@@ -263,21 +246,17 @@ class QuadraticPenalty:
         return "diagonal"
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        return select_parameters(self.model, self.params)
+        return self._choose(self.model, self.params)
 
-    def _shares(self, rates: dict[str, float]) -> Vector:
-        """Return how far to go towards the anchor; they stay the same from step to step.
-
-        This form has no overflow: 1 / (1 + 1 / (ηλA)) is 0 for A = 0, and 1 at most.
-        """
-        assert isinstance(self._precision, Diagonal)
-        scales = {name: rate * self.strength for name, rate in rates.items()}
-        known, scales_then, shares = self._kept_shares
-        if known is not self._precision or scales_then != scales:
-            pulls = {name: d * scales[name] for name, d in self._precision.values.items()}
-            shares = {n: pull.reciprocal_().add_(1).reciprocal_() for n, pull in pulls.items()}
-            self._kept_shares = self._precision, scales, shares
-        return shares
+    def _shares(self, precision: Diagonal, rates: dict[str, float]) -> Vector:
+        """Return how far to go towards the anchor; they stay the same from step to step."""
+        if torch.compiler.is_compiling():  # what is fused into the step costs less than to keep it
+            return shares(precision, self._anchor, self.strength, rates)
+        known, settings, found = self._kept_shares
+        if known is not precision or settings != (self.strength, rates):
+            found = shares(precision, self._anchor, self.strength, rates)
+            self._kept_shares = precision, (self.strength, rates), found
+        return found
 
     def _scaled(self, factor: float) -> Fisher:
         """Return the precision times a number; it stays the same, with its eigenvectors."""
@@ -287,19 +266,16 @@ class QuadraticPenalty:
             kept = self._kept_scaled = self._precision, factor, factor * self._precision
         return kept[2]
 
-    def _check_shapes(self, parameters: dict[str, nn.Parameter]) -> None:
-        """Raise a ValueError if the parameters are others than those of the anchor."""
+    def _held(self) -> dict[str, nn.Parameter]:
+        """Return the parameters, after everything else has followed them.
+
+        Raise a ValueError if they are others than those of the anchor.
+        """
+        parameters = self._parameters()
         shapes = {name: value.shape for name, value in self._anchor.items()}
         check_shapes(shapes, {name: p.shape for name, p in parameters.items()})
-
-    def _displacement(self, parameters: dict[str, nn.Parameter]) -> Vector:
-        """Parameters minus anchor, in the precision of the anchor."""
-        self._check_shapes(parameters)
         self._follow(next(iter(parameters.values())).device)
-        return {
-            name: p.to(self._anchor[name].dtype) - self._anchor[name]
-            for name, p in parameters.items()
-        }
+        return parameters
 
     def _follow(self, device: torch.device) -> None:
         """Move everything to where the model has gone."""
@@ -330,25 +306,29 @@ class QuadraticPenalty:
         self._follow(precision.device)
         old, anchor = self._precision, self._anchor
         merged = old + precision
-        shift = merged.solve(precision @ _minus(optimum, anchor))
-        centre = {name: anchor[name] + shift[name] for name in anchor}
+        shift = merged.solve(precision @ each("sub", optimum, anchor))
+        centre = each("add", anchor, shift)
         self._offset = (
             self._offset
-            + old.quadratic(_minus(centre, anchor))
-            + precision.quadratic(_minus(optimum, centre))
+            + old.quadratic(each("sub", centre, anchor))
+            + precision.quadratic(each("sub", optimum, centre))
         )
-        self._precision, self._anchor = merged, centre
+        self._keep(merged, centre)
         self._n_tasks += 1
 
     def _replace(self, precision: Fisher) -> None:
         """Take this precision around the present parameters instead of what was there."""
-        self._anchor, self._precision = self._optimum(precision), precision
+        self._keep(precision, self._optimum(precision))
         self._offset = precision.trace().new_zeros(())
         self._n_tasks += 1
 
-
-def _minus(a: Vector, b: Vector) -> Vector:
-    return {name: a[name] - b[name] for name in a}
+    def _keep(self, precision: Fisher | None, anchor: Vector) -> None:
+        """Keep both in the memory layout of the parameters, so that one sweep takes all."""
+        if isinstance(precision, Diagonal):
+            parameters = self._parameters()
+            anchor = in_layout_of(parameters, anchor)
+            precision = replace(precision, values=in_layout_of(parameters, precision.values))
+        self._precision, self._anchor = precision, anchor
 
 
 def _rates(
@@ -359,18 +339,3 @@ def _rates(
     if lost := [name for name, p in parameters.items() if id(p) not in rates]:
         raise ValueError(f"the optimizer does not hold the parameters {lost}")
     return {name: float(rates[id(p)]) for name, p in parameters.items()}
-
-
-def _gradient_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """Return the gradient of a parameter in the dtype of a value, or zeros if there is none."""
-    if parameter.grad is None:
-        return torch.zeros_like(value)
-    return parameter.grad.to(value.dtype)
-
-
-def _set_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Write into the gradient that is there, which others may hold on to."""
-    if parameter.grad is None:
-        parameter.grad = gradient.to(parameter.dtype)
-    elif parameter.grad is not gradient:
-        parameter.grad.copy_(gradient)

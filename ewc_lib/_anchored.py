@@ -1,0 +1,143 @@
+r"""What a training step does with parameters that an anchor and a precision hold.
+
+.. math:: (\theta - m)^\top A\, (\theta - m), \qquad \lambda A (\theta - m)
+
+With a diagonal precision all this is a few sweeps over all parameters, however many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ewc_lib._foreach import at_once, copy_back_, each, in_dtypes_of, inner
+from ewc_lib._parameters import Vector
+from ewc_lib.fisher.structures import Diagonal, Fisher
+
+
+def displacement(parameters: Mapping[str, Tensor], anchor: Vector) -> Vector:
+    """Return parameters minus anchor, in the precision of the anchor."""
+    return each("sub", in_dtypes_of(anchor, parameters), anchor)
+
+
+def squared_distance(precision: Fisher, anchor: Vector, parameters: Mapping[str, Tensor]) -> Tensor:
+    r"""Return :math:`(\theta - m)^\top A\, (\theta - m)`, differentiable in the parameters."""
+    if torch.compiler.is_compiling() or not at_once(list(parameters.values())):
+        return precision.quadratic(displacement(parameters, anchor))
+    names, own = zip(*parameters.items(), strict=True)
+    found: Any = _SquaredDistance.apply(precision, anchor, names, *own)  # type: ignore[no-untyped-call]
+    value: Tensor = found[0]
+    return value
+
+
+class _SquaredDistance(torch.autograd.Function):
+    """The squared distance, and half its gradient, which is found on the way.
+
+    The gradient is an output as well, so that its own derivative is known.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, precision: Fisher, anchor: Vector, names: tuple[str, ...], *own: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.precision, ctx.parameters = precision, dict(zip(names, own, strict=True))
+        moved = displacement(ctx.parameters, anchor)
+        pull = precision._product(moved)
+        pulls = [pull[name] for name in names]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*pulls)
+        ctx.save_for_forward(*pulls)
+        return inner(moved, pull), *pulls
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor | None, *outer_pulls: Tensor | None) -> Any:
+        found: Vector = {}
+        if outer is not None:
+            pull = dict(zip(ctx.parameters, ctx.saved_tensors, strict=True))
+            found = each("mul", pull, 2 * outer)
+        if any(g is not None for g in outer_pulls):
+            second = ctx.precision._product(_SquaredDistance._whole(ctx, outer_pulls))
+            found = each("add", found, second) if found else {n: second[n] for n in ctx.parameters}
+        return None, None, None, *in_dtypes_of(ctx.parameters, found).values()
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        pull = dict(zip(ctx.parameters, ctx.saved_tensors, strict=True))
+        moved = in_dtypes_of(pull, _SquaredDistance._whole(ctx, tangents[3:]))
+        turned = ctx.precision._product(moved)
+        return 2 * inner(moved, pull), *(turned[name] for name in pull)
+
+    @staticmethod
+    def _whole(ctx: Any, parts: tuple[Tensor | None, ...]) -> Vector:
+        """Put zeros where there is nothing."""
+        pairs = zip(ctx.parameters, ctx.saved_tensors, parts, strict=True)
+        return {n: torch.zeros_like(p) if part is None else part for n, p, part in pairs}
+
+
+def add_pull_(
+    precision: Fisher, anchor: Vector, parameters: Mapping[str, nn.Parameter], strength: float
+) -> None:
+    r"""Add :math:`\lambda A (\theta - m)` to ``.grad``, in place where there is one."""
+    moved = displacement(parameters, anchor)
+    swept = isinstance(precision, Diagonal)
+    pull = moved if swept else precision._product(moved)
+    if there := _gradients(parameters):
+        sums = in_dtypes_of(pull, there)
+        if isinstance(precision, Diagonal):
+            each("addcmul_", sums, precision.values, moved, value=strength)
+        else:
+            each("add_", sums, pull, alpha=strength)
+        copy_back_(there, sums)
+    if new := {name: pull[name] for name in parameters if name not in there}:
+        if isinstance(precision, Diagonal):
+            new = each("mul", new, precision.values)
+        for name, value in in_dtypes_of(parameters, each("mul", new, strength)).items():
+            parameters[name].grad = value
+
+
+def _gradients(parameters: Mapping[str, nn.Parameter]) -> Vector:
+    """Return the gradients that there are; a sparse one is made dense, as its sum will be."""
+    found: Vector = {}
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            if parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.to_dense()
+            found[name] = parameter.grad
+    return found
+
+
+def shares(
+    precision: Diagonal, anchor: Vector, strength: float, rates: Mapping[str, float]
+) -> Vector:
+    r"""Return how far to go towards the anchor, :math:`sA / (1 + sA)` with :math:`s=\eta\lambda`.
+
+    This form has no overflow: 1 / (1 + 1 / (sA)) is 0 for A = 0, and 1 at most.
+    """
+    found: Vector = {}
+    for rate in set(rates.values()):
+        own = {name: value for name, value in precision.values.items() if rates[name] == rate}
+        found.update(each("mul", own, rate * strength))
+    each("reciprocal_", found)
+    each("add_", found, 1.0)
+    each("reciprocal_", found)
+    return in_dtypes_of(anchor, found)  # that of a complex parameter is real
+
+
+def go_(parameters: Mapping[str, Tensor], anchor: Vector, shares: Vector) -> None:
+    """Go a share of the way to the anchor."""
+    places = in_dtypes_of(anchor, parameters)
+    each("lerp_", places, anchor, shares)
+    copy_back_(parameters, places)
+
+
+def in_layout_of(like: Mapping[str, Tensor], values: Vector) -> Vector:
+    """Lay tensors out in memory as others are, so that one sweep takes both."""
+    return {
+        name: value
+        if value.stride() == like[name].stride()
+        else torch.empty_like(like[name], dtype=value.dtype, device=value.device).copy_(value)
+        for name, value in values.items()
+    }
