@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ewc_lib._foreach import each
 from ewc_lib._parameters import Vector
 from ewc_lib.fisher.structures import Diagonal
 from ewc_lib.quadratic import QuadraticPenalty
@@ -42,10 +44,17 @@ class ImportancePenalty(QuadraticPenalty):
 
     def _copy(self) -> Vector:
         """Copy the parameters, in the precision of sums."""
-        return {name: p.to(sum_dtype(p), copy=True) for name, p in self._detached()}
+        return copies(dict(self._detached()))
 
     def _detached(self) -> list[tuple[str, Tensor]]:
         return [(name, p.detach()) for name, p in self._parameters().items()]
+
+
+@torch.no_grad()
+def copies(values: Mapping[str, Tensor]) -> Vector:
+    """Copy tensors, in the precision of sums."""
+    empty = {name: torch.empty_like(v, dtype=sum_dtype(v)) for name, v in values.items()}
+    return each("copy_", empty, values)
 
 
 def warn_if_zero(trace: Tensor, importance: str, why: str, stacklevel: int) -> None:

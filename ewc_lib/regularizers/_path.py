@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ewc_lib._anchored import displacement
+from ewc_lib._foreach import each
 from ewc_lib._parameters import Vector
 from ewc_lib._selecting import Selection
 from ewc_lib.fisher.structures import check_shapes
 from ewc_lib.fisher.structures.states import under
-from ewc_lib.regularizers._importance import ImportancePenalty
+from ewc_lib.regularizers._importance import ImportancePenalty, copies
 
 NO_STEPS = "Call before_step and after_step in every step of a task."
 
@@ -37,18 +39,15 @@ class PathPenalty(ImportancePenalty):
     def before_step(self, inputs: Any = None) -> None:
         if self._n_steps == 0:
             self._begin()
-        gradients = self._zeros()
-        for name, p in self._parameters().items():
-            if p.grad is not None:
-                gradients[name].copy_(p.grad)
-        self._noted = self._copy(), gradients
+        gradients = {name: _gradient(p) for name, p in self._parameters().items()}
+        self._noted = self._copy(), copies(gradients)
 
     @torch.no_grad()
     def after_step(self) -> None:
         if self._noted is None:
             return
         before, gradients = self._noted
-        movements = {name: p - before[name] for name, p in self._detached()}
+        movements = displacement(self._parameters(), before)
         self._noted = None
         self._n_steps += 1
         self._moved(gradients, movements)
@@ -66,10 +65,13 @@ class PathPenalty(ImportancePenalty):
         values = self._memory.get(quantity) or self._zeros()
         return {name: values[name].to(p.device) for name, p in self._detached()}
 
-    def _add(self, quantity: str, values: Vector) -> None:
+    def _add(self, quantity: str, values: Vector, factor: float = 1.0) -> None:
         """Add to a remembered quantity."""
-        total = self._recall(quantity)
-        self._memory[quantity] = {name: total[name] + value for name, value in values.items()}
+        if quantity in self._memory:
+            total = each("add_", self._recall(quantity), values, alpha=factor)
+        else:
+            total = each("mul", values, factor)
+        self._memory[quantity] = total
 
     def state_dict(self) -> dict[str, Tensor]:
         memory = {
@@ -91,3 +93,10 @@ class PathPenalty(ImportancePenalty):
         super().load_state_dict(state)
         self._memory, self._noted = memory, None
         self._n_steps = int(state.get("n_steps", torch.tensor(0)))
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """Return the gradient; zero if there is none, and whole if it is sparse."""
+    if parameter.grad is None:
+        return torch.zeros_like(parameter)
+    return parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad

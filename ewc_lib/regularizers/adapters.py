@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ewc_lib._arguments import check_choice, random_source
+from ewc_lib._foreach import each
 from ewc_lib._parameters import Vector
 from ewc_lib.fisher import Diagonal, fisher_information
 from ewc_lib.fisher.output import KINDS, Kind
@@ -262,8 +263,7 @@ class AdapterEWC(FunctionPenalty):
 
     def _loss(self) -> Float[Tensor, ""]:
         assert isinstance(self._precision, Diagonal)
-        moved = {name: w - self._anchor[name] for name, w in self._weights().items()}
-        return 0.5 * self._precision.quadratic(moved)
+        return 0.5 * self._precision.quadratic(each("sub", self._weights(), self._anchor))
 
     def _weights(self) -> Vector:
         """Return the weights in use, each by the name of the frozen parameter within it.

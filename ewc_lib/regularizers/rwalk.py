@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ewc_lib._foreach import each
 from ewc_lib._parameters import Vector
 from ewc_lib._selecting import Selection
 from ewc_lib.fisher.structures import Diagonal
@@ -119,21 +120,20 @@ class RWalk(PathPenalty):
         self._memory, self._n_steps = lasting | {"start": self._copy()}, 0
 
     def _moved(self, gradients: Vector, movements: Vector) -> None:
-        self._add("path", {name: -g * movements[name] for name, g in gradients.items()})
-        self._add("squares", {name: g.square() for name, g in gradients.items()})
+        self._add("path", each("mul", gradients, movements), -1.0)
+        self._add("squares", each("mul", gradients, gradients))
         if self._n_steps % self.interval == 0:
             self._close_interval(self.interval)
 
     def _close_interval(self, n: int) -> None:
         """Update the moving average and the score of the task by the last ``n`` steps."""
-        newest = {name: value / n for name, value in self._recall("squares").items()}
+        newest = each("div", self._recall("squares"), n)
         old = self._recall("F") if "F" in self._memory else newest
-        F = {n: self.alpha * f + (1 - self.alpha) * old[n] for n, f in newest.items()}
-        path, start, end = self._recall("path"), self._recall("start"), self._copy()
-        scores = {
-            name: path[name].relu() / (0.5 * f * (end[name] - start[name]).square() + self.epsilon)
-            for name, f in F.items()
-        }
+        F = each("add", each("mul", newest, self.alpha), each("mul", old, 1 - self.alpha))
+        end, gain = self._copy(), each("clamp_min", self._recall("path"), 0.0)
+        moved = each("sub", end, self._recall("start"))
+        cost = each("mul", each("mul", F, 0.5), each("mul", moved, moved))
+        scores = each("div", gain, each("add", cost, self.epsilon))
         self._add("task", scores)
         self._memory |= {"F": F, "start": end}
         del self._memory["squares"], self._memory["path"]

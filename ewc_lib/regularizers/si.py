@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from ewc_lib._foreach import each
 from ewc_lib._parameters import Vector
 from ewc_lib._selecting import Selection
 from ewc_lib.fisher.structures import Diagonal
@@ -85,7 +86,7 @@ class SI(PathPenalty):
         self._memory, self._n_steps = {"start": self._copy()}, 0
 
     def _moved(self, gradients: Vector, movements: Vector) -> None:
-        self._add("path", {name: -g * movements[name] for name, g in gradients.items()})
+        self._add("path", each("mul", gradients, movements), -1.0)
 
     def consolidate(self, data: Any = None) -> Diagonal:
         """Finish a task: turn its path into importance, and remember the parameters.

@@ -12,6 +12,7 @@ from torch import nn
 
 from ewc_lib import EWC
 from ewc_lib.regularizers import AdapterEWC, KroneckerLaplace, Regularizer, add_adapters
+from tests.counting import operations
 from tests.regularizers.cases import (
     FUNCTION,
     METHODS,
@@ -375,3 +376,33 @@ def test_a_parameter_without_influence_on_the_outputs_is_no_obstacle(name):
     noted(regularizer).add_gradient_()
     assert model.net.unused.weight.grad is None
     assert model.net[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("name", [n for n in QUADRATIC if n != "Kronecker Laplace"])
+def test_the_operations_of_a_step_are_constant_whatever_the_number_of_parameters(name):
+    def count(layers):
+        model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(layers)))
+        method, optimizer, found = QUADRATIC[name](model, 3.0), sgd(model), []
+        x, y = task(dtype=torch.float32)
+
+        def before():
+            method.before_step(x)
+            method.add_gradient_()
+
+        def after():
+            method.proximal_step_(optimizer)
+            method.after_step()
+
+        for _ in range(2):
+            method.before_task()
+            for _ in range(8):  # among them all of an interval of RWalk
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                found.append(operations(before))
+                optimizer.step()
+                found.append(operations(after))
+            method.consolidate((x, y))
+        return found
+
+    assert count(2) == count(9)
+    assert max(count(2)) <= 20
