@@ -5,11 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ewc_lib._progress import progress as show_progress
 from ewc_lib.continual import mlp
@@ -18,11 +20,54 @@ from ewc_lib.experiments.runs.folders import OUTPUT
 from ewc_lib.experiments.runs.provenance import provenance
 from ewc_lib.experiments.runs.store import save
 
-__all__ = ["Overhead", "overhead", "overheads"]
+__all__ = ["NETWORKS", "Overhead", "overhead", "overheads"]
 
-SIZES = (784, 400, 400, 10)
 BATCH = 128
 FORMS = ("gradient", "proximal", "penalty")
+
+
+class Residual(nn.Module):
+    """Two convolutions beside a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        stride = 1 if inputs == outputs else 2
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.shortcut = nn.Sequential()
+        if stride > 1:
+            self.shortcut.append(nn.Conv2d(inputs, outputs, 1, stride, bias=False))
+            self.shortcut.append(nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet18(channels: tuple[int, ...] = (64, 64, 64, 128, 128, 256, 256, 512, 512)) -> nn.Module:
+    """Return the residual network with 18 layers for small images (He et al. 2016)."""
+    first = channels[0]
+    blocks = [Residual(i, o) for i, o in pairwise(channels)]
+    return nn.Sequential(
+        nn.Conv2d(3, first, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(first),
+        nn.ReLU(),
+        *blocks,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(channels[-1], 10),
+    )
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (lambda: mlp((784, 400, 400, 10), seed=0), (784,)),
+    "resnet18": (resnet18, (3, 32, 32)),
+}
+"""What is trained, and the shape of one of its inputs."""
 
 
 class Overhead(NamedTuple):
@@ -49,24 +94,30 @@ class Overhead(NamedTuple):
 def overhead(
     path: Path = OUTPUT / "overhead.json",
     *,
+    network: str = "mlp",
     tasks: Sequence[int] = (1, 50),
     rounds: int = 200,
-    sizes: tuple[int, ...] = SIZES,
+    device: str = "cpu",
+    threads: int = 2,
     progress: bool | None = None,
 ) -> dict[str, Any]:
-    """Time single steps of Adam without and with a penalty, in turn, on one thread.
+    """Time single steps of Adam's fused kernel without and with a penalty, in turn.
 
     Parameters
     ----------
     path
         The JSON file.
+    network
+        Of :data:`NETWORKS`.
     tasks
         Numbers of consolidated tasks.
     rounds
         Steps of each form. Each round times all forms once, so that whatever else the machine
         does meets them all.
-    sizes
-        Of the multilayer perceptron.
+    device
+        Where to train. A step ends when the device has done its work.
+    threads
+        Of PyTorch, on the processor.
     progress
         True or False; by default a bar appears in terminals and notebooks after two seconds.
 
@@ -77,10 +128,10 @@ def overhead(
         :func:`overheads` reads it.
     """
     start, before = time.perf_counter(), torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     try:
-        steps = {("plain", 0): _step("plain", 0, sizes)}
-        steps |= {(form, n): _step(form, n, sizes) for n in tasks for form in FORMS}
+        steps = {("plain", 0): _step("plain", 0, network, device)}
+        steps |= {(form, n): _step(form, n, network, device) for n in tasks for form in FORMS}
         seconds: dict[tuple[str, int], list[float]] = {key: [] for key in steps}
         for _ in range(10):
             for step in steps.values():
@@ -94,22 +145,26 @@ def overhead(
     finally:
         torch.set_num_threads(before)
     runs = [{"form": form, "tasks": n, "seconds": s} for (form, n), s in seconds.items()]
-    settings = {"sizes": list(sizes), "batch": BATCH, "optimizer": "Adam"}
+    settings = {"network": network, "batch": BATCH, "optimizer": "Adam (fused)", "device": device}
     result = {"experiment": "overhead", **settings, "provenance": record, "runs": runs}
     save(path, result)
     return result
 
 
-def _step(form: str, tasks: int, sizes: tuple[int, ...]) -> Callable[[], None]:
+def _step(form: str, tasks: int, network: str, device: str) -> Callable[[], None]:
     """Return a function that does one training step."""
-    model = mlp(sizes, seed=0)
+    build, shape = NETWORKS[network]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build().to(device).eval()
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(BATCH, sizes[0], generator=generator)
-    y = torch.randint(sizes[-1], (BATCH,), generator=generator)
-    ewc = EWC(model, strength=1.0)
+    x = torch.randn(BATCH, *shape, generator=generator).to(device)
+    y = torch.randint(10, (BATCH,), generator=generator).to(device)
+    ewc = EWC(model, strength=1.0, kind="empirical")
     for _ in range(tasks):
         ewc.consolidate((x, y), progress=False)
-    optimizer = torch.optim.Adam(model.parameters())
+    model.train()
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
 
     def step() -> None:
         loss = F.cross_entropy(model(x), y)
@@ -122,6 +177,8 @@ def _step(form: str, tasks: int, sizes: tuple[int, ...]) -> Callable[[], None]:
         optimizer.step()
         if form == "proximal":
             ewc.proximal_step_(optimizer)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
 
     return step
 
