@@ -8,12 +8,12 @@ With a diagonal precision all this is a few sweeps over all parameters, however 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ewc_lib._foreach import at_once, copy_back_, each, in_dtypes_of, inner
+from ewc_lib._foreach import at_once, copy_back_, each, in_dtypes_of, inner, side_by_side
 from ewc_lib._parameters import Vector
 from ewc_lib.fisher.structures import Diagonal, Fisher
 
@@ -75,6 +75,40 @@ class _SquaredDistance(torch.autograd.Function):
         """Put zeros where there is nothing."""
         pairs = zip(ctx.parameters, ctx.saved_tensors, parts, strict=True)
         return {n: torch.zeros_like(p) if part is None else part for n, p, part in pairs}
+
+
+class Sweep(NamedTuple):
+    """Parameters, anchor and diagonal precision as lists that an operation takes at once.
+
+    They are made once for many steps: to look at each tensor in every step takes longer than
+    the arithmetic of a small network.
+    """
+
+    parameters: list[Tensor]
+    anchor: list[Tensor]
+    precision: list[Tensor]
+
+    @classmethod
+    def of(
+        cls, parameters: Mapping[str, Tensor], anchor: Vector, precision: Vector
+    ) -> Sweep | None:
+        """Return None if the tensors have several dtypes, or operations of their own."""
+        columns = side_by_side(parameters, anchor, precision)
+        return cls(*columns) if columns else None
+
+    def add_pull_(self, strength: float) -> bool:
+        """Do what the function does, or tell that a gradient is missing or sparse."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if len(gradients) < len(self.parameters) or any(g.is_sparse for g in gradients):
+            return False
+        moved = torch._foreach_sub(self.parameters, self.anchor)
+        torch._foreach_addcmul_(gradients, self.precision, moved, value=strength)
+        return True
+
+    def go_(self, shares: list[Tensor]) -> None:
+        """Go a share of the way to the anchor."""
+        lerp: Any = torch._foreach_lerp_  # whose types know of a number only
+        lerp(self.parameters, self.anchor, shares)
 
 
 def add_pull_(

@@ -50,6 +50,14 @@ def at_once(*columns: Any) -> bool:
     return all(PLAIN.issuperset(map(type, c)) for c in columns if isinstance(c, list))
 
 
+def side_by_side(*vectors: Mapping[str, Tensor]) -> list[list[Tensor]] | None:
+    """Return vectors as lists, or None if some operation has to look at each tensor."""
+    columns = [[vector[name] for name in vectors[0]] for vector in vectors]
+    known = all(hasattr(torch, f"_foreach_{name}") for name in ("sub", "addcmul_", "lerp_"))
+    alike = len({x.dtype for column in columns for x in column}) == 1
+    return columns if known and alike and at_once(*columns) else None
+
+
 def in_dtypes_of(like: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Vector:
     """Convert what has another dtype; the others are returned themselves."""
     other = {name: v for name, v in values.items() if v.dtype != like[name].dtype}

@@ -49,11 +49,13 @@ class Chooser:
 
     def __init__(self) -> None:
         self._seen: list[object] = []
+        self._modules: list[nn.Module] = []
+        self._parameters: list[nn.Parameter] = []
         self._trainable: list[str] = []
         self._chosen: dict[str, nn.Parameter] = {}
 
     def __call__(self, model: nn.Module, params: Selection) -> dict[str, nn.Parameter]:
-        """Return what :func:`select_parameters` does."""
+        """Return what :func:`select_parameters` does, the same dict as long as it holds."""
         if not (params is None or isinstance(params, list)):
             return select_parameters(model, params)
         if torch.compiler.is_compiling():  # which does not know how to match patterns
@@ -61,25 +63,28 @@ class Chooser:
             if params is not None and list(trainable) == self._trainable:
                 return {name: trainable[name] for name in self._chosen}
             return select_parameters(model, params)
-        seen = [*(params or ()), params is None, *_content(model)]
+        seen = [*(params or ()), params is None, model, *_content(self._modules)]
+        seen += [p.requires_grad for p in self._parameters]
         if len(seen) != len(self._seen) or not all(map(is_, seen, self._seen)):
-            self._chosen = select_parameters(model, params)
-            self._seen, self._trainable = seen, list(_trainable(model))
-        return dict(self._chosen)
+            self._look(model, params)
+        return self._chosen
+
+    def _look(self, model: nn.Module, params: list[str] | None) -> None:
+        """Choose, and note on what the choice depends."""
+        self._chosen = select_parameters(model, params)
+        self._trainable = list(_trainable(model))
+        self._modules, self._parameters = list(model.modules()), list(model.parameters())
+        self._seen = [*(params or ()), params is None, model, *_content(self._modules)]
+        self._seen += [p.requires_grad for p in self._parameters]
 
 
-def _content(model: nn.Module) -> list[object]:
-    """Return all on which the names of a model's trainable parameters depend."""
+def _content(modules: list[nn.Module]) -> list[object]:
+    """Return all on which the names of parameters depend: what modules hold, and where."""
     found: list[object] = []
-    modules, known = [model], {id(model)}
-    for module in modules:  # which grow
-        for name, parameter in module._parameters.items():
-            found += (name, parameter, parameter is not None and parameter.requires_grad)
-        for name, child in module._modules.items():
-            found += (name, child)
-            if child is not None and id(child) not in known:
-                known.add(id(child))
-                modules.append(child)
+    for module in modules:
+        for holder in (module._parameters, module._modules):
+            found += holder.keys()
+            found += holder.values()
     return found
 
 

@@ -11,13 +11,22 @@ Fisher information for the precision; other methods take other importances and s
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import is_
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ewc_lib._anchored import add_pull_, displacement, go_, in_layout_of, shares, squared_distance
+from ewc_lib._anchored import (
+    Sweep,
+    add_pull_,
+    displacement,
+    go_,
+    in_layout_of,
+    shares,
+    squared_distance,
+)
 from ewc_lib._arguments import check_strength
 from ewc_lib._foreach import each
 from ewc_lib._parameters import Vector
@@ -64,6 +73,7 @@ class QuadraticPenalty:
         self._anchor: Vector = {}
         self._offset = torch.zeros(())
         self._n_tasks = 0
+        self._kept_held: tuple[Any, ...] = (None,) * 5
         self._kept_shares: tuple[Fisher | None, Any, Vector] = None, None, {}
         self._kept_scaled: tuple[Fisher, float, Fisher] | None = None
         self._parameters()
@@ -117,7 +127,7 @@ class QuadraticPenalty:
         """
         if self._precision is None:
             return torch.zeros((), device=next(self.model.parameters()).device)
-        parameters = self._held()
+        parameters, _ = self._held()
         assert self._precision is not None
         distance = squared_distance(self._precision, self._anchor, parameters)
         return 0.5 * self.strength * (distance + self._offset)
@@ -131,9 +141,10 @@ class QuadraticPenalty:
         """
         if self._precision is None:
             return
-        parameters = self._held()
+        parameters, sweep = self._held()
         assert self._precision is not None
-        add_pull_(self._precision, self._anchor, parameters, self.strength)
+        if sweep is None or not sweep.add_pull_(self.strength):
+            add_pull_(self._precision, self._anchor, parameters, self.strength)
 
     @torch.no_grad()
     def proximal_step_(self, optimizer: torch.optim.Optimizer) -> None:
@@ -167,10 +178,14 @@ class QuadraticPenalty:
         """
         if self._precision is None or self.strength == 0:
             return
-        parameters = self._held()
+        parameters, sweep = self._held()
         rates = _rates(optimizer, parameters)
         if isinstance(self._precision, Diagonal):
-            go_(parameters, self._anchor, self._shares(self._precision, rates))
+            found = self._shares(self._precision, rates)
+            if sweep is None:
+                go_(parameters, self._anchor, found)
+            else:
+                sweep.go_([found[name] for name in parameters])
             return
         if len(distinct := set(rates.values())) > 1:
             raise ValueError(
@@ -266,16 +281,25 @@ class QuadraticPenalty:
             kept = self._kept_scaled = self._precision, factor, factor * self._precision
         return kept[2]
 
-    def _held(self) -> dict[str, nn.Parameter]:
-        """Return the parameters, after everything else has followed them.
+    def _held(self) -> tuple[dict[str, nn.Parameter], Sweep | None]:
+        """Return the parameters, after everything else has followed them, and all side by side.
 
         Raise a ValueError if they are others than those of the anchor.
         """
         parameters = self._parameters()
+        forms = [(p.shape, p.dtype, p.device) for p in parameters.values()]
+        *held, forms_then, sweep = self._kept_held
+        now = parameters, self._anchor, self._precision
+        if forms == forms_then and all(map(is_, held, now)):
+            return parameters, sweep
         shapes = {name: value.shape for name, value in self._anchor.items()}
         check_shapes(shapes, {name: p.shape for name, p in parameters.items()})
         self._follow(next(iter(parameters.values())).device)
-        return parameters
+        if torch.compiler.is_compiling() or not isinstance(self._precision, Diagonal):
+            return parameters, None
+        sweep = Sweep.of(parameters, self._anchor, self._precision.values)
+        self._kept_held = parameters, self._anchor, self._precision, forms, sweep
+        return parameters, sweep
 
     def _follow(self, device: torch.device) -> None:
         """Move everything to where the model has gone."""
@@ -329,6 +353,7 @@ class QuadraticPenalty:
             anchor = in_layout_of(parameters, anchor)
             precision = replace(precision, values=in_layout_of(parameters, precision.values))
         self._precision, self._anchor = precision, anchor
+        self._kept_held, self._kept_shares = (None,) * 5, (None, None, {})  # free what was held
 
 
 def _rates(
