@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,8 +131,7 @@ def overhead(
     start, before = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        steps = {("plain", 0): _step("plain", 0, network, device)}
-        steps |= {(form, n): _step(form, n, network, device) for n in tasks for form in FORMS}
+        steps = _steps(network, tasks, device)
         seconds: dict[tuple[str, int], list[float]] = {key: [] for key in steps}
         for _ in range(10):
             for step in steps.values():
@@ -151,8 +151,10 @@ def overhead(
     return result
 
 
-def _step(form: str, tasks: int, network: str, device: str) -> Callable[[], None]:
-    """Return a function that does one training step."""
+def _steps(
+    network: str, tasks: Sequence[int], device: str
+) -> dict[tuple[str, int], Callable[[], None]]:
+    """Return functions that do one training step each, all of one network, as in training."""
     build, shape = NETWORKS[network]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -160,27 +162,30 @@ def _step(form: str, tasks: int, network: str, device: str) -> Callable[[], None
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(BATCH, *shape, generator=generator).to(device)
     y = torch.randint(10, (BATCH,), generator=generator).to(device)
-    ewc = EWC(model, strength=1.0, kind="empirical")
-    for _ in range(tasks):
-        ewc.consolidate((x, y), progress=False)
+    penalties = {n: EWC(model, strength=1.0, kind="empirical") for n in tasks}
+    for n, ewc in penalties.items():
+        for _ in range(n):
+            ewc.consolidate((x, y), progress=False)
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
 
-    def step() -> None:
+    def step(form: str, ewc: EWC | None) -> None:
         loss = F.cross_entropy(model(x), y)
-        if form == "penalty":
+        if ewc and form == "penalty":
             loss = loss + ewc.penalty()
         optimizer.zero_grad()
         loss.backward()
-        if form == "gradient":
+        if ewc and form == "gradient":
             ewc.add_gradient_()
         optimizer.step()
-        if form == "proximal":
+        if ewc and form == "proximal":
             ewc.proximal_step_(optimizer)
         if x.is_cuda:
             torch.cuda.synchronize(x.device)
 
-    return step
+    steps: dict[tuple[str, int], Callable[[], None]] = {("plain", 0): partial(step, "plain", None)}
+    steps |= {(form, n): partial(step, form, ewc) for n, ewc in penalties.items() for form in FORMS}
+    return steps
 
 
 def overheads(result: dict[str, Any]) -> list[Overhead]:

@@ -33,7 +33,7 @@ def test_every_form_is_timed_after_every_number_of_tasks(network, tmp_path):
 
 
 @pytest.mark.parametrize("form", module.FORMS)
-def test_each_form_is_asked_once_in_each_of_its_steps(form, tmp_path, monkeypatch):
+def test_each_form_is_asked_once_in_each_of_its_steps(form, monkeypatch):
     calls = []
 
     def counted(name, method):
@@ -41,9 +41,11 @@ def test_each_form_is_asked_once_in_each_of_its_steps(form, tmp_path, monkeypatc
 
     for name in ("add_gradient_", "proximal_step_", "penalty"):
         monkeypatch.setattr(EWC, name, counted(name, getattr(EWC, name)))
-    step = module._step(form, 1, "mlp", "cpu")
+    steps = module._steps("mlp", [1], "cpu")
     calls.clear()
-    step()
+    steps["plain", 0]()
+    assert not calls
+    steps[form, 1]()
     named = {"gradient": "add_gradient_", "proximal": "proximal_step_", "penalty": "penalty"}
     assert calls == [named[form]]
 
