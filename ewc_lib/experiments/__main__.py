@@ -17,10 +17,14 @@ import typer
 from ewc_lib.experiments.runs.folders import OUTPUT
 
 if TYPE_CHECKING:
+    from ewc_lib.experiments.cost.benchmarks import Benchmark
     from ewc_lib.experiments.runs.protocols import Experiment
 
 SECTIONS = ("mlp", "cnn", "cnn-norms", "transformer", "gpt2", "linearity")
 """What ``fisher-cost`` measures."""
+
+LARGE = ("resnet18", "gpt2-124m")
+"""What it measures on an accelerator only."""
 
 LIBRARIES = (
     "ewc_lib",
@@ -81,7 +85,10 @@ def module_of(name: str) -> ModuleType:
     return import_module(f"ewc_lib.experiments.{room}.{name.replace('-', '_')}")
 
 
-@app.command("fisher-cost", epilog=f"Sections: {', '.join(SECTIONS)}.")
+@app.command(
+    "fisher-cost",
+    epilog=f"Sections: {', '.join(SECTIONS)}; with --device cuda also {', '.join(LARGE)}.",
+)
 def fisher_cost_command(
     sections: Annotated[
         list[str] | None,
@@ -89,9 +96,13 @@ def fisher_cost_command(
     ] = None,
     repetitions: Annotated[int, typer.Option(min=1, help="Runs of each contestant.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 2,
-    output: Annotated[
-        Path, typer.Option(help="The file to write.", show_default=f"fisher_cost.json in {FOLDER}")
-    ] = OUTPUT / "fisher_cost.json",
+    device: Annotated[
+        str,
+        typer.Option(help="cpu or cuda; $CUDA_VISIBLE_DEVICES chooses the card."),
+    ] = "cpu",
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="The folder of results.", show_default=FOLDER)
+    ] = OUTPUT,
     only: Annotated[
         list[str] | None,
         typer.Option(
@@ -101,6 +112,14 @@ def fisher_cost_command(
         ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the file holds.")] = False,
+    counted: Annotated[
+        bool,
+        typer.Option(
+            "--count",
+            help="Measure nothing; count the kernels that a run starts on an accelerator, in "
+            "multiples of those of a plain pass, and how often it waits for a number.",
+        ),
+    ] = False,
     profiled: Annotated[
         tuple[str, str] | None,
         typer.Option(
@@ -114,8 +133,12 @@ def fisher_cost_command(
     """Time and memory of the diagonal Fisher information, here and in other libraries.
 
     The unit of time is one plain forward and backward pass over the same data. Everything takes
-    one to two hours on two cores. Each section is saved when it is done: if the run is stopped, the
-    same command goes on where it was, unless the code or the settings have changed since.
+    one to two hours on two cores. Each run is saved when it is done: if the command is stopped, it
+    goes on where it was, unless the code or the settings have changed since.
+
+    On a graphics card there are more data and two larger models, and it takes some minutes:
+    `python -m ewc_lib.experiments fisher-cost --device cuda --repetitions 3` writes
+    fisher_cost_cuda.json, with the name of the card.
 
     The other libraries come with `pip install 'ewc_lib[peers]'`; what is missing is reported
     and left out.
@@ -123,24 +146,29 @@ def fisher_cost_command(
     Set OMP_WAIT_POLICY=PASSIVE in the environment. Otherwise threads that wait for each other
     burn the cores that others need, and the times mean little.
     """
-    from ewc_lib.experiments.cost import fisher_cost, report
-    from ewc_lib.experiments.cost.models import BENCHMARKS
+    from ewc_lib.experiments.cost import counts, fisher_cost, measure, report
+    from ewc_lib.experiments.cost.benchmarks import benchmarks
     from ewc_lib.experiments.cost.peers import CONTESTANTS
 
     try:
+        measure.require(device)
+        models = benchmarks(device)
+        if counted:
+            names = sections or [name for name in models if name not in LARGE]
+            typer.echo(counts.table(counts.count_all({n: _known(n, models) for n in names})))
+            return
         if profiled is not None:
             model, kind = profiled
-            if model not in BENCHMARKS:
-                raise ValueError(f"unknown model {model!r}; there are {', '.join(BENCHMARKS)}")
-            typer.echo(fisher_cost.profile(BENCHMARKS[model], kind, threads))
+            typer.echo(measure.profile(_known(model, models), kind, threads))
             return
         if os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
             typer.echo("Warning: OMP_WAIT_POLICY=PASSIVE is not set; times may be wrong.", err=True)
         if unknown := set(only or ()) - set(CONTESTANTS):
             raise ValueError(f"unknown {unknown}; there are {', '.join(CONTESTANTS)}")
         result = fisher_cost.fisher_cost(
-            output,
+            out / report.result_name(device),
             sections or (),
+            device=device,
             contestants={name: CONTESTANTS[name] for name in only or CONTESTANTS},
             repetitions=repetitions,
             threads=threads,
@@ -149,6 +177,12 @@ def fisher_cost_command(
     except ValueError as problem:
         raise typer.BadParameter(str(problem)) from problem
     typer.echo(report.table(result))
+
+
+def _known(name: str, models: dict[str, Benchmark]) -> Benchmark:
+    if name not in models:
+        raise ValueError(f"unknown model {name!r}; there are {', '.join(models)}")
+    return models[name]
 
 
 def _add_command(name: str, summary: str) -> None:

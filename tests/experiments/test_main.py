@@ -6,19 +6,21 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from ewc_lib.experiments import __main__ as module
-from ewc_lib.experiments.cost import fisher_cost
-from ewc_lib.experiments.cost.models import BENCHMARKS
+from ewc_lib.experiments.cost import counts, fisher_cost, measure
+from ewc_lib.experiments.cost.benchmarks import BENCHMARKS, LARGE, benchmarks
 from ewc_lib.experiments.cost.peers import CONTESTANTS
-from ewc_lib.experiments.cost.report import RESULT
+from ewc_lib.experiments.cost.report import CUDA_RESULT, RESULT
 from ewc_lib.experiments.runs import protocols
 from ewc_lib.experiments.runs.protocols import Experiment
 from ewc_lib.experiments.streams.permuted_mnist import PERMUTED_MNIST
 from tests.experiments.cases import run as cut
 
 EMPTY = {"sections": {}}
+ONE = counts.Count(1.5, 0, 9.5, 12)
 
 
 @pytest.fixture
@@ -68,14 +70,15 @@ def test_help_imports_nothing_that_measures(command):
 
 def test_help_names_the_sections_and_the_wait_policy():
     told = words("fisher-cost", "--help")
-    assert f"Sections: {', '.join(BENCHMARKS)}, linearity." in told
+    assert f"Sections: {', '.join(BENCHMARKS)}, linearity;" in told
+    assert f"with --device cuda also {', '.join(LARGE)}." in told
     assert "OMP_WAIT_POLICY=PASSIVE" in told
 
 
-def test_help_names_the_libraries_and_the_file():
+def test_help_names_the_libraries_and_the_file_of_a_graphics_card():
     told = words("fisher-cost", "--help")
     assert f"By default all of {', '.join(CONTESTANTS)}." in told
-    assert f"({RESULT.name} in {module.FOLDER})" in told
+    assert f"--device cuda --repetitions 3 writes {CUDA_RESULT.name}" in told
 
 
 @pytest.mark.parametrize("name", module.STREAMS)
@@ -100,7 +103,7 @@ def test_every_experiment_has_its_command():
 def test_by_default_everything_is_measured_for_the_book(calls):
     assert run("fisher-cost").exit_code == 0
     options = {"contestants": CONTESTANTS, "repetitions": 5, "threads": 2, "fresh": False}
-    assert calls == [((RESULT, ()), options)]
+    assert calls == [((RESULT, ()), {**options, "device": "cpu"})]
 
 
 @pytest.mark.parametrize("name", ["fisher-cost", "split-mnist", "overhead", "language-models"])
@@ -109,13 +112,15 @@ def test_help_says_where_an_installed_package_writes(name):
     assert "book/results in a checkout, elsewhere ./results" in " ".join(words)
 
 
-def test_options_reach_the_measurement(calls):
-    options = ("--repetitions", "3", "--threads", "1", "--fresh", "--output", "x.json")
+def test_options_reach_the_measurement(calls, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    options = "--repetitions 3 --threads 1 --fresh --out there --device cuda"
     only = ("--only", "ewc_lib", "--only", "loop")
-    assert run("fisher-cost", "cnn", "mlp", *options, *only).exit_code == 0
+    assert run("fisher-cost", "cnn", "mlp", *options.split(), *only).exit_code == 0
     some = {name: CONTESTANTS[name] for name in ("ewc_lib", "loop")}
     expected = {"contestants": some, "repetitions": 3, "threads": 1, "fresh": True}
-    assert calls == [((Path("x.json"), ["cnn", "mlp"]), expected)]
+    path = Path("there") / "fisher_cost_cuda.json"
+    assert calls == [((path, ["cnn", "mlp"]), {**expected, "device": "cuda"})]
 
 
 def test_an_unknown_library_is_refused_by_name(calls):
@@ -132,25 +137,50 @@ def test_threads_that_wait_actively_are_warned_of(calls, monkeypatch):
 
 
 def test_a_result_that_must_not_be_mixed_is_an_error_of_the_command_line(tmp_path):
-    path = tmp_path / "old.json"
+    path = tmp_path / RESULT.name
     path.write_text(json.dumps({"settings": {}, "provenance": {}, "sections": {}}))
-    result = run("fisher-cost", "--output", str(path))
+    result = run("fisher-cost", "--out", str(tmp_path))
     assert result.exit_code == 2
     assert "must not be mixed" in " ".join(result.stderr.replace("│", "").split())
 
 
-def test_an_unknown_model_is_named(calls):
-    result = run("fisher-cost", "--profile", "vgg", "exact")
+@pytest.mark.parametrize("options", [["--profile", "vgg", "exact"], ["--count", "vgg"]])
+def test_an_unknown_model_is_named(options, calls):
+    result = run("fisher-cost", *options)
     assert result.exit_code == 2
     assert "unknown model 'vgg'" in result.stderr
 
 
 def test_a_profile_is_printed_and_nothing_is_measured(calls, monkeypatch):
-    monkeypatch.setattr(
-        fisher_cost, "profile", lambda model, kind, threads: f"{model.title} {kind}"
-    )
+    monkeypatch.setattr(measure, "profile", lambda model, kind, threads: f"{model.title} {kind}")
     result = run("fisher-cost", "--profile", "cnn", "sketch")
     assert result.output == "CNN sketch\n"
+    assert calls == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("options", [[], ["--count"], ["--profile", "mlp", "exact"]])
+def test_a_device_that_is_not_there_is_an_error_of_the_command_line(options, calls):
+    result = run("fisher-cost", "--device", "cuda", *options)
+    assert result.exit_code == 2
+    assert "no CUDA device" in " ".join(result.stderr.replace("│", "").split())
+    assert calls == []
+
+
+def test_large_models_are_known_on_a_graphics_card_only(monkeypatch):
+    asked = []
+    monkeypatch.setattr(measure, "require", lambda device: None)
+    monkeypatch.setattr(measure, "profile", lambda model, *_: asked.append(model) or "")
+    assert run("fisher-cost", "--profile", "resnet18", "exact").exit_code == 2
+    assert run("fisher-cost", "--device", "cuda", "--profile", "resnet18", "exact").exit_code == 0
+    assert asked == [benchmarks("cuda")["resnet18"]]
+
+
+def test_counts_are_printed_and_nothing_is_measured(calls, monkeypatch):
+    monkeypatch.setattr(counts, "count_all", lambda found: {(n, "exact"): ONE for n in found})
+    result = run("fisher-cost", "cnn", "mlp", "--count")
+    assert result.output == counts.table({("cnn", "exact"): ONE, ("mlp", "exact"): ONE}) + "\n"
+    assert all(name in run("fisher-cost", "--count").output for name in BENCHMARKS)
     assert calls == []
 
 

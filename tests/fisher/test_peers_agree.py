@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from ewc_lib.experiments.cost.models import BENCHMARKS
+from ewc_lib.experiments.cost.benchmarks import BENCHMARKS
 from ewc_lib.experiments.cost.peers import CONTESTANTS, answer
 
 MODULES = {"nngeometry": "nngeometry", "BackPACK": "backpack"}

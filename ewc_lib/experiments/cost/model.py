@@ -15,7 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ewc_lib.experiments.cost.models import Batches
+from ewc_lib.experiments.cost.benchmarks import Batches
 from ewc_lib.fisher.sums.kronecker import MAX_VECTOR
 
 __all__ = [

@@ -1,76 +1,18 @@
-"""The networks on which the cost of the Fisher information is measured, with data for them.
+"""The networks on which the cost of the Fisher information is measured.
 
-Weights and data are random, because neither changes the cost, and the same every time.
+Weights are random, because they do not change the cost.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from ewc_lib.continual import mlp
-
-__all__ = ["BENCHMARKS", "GPT2", "SEED", "Batches", "Benchmark", "Transformer", "cnn"]
-
-SEED = 0
-"""Of all weights and data."""
-
-Batches: TypeAlias = list[tuple[Tensor, Tensor]]
-"""Inputs and targets, batch by batch."""
-
-
-class Benchmark(NamedTuple):
-    """A network, its data, and how much of them to use.
-
-    Parameters
-    ----------
-    title
-        What a reader is told.
-    build
-        Returns the network.
-    draw
-        Returns so many inputs and targets.
-    n
-        Number of observations.
-    batch_size
-        Observations in a batch.
-    exact
-        Whether one backward pass for each class is within reach.
-
-    Examples
-    --------
-    >>> benchmark = BENCHMARKS["mlp"]
-    >>> [len(targets) for _, targets in benchmark.batches(300)]
-    [128, 128, 44]
-    >>> sum(p.numel() for p in benchmark.model().parameters())
-    478410
-    """
-
-    title: str
-    build: Callable[[], nn.Module]
-    draw: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
-    n: int = 2000
-    batch_size: int = 128
-    exact: bool = True
-
-    def model(self) -> nn.Module:
-        """Return the network in eval mode, without use of the global random state."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)
-            return self.build().eval()
-
-    def batches(self, n: int) -> Batches:
-        """Return ``n`` observations in batches."""
-        inputs, targets = self.draw(n, torch.Generator().manual_seed(SEED))
-        parts = inputs.split(self.batch_size), targets.split(self.batch_size)
-        return list(zip(*parts, strict=True))
+__all__ = ["GPT2", "Transformer", "cnn", "resnet"]
 
 
 def cnn(*, norms: bool = False) -> nn.Sequential:
@@ -101,6 +43,55 @@ def _used_norm(channels: int) -> nn.BatchNorm2d:
     norm.running_mean = 0.1 * torch.randn(channels)
     norm.running_var = 0.5 + torch.rand(channels)
     return norm
+
+
+class Residual(nn.Module):
+    """Two convolutions with norms, added to what came in."""
+
+    def __init__(self, n_in: int, n_out: int, stride: int) -> None:
+        super().__init__()
+        self.first, self.norm1 = _convolution(n_in, n_out, 3, stride), _used_norm(n_out)
+        self.second, self.norm2 = _convolution(n_out, n_out, 3, 1), _used_norm(n_out)
+        self.skip: nn.Module = nn.Identity()
+        if stride > 1 or n_in != n_out:
+            self.skip = nn.Sequential(_convolution(n_in, n_out, 1, stride), _used_norm(n_out))
+
+    def forward(self, x: Float[Tensor, "N I H W"]) -> Float[Tensor, "N O h w"]:
+        inner = self.norm2(self.second(F.relu(self.norm1(self.first(x)))))
+        return F.relu(inner + self.skip(x))
+
+
+def _convolution(n_in: int, n_out: int, size: int, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(n_in, n_out, size, stride, padding=size // 2, bias=False)
+
+
+def resnet(
+    blocks: tuple[int, ...] = (2, 2, 2, 2), width: int = 64, classes: int = 100
+) -> nn.Sequential:
+    """Return a residual network for small images (He et al. 2016); by default the one of 18 layers.
+
+    Parameters
+    ----------
+    blocks
+        Residual blocks of each stage. A stage halves the image and doubles the width of the last.
+    width
+        Channels of the first stage.
+    classes
+        Number of outputs.
+
+    Examples
+    --------
+    >>> resnet((1, 1), width=4)(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 100])
+    """
+    layers: list[nn.Module] = [_convolution(3, width, 3, 1), _used_norm(width), nn.ReLU()]
+    n_in = width
+    for stage, n_blocks in enumerate(blocks):
+        n_out = width * 2**stage
+        for block in range(n_blocks):
+            layers.append(Residual(n_in, n_out, 2 if stage and not block else 1))
+            n_in = n_out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n_in, classes))
 
 
 class Attention(nn.Module):
@@ -247,52 +238,3 @@ class GPT2(nn.Module):
         x = self.blocks(self.token(tokens) + self.position(positions))
         logits: Tensor = self.head(self.norm(x))
         return logits
-
-
-def _vectors(
-    n: int, generator: torch.Generator, shape: tuple[int, ...], classes: int
-) -> tuple[Tensor, Tensor]:
-    inputs = torch.randn(n, *shape, generator=generator)
-    return inputs, torch.randint(classes, (n,), generator=generator)
-
-
-def _sequences(
-    n: int, generator: torch.Generator, length: int, vocabulary: int, classes: int
-) -> tuple[Tensor, Tensor]:
-    tokens = torch.randint(vocabulary, (n, length), generator=generator)
-    return tokens, torch.randint(classes, (n,), generator=generator)
-
-
-def _text(
-    n: int, generator: torch.Generator, length: int, vocabulary: int
-) -> tuple[Tensor, Tensor]:
-    """Return tokens, and for each of them the one that comes next."""
-    tokens = torch.randint(vocabulary, (n, length + 1), generator=generator)
-    return tokens[:, :-1], tokens[:, 1:]
-
-
-_images = partial(_vectors, shape=(3, 32, 32), classes=10)
-
-BENCHMARKS = {
-    "mlp": Benchmark(
-        "MLP 784-400-400-10",
-        partial(mlp, (784, 400, 400, 10), SEED),
-        partial(_vectors, shape=(784,), classes=10),
-    ),
-    "cnn": Benchmark("CNN", cnn, _images),
-    "cnn-norms": Benchmark("CNN with norms", partial(cnn, norms=True), _images),
-    "transformer": Benchmark(
-        "Transformer", Transformer, partial(_sequences, length=32, vocabulary=256, classes=10)
-    ),
-    # A batch holds as many tokens as half a batch of the transformer, so that memory stays small,
-    # and there are as many batches as elsewhere.
-    "gpt2": Benchmark(
-        "GPT-2-like, 6 layers",
-        GPT2,
-        partial(_text, length=128, vocabulary=1000),
-        n=250,
-        batch_size=16,
-        exact=False,
-    ),
-}
-"""All benchmarks, by the name that the command line knows."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
 from torch.utils.data import DataLoader, Dataset
 
-from ewc_lib.experiments.cost.models import Batches, Benchmark
+from ewc_lib.experiments.cost.benchmarks import Batches, Benchmark
 from ewc_lib.fisher.estimate import fisher_information
 from ewc_lib.fisher.output import Kind
 
@@ -36,8 +36,8 @@ __all__ = [
 
 Diagonal: TypeAlias = dict[str, Tensor]
 
-CHUNK_BYTES = 2**27
-"""Size of the gradients of single observations that torch.func holds at a time."""
+CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**30}
+"""Size of the gradients of single observations that torch.func holds at a time, by device."""
 
 JACOBIAN_BATCH = 8
 """Laplace's Jacobian costs the square of the batch size, in time and in memory."""
@@ -148,7 +148,8 @@ def func_exact(model: nn.Module, batches: Batches) -> Iterator[Diagonal]:
     def gradients(x: Tensor) -> Diagonal:
         output, pull, *_ = vjp(lambda p: functional_call(model, p, (x[None],))[0], parameters)
         p = output.softmax(-1)
-        root = p.sqrt().unsqueeze(-1) * (torch.eye(len(p), dtype=p.dtype) - p)
+        identity = torch.eye(len(p), dtype=p.dtype, device=p.device)
+        root = p.sqrt().unsqueeze(-1) * (identity - p)
         found: Diagonal = vmap(lambda column: pull(column)[0])(root)
         return found
 
@@ -158,8 +159,10 @@ def func_exact(model: nn.Module, batches: Batches) -> Iterator[Diagonal]:
 
 
 def _chunk(model: nn.Module, columns: int) -> int:
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    return max(1, CHUNK_BYTES // (columns * size))
+    parameters = list(model.parameters())
+    size = sum(p.numel() * p.element_size() for p in parameters)
+    budget = CHUNK_BYTES.get(parameters[0].device.type, CHUNK_BYTES["cpu"])
+    return max(1, budget // (columns * size))
 
 
 def nngeometry_empirical(model: nn.Module, batches: Batches) -> Diagonal:
@@ -182,8 +185,9 @@ def nngeometry_exact(model: nn.Module, batches: Batches) -> Diagonal:
     from nngeometry.metrics import FIM
     from nngeometry.object import PMatDiag
 
-    layers = LayerCollection.from_model(model)
-    return _from_layers(layers, FIM(model, _loader(batches), PMatDiag, layer_collection=layers))
+    layers, device = LayerCollection.from_model(model), batches[0][0].device
+    matrix = FIM(model, _loader(batches), PMatDiag, device=device, layer_collection=layers)
+    return _from_layers(layers, matrix)
 
 
 def _from_layers(layers: Any, matrix: Any) -> Diagonal:
@@ -364,7 +368,7 @@ def error(contestant: Contestant, kind: str, benchmark: Benchmark) -> float | No
 
     Examples
     --------
-    >>> from ewc_lib.experiments.cost.models import BENCHMARKS
+    >>> from ewc_lib.experiments.cost.benchmarks import BENCHMARKS
     >>> error(PEERS["torch.func"]["empirical"], "empirical", BENCHMARKS["mlp"]) < 1e-12
     True
     """
@@ -378,7 +382,8 @@ def error(contestant: Contestant, kind: str, benchmark: Benchmark) -> float | No
     # Some entries are zero by symmetry, up to rounding: the bias of the keys of attention.
     tiny = 1e-12 * max(float(f.abs().max()) for f in truth.values())
     errors = (
-        float((found.get(name, torch.zeros(())) - f).abs().max()) / max(float(f.abs().max()), tiny)
+        float((found.get(name, torch.zeros_like(f)) - f).abs().max())
+        / max(float(f.abs().max()), tiny)
         for name, f in truth.items()
     )
     return max(errors)

@@ -18,17 +18,42 @@ from matplotlib.lines import Line2D
 from ewc_lib.experiments.runs.folders import RESULTS
 from ewc_lib.figures import use_style
 
-__all__ = ["RESULT", "Fit", "Row", "figure", "fits", "load", "rows", "table"]
+__all__ = [
+    "CUDA_RESULT",
+    "RESULT",
+    "Fit",
+    "Row",
+    "figure",
+    "fits",
+    "load",
+    "result_name",
+    "rows",
+    "table",
+]
 
 Entry: TypeAlias = dict[str, Any]
 
 RESULT = RESULTS / "fisher_cost.json"
-"""Where the book finds its numbers."""
+"""Where the book finds the numbers of a processor."""
+
+CUDA_RESULT = RESULTS / "fisher_cost_cuda.json"
+"""Where it finds those of a graphics card, if there are any."""
 
 KINDS = ("empirical", "sketch", "sampled", "exact")
 
 AGREEMENT = 1e-5
 """Largest relative error of a right answer; sums in float32 come to 1e-7."""
+
+
+def result_name(device: str) -> str:
+    """Return the name of the file for a device.
+
+    Examples
+    --------
+    >>> result_name("cpu"), result_name("cuda")
+    ('fisher_cost.json', 'fisher_cost_cuda.json')
+    """
+    return RESULT.name if device == "cpu" else CUDA_RESULT.name
 
 
 def load(path: Path = RESULT) -> dict[str, Any]:

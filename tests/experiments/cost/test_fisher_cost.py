@@ -6,8 +6,8 @@ import torch
 
 from ewc_lib.continual import mlp
 from ewc_lib.experiments.cost import fisher_cost as module
-from ewc_lib.experiments.cost.fisher_cost import fisher_cost, profile
-from ewc_lib.experiments.cost.models import Benchmark, _vectors
+from ewc_lib.experiments.cost.benchmarks import Benchmark, _vectors
+from ewc_lib.experiments.cost.fisher_cost import fisher_cost
 from ewc_lib.experiments.cost.peers import CONTESTANTS, plain_pass
 from ewc_lib.experiments.cost.report import load, rows
 
@@ -46,7 +46,7 @@ def measured(tmp_path, monkeypatch):
     """
     provenance, same = module.provenance, {"commit": "a", "dirty": False, "source": "b"}
     monkeypatch.setattr(module, "provenance", lambda **options: provenance(**options) | same)
-    monkeypatch.setattr(module, "_peak", lambda contestant, benchmark, n, threads: MIB)
+    monkeypatch.setattr(module, "peak_bytes", lambda contestant, benchmark, n, threads: MIB)
 
     def run(sections=(), *, benchmarks=None, **options):
         settings = {"contestants": ALL, "sizes": SIZES, "repetitions": 2, "threads": 1}
@@ -63,6 +63,8 @@ def test_each_contestant_has_its_numbers_or_a_reason(measured):
     result = measured()
     assert list(result) == ["experiment", "settings", "provenance", "sections"]
     assert result["settings"] == {
+        "device": "cpu",
+        "matmul_precision": "highest",
         "repetitions": 2,
         "threads": 1,
         "sizes": [8, 16, 24],
@@ -144,6 +146,67 @@ def test_a_stopped_run_keeps_what_was_done(measured, monkeypatch):
     assert list(measured()["sections"]) == ["mlp", "other", "linearity"]
 
 
+def test_a_run_that_is_stopped_goes_on_where_it_was(measured, monkeypatch):
+    """Every eleventh run stops the measurement, until nothing is left to be done."""
+    timed, done = module.seconds, []
+
+    def sometimes(contestant, *given):
+        done.append(contestant)
+        if len(done) % 11 == 0:
+            raise KeyboardInterrupt
+        return timed(contestant, *given)
+
+    monkeypatch.setattr(module, "seconds", sometimes)
+    stops = 0
+    while True:
+        try:
+            result = measured(["mlp", "linearity"])
+            break
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops > 3
+    assert list(result["sections"]) == ["mlp", "linearity"]
+    assert "unfinished" not in result
+    contestants = result["sections"]["mlp"]["contestants"].values()
+    entries = [entry for kinds in contestants for entry in kinds.values() if "n" in entry]
+    assert len(entries) == 5
+    for entry in entries:
+        assert len(entry["seconds"]) == len(entry["plain_seconds"]) == 2
+    assert all(len(run["seconds"]) == 2 for run in result["sections"]["linearity"]["runs"])
+
+
+def test_what_is_unfinished_is_in_the_file_and_in_no_table(measured, monkeypatch, tmp_path):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "peak_bytes", stop)
+    with pytest.raises(KeyboardInterrupt):
+        measured(["mlp"])
+    left = load(tmp_path / "results" / "cost.json")
+    assert list(left["unfinished"]) == ["mlp"]
+    assert left["unfinished"]["mlp"]["wall_seconds"] > 0
+    assert rows(left) == []
+
+
+def test_what_fails_on_more_observations_has_its_reason(measured):
+    def hungry(model, batches):
+        if sum(len(y) for _, y in batches) > 16:
+            raise MemoryError("too many")
+        return plain_pass(model, batches)
+
+    result = measured(["mlp"], contestants={**ALL, "hungry": {"exact": hungry}})
+    assert result["sections"]["mlp"]["contestants"]["hungry"] == {
+        "exact": {"reason": "MemoryError: too many"}
+    }
+    assert len(result["sections"]["mlp"]["contestants"]["ewc_lib"]["exact"]["seconds"]) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused(measured):
+    with pytest.raises(ValueError, match="no CUDA device"):
+        measured(["mlp"], device="cuda")
+
+
 def test_results_of_other_settings_are_not_mixed(measured):
     measured(["mlp"])
     with pytest.raises(ValueError, match=r"settings\.repetitions was 2 and is 3.*--fresh"):
@@ -182,50 +245,19 @@ def test_threads_are_put_back(measured):
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize(("slowness", "n"), [(50.0, 20), (1000.0, 16)])
+@pytest.mark.parametrize(("slowness", "n"), [(50.0, 32), (1000.0, 16)])
 def test_what_is_too_slow_is_measured_on_fewer_observations_and_scaled(
     slowness, n, measured, monkeypatch
 ):
     """Time is what it should be: so many plain passes for each observation."""
     passes = {plain_pass: 1.0, doubled: slowness}
     clock = lambda f, _, batches: passes.get(f, 2.0) * sum(len(y) for _, y in batches)  # noqa: E731
-    monkeypatch.setattr(module, "_seconds", clock)
+    monkeypatch.setattr(module, "seconds", clock)
     result = measured(["mlp"], benchmarks={"mlp": TINY._replace(n=200)})
     found = {(row.library, row.kind): row for row in rows(result)}
     slow, fast = found["careless", "exact"], found["ewc_lib", "exact"]
     assert (slow.n, slow.scaled, slow.passes) == (n, True, slowness)
     assert (fast.n, fast.scaled, fast.passes) == (200, False, 2)
-
-
-def test_a_run_leaves_the_model_alone():
-    def vandal(model, batches):
-        model.train()
-        model.register_forward_hook(impossible)
-        for p in model.parameters():
-            p.data.zero_()
-
-    model = TINY.model()
-    module._seconds(vandal, model, TINY.batches(8))
-    assert not model.training
-    assert all(p.any() for p in model.parameters())
-    model(TINY.batches(8)[0][0])
-
-
-def test_peak_memory_is_that_of_a_process_of_its_own():
-    ballast = torch.ones(150 * MIB)  # 600 MiB
-    wide = TINY._replace(
-        build=partial(mlp, (100_000, 1, 3), 0), draw=partial(_vectors, shape=(100_000,), classes=3)
-    )
-    small, large = (module._peak(plain_pass, wide, n, 1) for n in (1, 501))
-    assert small < 4 * ballast.numel()
-    assert large - small > 0.9 * 500 * 100_000 * 4
-
-
-def test_a_profile_names_the_operations():
-    assert "aten::addmm" in profile(TINY, "plain", threads=1)
-    assert "aten::addmm" in profile(TINY, "sketch", threads=1)
-    with pytest.raises(ValueError, match="unknown kind 'mc'; there are plain, exact"):
-        profile(TINY, "mc")
 
 
 def test_the_result_holds_no_number_that_json_does_not_know(measured):

@@ -6,6 +6,7 @@ from torch import nn
 
 from ewc_lib import fisher_information
 from ewc_lib.continual import mlp
+from ewc_lib.experiments.cost.benchmarks import BENCHMARKS
 from ewc_lib.experiments.cost.model import (
     H100,
     SHAPES,
@@ -17,7 +18,7 @@ from ewc_lib.experiments.cost.model import (
     observations_needed,
     total,
 )
-from ewc_lib.experiments.cost.models import BENCHMARKS, GPT2
+from ewc_lib.experiments.cost.models import GPT2
 from ewc_lib.experiments.cost.peers import plain_pass
 
 CLASSES = 5

@@ -1,45 +1,7 @@
-import pytest
 import torch
 from torch import nn
 
-from ewc_lib.experiments.cost.models import BENCHMARKS, GPT2, Transformer, cnn
-
-
-@pytest.fixture(params=BENCHMARKS)
-def benchmark(request):
-    return BENCHMARKS[request.param]
-
-
-def test_each_model_fits_its_data(benchmark):
-    (inputs, targets), *_ = benchmark.batches(2)
-    output = benchmark.model()(inputs)
-    assert output.shape[:-1] == targets.shape
-    assert targets.max() < output.shape[-1]
-
-
-def test_models_and_data_are_the_same_every_time_and_leave_the_random_state_alone(benchmark):
-    before = torch.get_rng_state()
-    one, other = benchmark.model().state_dict(), benchmark.model().state_dict()
-    data = torch.cat([targets for _, targets in benchmark.batches(5)])
-    again = torch.cat([targets for _, targets in benchmark.batches(5)])
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert torch.equal(data, again)
-    assert len(data.unique()) > 1
-
-
-def test_models_are_in_eval_mode(benchmark):
-    assert not any(module.training for module in benchmark.model().modules())
-
-
-def test_batches_hold_all_observations_and_the_last_one_what_is_left(benchmark):
-    n = 2 * benchmark.batch_size + 3
-    sizes = [len(targets) for _, targets in benchmark.batches(n)]
-    assert sizes == [benchmark.batch_size, benchmark.batch_size, 3]
-
-
-def test_exact_is_out_of_reach_for_the_language_model_only():
-    assert [name for name, benchmark in BENCHMARKS.items() if not benchmark.exact] == ["gpt2"]
+from ewc_lib.experiments.cost.models import GPT2, Transformer, cnn, resnet
 
 
 def test_norms_change_what_the_network_computes():
@@ -80,6 +42,29 @@ def test_gpt2_reads_and_writes_with_the_same_weights():
     assert "head.weight" not in dict(model.named_parameters())
 
 
-def test_the_target_of_a_token_is_the_next_one():
-    ((inputs, targets),) = BENCHMARKS["gpt2"].batches(3)
-    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+def test_the_residual_network_is_that_of_eighteen_layers():
+    model = resnet()
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    projections = [p for p in weights if p.shape[-2:] == (1, 1)]
+    assert len(weights) - len(projections) == 18
+    assert sum(p.numel() for p in model.parameters()) == 11_220_132
+
+
+def test_a_stage_of_the_residual_network_halves_the_image_and_doubles_the_width():
+    with torch.random.fork_rng(devices=[]):
+        model = resnet((1, 1, 1), width=4, classes=7).eval()
+    shapes, x = [], torch.zeros(2, 3, 16, 16)
+    for layer in model:
+        x = layer(x)
+        shapes.append(tuple(x.shape[1:]))
+    assert shapes[3:6] == [(4, 16, 16), (8, 8, 8), (16, 4, 4)]
+    assert shapes[-1] == (7,)
+
+
+def test_a_residual_block_adds_to_what_comes_in():
+    with torch.random.fork_rng(devices=[]):
+        block = resnet((1,), width=4)[3].eval()
+    x = torch.rand(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.zeros_(block.norm2.weight)
+    torch.nn.init.zeros_(block.norm2.bias)
+    torch.testing.assert_close(block(x), x)

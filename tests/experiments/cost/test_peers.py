@@ -7,14 +7,8 @@ from torch import nn
 
 from ewc_lib.continual import mlp
 from ewc_lib.experiments.cost import peers
-from ewc_lib.experiments.cost.models import (
-    GPT2,
-    Benchmark,
-    Transformer,
-    _sequences,
-    _text,
-    _vectors,
-)
+from ewc_lib.experiments.cost.benchmarks import Benchmark, _sequences, _text, _vectors
+from ewc_lib.experiments.cost.models import GPT2, Transformer
 from ewc_lib.experiments.cost.peers import CONTESTANTS, PEERS, answer, error, plain_pass
 
 TINY = {
@@ -60,7 +54,7 @@ def test_answers_are_right(library, name):
 
 @pytest.mark.parametrize("kind", ["empirical", "exact"])
 def test_chunks_do_not_change_the_answer(kind, monkeypatch):
-    monkeypatch.setattr(peers, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(peers, "CHUNK_BYTES", {"cpu": 1})
     assert error(PEERS["torch.func"][kind], kind, TINY["mlp"]) < 1e-12
 
 
@@ -131,3 +125,57 @@ def test_a_loader_yields_the_same_batches_and_its_own_tensors():
         assert torch.equal(x, x_loaded)
         assert torch.equal(y, y_loaded)
         assert x.data_ptr() != x_loaded.data_ptr()
+
+
+READ_VALUES = ("BackPACK exact", "laplace exact", "laplace (BackPACK) exact")
+"""Contestants that read a number of a tensor, and so cannot run where tensors have no values."""
+
+EVERYONE = {
+    f"{library} {kind}": contestant
+    for library, kinds in PEERS.items()
+    for kind, contestant in kinds.items()
+}
+
+
+def installed(contestant, *given):
+    """Run a contestant, or skip the test if its library is not there."""
+    try:
+        return contestant(*given)
+    except ImportError as missing:
+        pytest.skip(f"a library is not installed (pip install 'ewc_lib[peers]'): {missing}")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in EVERYONE if name not in READ_VALUES])
+def test_every_contestant_takes_and_gives_tensors_where_the_model_is(name):
+    """The device without values stands for an accelerator: nothing else may meet its tensors."""
+    there = TINY["mlp"]._replace(device="meta")
+    found = installed(EVERYONE[name], there.model(), there.batches(9))
+    assert found.keys() == dict(there.model().named_parameters()).keys()
+    assert {value.device.type for value in found.values()} == {"meta"}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in EVERYONE if "nngeometry" not in name])
+def test_no_contestant_makes_a_tensor_on_the_default_device(name):
+    """What is made without a device is made where nothing has a value, and cannot be used here.
+
+    The loader of data that nngeometry needs draws a number there, and so cannot be tried.
+    """
+    model, batches = TINY["mlp"].model(), TINY["mlp"].batches(9)
+    with torch.device("meta"):
+        found = installed(EVERYONE[name], model, batches)
+    assert {value.device.type for value in found.values()} == {"cpu"}
+
+
+@pytest.mark.parametrize("columns", [1, 10])
+def test_chunks_are_larger_on_a_card(columns):
+    class There(nn.Module):
+        def parameters(self):
+            return iter([torch.empty(2**20, device="meta")])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(peers.CHUNK_BYTES, "meta", peers.CHUNK_BYTES["cuda"])
+        there = peers._chunk(There(), columns)
+    assert there == peers.CHUNK_BYTES["cuda"] // (columns * 2**22)
+    assert there > peers._chunk(There(), columns) == peers.CHUNK_BYTES["cpu"] // (columns * 2**22)
