@@ -7,17 +7,8 @@ from torch import nn
 from ewc_lib import fisher_information
 from ewc_lib.continual import mlp
 from ewc_lib.experiments.cost.benchmarks import BENCHMARKS
-from ewc_lib.experiments.cost.model import (
-    H100,
-    SHAPES,
-    Layer,
-    Shape,
-    Work,
-    executed,
-    forecast,
-    observations_needed,
-    total,
-)
+from ewc_lib.experiments.cost.executed import executed
+from ewc_lib.experiments.cost.model import SHAPES, Layer, Shape, Work, total
 from ewc_lib.experiments.cost.models import GPT2
 from ewc_lib.experiments.cost.peers import plain_pass
 
@@ -168,76 +159,6 @@ def test_long_vectors_keep_their_diagonal():
 def test_an_unknown_structure_is_named():
     with pytest.raises(ValueError, match="unknown structure 'sparse'"):
         Layer(3, 4).stored("sparse")
-
-
-IDEAL = H100._replace(peak_of_squares=H100.peak, bandwidth=float("inf"), link=float("inf"))
-
-
-@pytest.mark.parametrize("columns", [1, 9])
-def test_without_memory_and_links_a_forecast_is_the_count(columns):
-    shape = SHAPES["GPT-2"]
-    found = forecast(shape, IDEAL, observations=100, columns=columns)
-    work = shape.work
-    assert found.passes == pytest.approx(work._replace(squares=0).ratio(columns))
-    flops = 2 * work._replace(squares=0).diagonal(columns) * 100
-    assert found.seconds == pytest.approx(flops / (H100.utilisation * H100.peak))
-
-
-@pytest.mark.claim("eq-forecast")
-def test_a_forecast_is_the_sum_of_passes_products_memory_and_link():
-    shape, machine = SHAPES["GPT-2"], H100
-    work, speed = shape.work, machine.utilisation
-    each = 2 * (work.forward + 3 * work.backward) / (speed * machine.peak)
-    each += 2 * (3 * work.shared + work.single) / (speed * machine.peak_of_squares)
-    each += 16 * 3 * work.squares / machine.bandwidth
-    expected = 100 / 4 * each + 3 / 4 * 8 * shape.parameters / machine.link
-    found = forecast(shape, machine, observations=100, ranks=4, columns=3)
-    assert found.seconds == pytest.approx(expected)
-
-
-def test_products_in_float32_and_their_squares_cost_extra():
-    shape = SHAPES["GPT-2"]
-    ideal = forecast(shape, IDEAL, observations=100, columns=3).seconds
-    slower = forecast(
-        shape, IDEAL._replace(peak_of_squares=H100.peak / 2), observations=100, columns=3
-    )
-    products = 2 * 3 * shape.work.shared * 100 / (H100.utilisation * H100.peak)
-    assert slower.seconds - ideal == pytest.approx(products)
-    moving = forecast(shape, IDEAL._replace(bandwidth=1e12), observations=100, columns=3)
-    assert moving.seconds - ideal == pytest.approx(3 * 100 * 16 * shape.work.squares / 1e12)
-
-
-def test_ranks_share_the_work_and_send_their_results_once():
-    shape = SHAPES["GPT-2"]
-    alone = forecast(shape, observations=100)
-    together = forecast(shape, observations=100, ranks=4)
-    assert alone.communication == 0
-    assert together.communication == pytest.approx(3 / 4 * 8 * shape.parameters / H100.link)
-    assert together.seconds == pytest.approx(alone.seconds / 4 + together.communication)
-    assert together.memory == alone.memory == 10 * shape.parameters
-    plain = alone.seconds / alone.passes / 4
-    assert together.passes == pytest.approx(together.seconds / plain)
-    assert together.of_training / alone.of_training == pytest.approx(together.passes / alone.passes)
-
-
-def test_columns_share_the_products_of_single_positions():
-    shape = Shape(layers=2, width=64, vocabulary=100, length=1)
-    assert shape.work.shared == 0
-    found = forecast(shape, IDEAL, observations=100, columns=3)
-    assert found.passes == pytest.approx(shape.work._replace(squares=0).ratio(3))
-
-
-def test_the_share_of_training_is_that_of_the_tokens():
-    shape = SHAPES["GPT-2 XL"]
-    found = forecast(shape, IDEAL, observations=100)
-    tokens = 100 * shape.length / (20 * shape.parameters)
-    assert found.of_training == pytest.approx(found.passes * tokens)
-
-
-def test_observations_follow_from_the_errors_of_images_and_sketches():
-    assert observations_needed(0.1) == pytest.approx(300)
-    assert observations_needed(0.1, draws=2) == pytest.approx(200)
-    assert observations_needed(0.05, effective=0.5) == pytest.approx(2400)
 
 
 def test_work_adds_up():
