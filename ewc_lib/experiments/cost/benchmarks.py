@@ -65,7 +65,7 @@ class Benchmark(NamedTuple):
 
     def model(self) -> nn.Module:
         """Return the network in eval mode, without use of the global random state."""
-        return copy.deepcopy(_built(self.build)).to(self.device)
+        return copy.deepcopy(_built(self.build, torch.get_default_dtype())).to(self.device)
 
     def batches(self, n: int) -> Batches:
         """Return ``n`` observations in batches."""
@@ -75,8 +75,11 @@ class Benchmark(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def _built(build: Callable[[], nn.Module]) -> nn.Module:
-    """Build a network once, as long as no other is asked for: large ones take seconds."""
+def _built(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    """Build a network once, as long as no other is asked for: large ones take seconds.
+
+    It is built in the default precision, which therefore tells one from another.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return build().eval()

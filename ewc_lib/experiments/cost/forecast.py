@@ -6,6 +6,7 @@ forecast follows for models that nobody has measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -13,14 +14,16 @@ from ewc_lib.experiments.cost.model import Shape, Work
 from ewc_lib.experiments.cost.report import Row
 
 __all__ = [
+    "CARDS",
     "H100",
-    "H100_SINGLE",
+    "PROCESSOR",
     "Accelerator",
     "Check",
     "Forecast",
     "checks",
     "diagonal_seconds",
     "forecast",
+    "numbers_of",
     "observations_needed",
     "plain_seconds",
 ]
@@ -63,8 +66,19 @@ The network of 400 Gbit/s for each accelerator is that of Llama 3, and so is the
 38 to 41 % on 16,384 of them (Grattafiori et al. 2024, table 4).
 """
 
-H100_SINGLE = H100._replace(name="H100 SXM, float32", peak=66.9e12, peak_of_squares=66.9e12)
-"""The same for models in single precision, as PyTorch multiplies by default: without TF32."""
+SINGLE = 66.9e12
+"""Operations a second of an H100 or H200 in single precision without TF32: PyTorch's default."""
+
+CARDS = {
+    "H100": H100._replace(name="H100", peak=SINGLE, peak_of_squares=SINGLE),
+    "H200": H100._replace(
+        name="H200", peak=SINGLE, peak_of_squares=SINGLE, bandwidth=4.8e12, memory=141e9
+    ),
+}
+"""Graphics cards that measured tables may be from; the second is the first with more memory."""
+
+PROCESSOR = Accelerator("processor", 1.0, 1.0, 1.0, *[math.inf] * 3)
+"""One whose numbers are not known: all products at one speed, all squares in the cache."""
 
 TOKENS_PER_PARAMETER = 20
 """On which a model is trained best for its cost (Hoffmann et al. 2022)."""
@@ -234,7 +248,7 @@ def checks(
     >>> from ewc_lib.experiments.cost.model import Layer
     >>> row = Row("mlp", "ewc_lib", "exact", 100, passes=2.1)
     >>> work = Layer(400, 784, first=True).work
-    >>> checks([row], {"mlp": (work, 9)}, H100_SINGLE)[0].ratio < 1
+    >>> checks([row], {"mlp": (work, 9)}, PROCESSOR)[0].ratio < 1
     True
     """
     found = []
@@ -246,3 +260,14 @@ def checks(
             passes = diagonal_seconds(work, accelerator, columns) / plain
             found.append(Check(row.model, row.kind, passes, row.passes))
     return found
+
+
+def numbers_of(device: str) -> Accelerator | None:
+    """Return what is known of a device by its name, or None.
+
+    Examples
+    --------
+    >>> numbers_of("NVIDIA H100 80GB HBM3").name, numbers_of("NVIDIA A100-SXM4-40GB")
+    ('H100', None)
+    """
+    return next((card for name, card in CARDS.items() if name in device), None)

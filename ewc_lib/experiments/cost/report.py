@@ -26,6 +26,7 @@ __all__ = [
     "figure",
     "fits",
     "load",
+    "plain_seconds",
     "result_name",
     "rows",
     "table",
@@ -182,6 +183,13 @@ def _medians(runs: list[Entry], kind: str) -> tuple[list[int], list[float]]:
     return [run["n"] for run in mine], [statistics.median(run["seconds"]) for run in mine]
 
 
+def plain_seconds(section: Entry) -> float:
+    """Return the median time of the plain passes of one section."""
+    entries = [entry for kinds in section["contestants"].values() for entry in kinds.values()]
+    seconds: list[float] = [t for entry in entries for t in entry.get("plain_seconds", ())]
+    return statistics.median(seconds)
+
+
 def table(result: dict[str, Any], value: str = "passes") -> str:
     """Return the result as text, one block for each model.
 
@@ -212,8 +220,7 @@ def table(result: dict[str, Any], value: str = "passes") -> str:
 
 
 def _block(section: Entry, mine: list[Row], value: str) -> Iterator[str]:
-    entries = [entry for kinds in section["contestants"].values() for entry in kinds.values()]
-    unit = statistics.median(t for entry in entries for t in entry.get("plain_seconds", ()))
+    unit = plain_seconds(section)
     yield (
         f"{section['title']}: {section['parameters']:,} parameters, {section['n']:,} observations "
         f"in batches of {section['batch_size']}, {unit:.3g} s for a plain pass"

@@ -93,3 +93,13 @@ def test_benchmarks_can_be_sent_to_another_process(name):
     sent = benchmarks("cuda")[name]
     again = pickle.loads(pickle.dumps(sent))
     assert (again.title, again.n, again.device) == (sent.title, sent.n, "cuda")
+
+
+def test_a_model_is_built_in_the_default_precision_of_the_moment():
+    before = torch.get_default_dtype()
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        torch.set_default_dtype(dtype)
+        try:
+            assert {p.dtype for p in BENCHMARKS["mlp"].model().parameters()} == {dtype}
+        finally:
+            torch.set_default_dtype(before)

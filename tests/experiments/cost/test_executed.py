@@ -13,8 +13,9 @@ def test_the_work_of_a_model_is_what_is_executed(name):
     model, (work, columns) = BENCHMARKS[name].model(), work_of(BENCHMARKS[name])
     for kind, k in {"sketch": 1, "exact": columns}.items():
         run = partial(CONTESTANTS["ewc_lib"][kind], model)
-        products = work._replace(squares=0).diagonal(k)
-        assert executed(run, BENCHMARKS[name].batches) == pytest.approx(products, rel=0.05)
+        found = executed(run, BENCHMARKS[name].batches)
+        # Squares are counted if they are added up by a product.
+        assert work._replace(squares=0).diagonal(k) <= found <= work.diagonal(k)
     assert executed(partial(plain_pass, model), BENCHMARKS[name].batches) == work.plain
     assert columns == 9
 

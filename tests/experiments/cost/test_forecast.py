@@ -3,11 +3,13 @@ import pytest
 from ewc_lib.experiments.cost.benchmarks import BENCHMARKS
 from ewc_lib.experiments.cost.executed import work_of
 from ewc_lib.experiments.cost.forecast import (
+    CARDS,
     H100,
-    H100_SINGLE,
+    PROCESSOR,
     checks,
     diagonal_seconds,
     forecast,
+    numbers_of,
     observations_needed,
     plain_seconds,
 )
@@ -101,7 +103,22 @@ def test_a_check_compares_passes_of_this_package_with_those_of_its_own_columns()
     assert one.ratio == pytest.approx(one.forecast / 2)
 
 
-def test_in_single_precision_all_products_have_the_same_speed():
+@pytest.mark.parametrize("machine", [*CARDS.values(), PROCESSOR], ids=lambda machine: machine.name)
+def test_in_single_precision_all_products_have_the_same_speed(machine):
     work = SHAPES["GPT-2"].work._replace(squares=0)
-    passes = diagonal_seconds(work, H100_SINGLE, 3) / plain_seconds(work, H100_SINGLE)
+    passes = diagonal_seconds(work, machine, 3) / plain_seconds(work, machine)
     assert passes == pytest.approx(work.ratio(3))
+
+
+def test_squares_cost_nothing_in_a_cache_and_the_less_the_more_bandwidth():
+    work = SHAPES["GPT-2"].work
+    one, two, cached = (
+        diagonal_seconds(work, machine) / plain_seconds(work, machine)
+        for machine in (CARDS["H100"], CARDS["H200"], PROCESSOR)
+    )
+    assert one > two > cached == pytest.approx(work._replace(squares=0).ratio())
+
+
+def test_a_device_of_which_nothing_is_known_has_no_numbers():
+    assert numbers_of("NVIDIA H200") == CARDS["H200"]
+    assert numbers_of("AMD EPYC, 2 threads") is None

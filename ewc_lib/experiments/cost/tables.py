@@ -1,0 +1,113 @@
+"""The stored measurements of several devices, as text that stands side by side on a page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ewc_lib.experiments.cost.report import RESULT, Row, load, rows
+from ewc_lib.experiments.runs.folders import RESULTS
+
+__all__ = ["BEFORE", "Stored", "grid", "stored"]
+
+BEFORE = RESULTS / "fisher_cost_h100.json"
+"""What was measured on a graphics card before the package was made for one."""
+
+
+class Stored(NamedTuple):
+    """A table that lies in the folder of results.
+
+    Parameters
+    ----------
+    title
+        The device, the version of PyTorch and the date.
+    rows
+        The cost of each contestant on each model.
+    result
+        The whole content of the file.
+    """
+
+    title: str
+    rows: list[Row]
+    result: dict[str, Any]
+
+    def found(self, model: str, library: str, kind: str) -> Row | None:
+        """Return the row of one contestant, or None if it was not measured."""
+        wanted = (model, library, kind)
+        return next((row for row in self.rows if row[:3] == wanted), None)
+
+    def ours(self) -> dict[tuple[str, str], Row]:
+        """Return the rows of this package that have a time, by model and kind."""
+        mine = (row for row in self.rows if row.library == "ewc_lib" and row.reason is None)
+        return {(row.model, row.kind): row for row in mine}
+
+    def rivals(self, model: str, kind: str) -> list[Row]:
+        """Return right answers of other libraries, from the fastest on."""
+        others = [r for r in self.rows if (r.model, r.kind) == (model, kind) and not r.wrong]
+        right = (r for r in others if r.library != "ewc_lib" and r.reason is None)
+        return sorted(right, key=lambda row: row.passes)
+
+
+def stored(path: Path = RESULT) -> Stored | None:
+    """Read a measured table, or return None if there is no such file.
+
+    Parameters
+    ----------
+    path
+        :data:`.RESULT`, :data:`.CUDA_RESULT` or :data:`BEFORE`.
+
+    Examples
+    --------
+    >>> row = stored(BEFORE).found("mlp", "ewc_lib", "exact")
+    >>> row.n, row.passes
+    (8192, 1.14)
+    """
+    if not path.exists():
+        return None
+    result = load(path)
+    found = [Row(**row) for row in result["rows"]] if "rows" in result else rows(result)
+    return Stored(_title(result["provenance"]), found, result)
+
+
+def _title(record: dict[str, Any]) -> str:
+    hardware = record["hardware"]
+    device = hardware["accelerator"]
+    if device is None:
+        device = f"{hardware['processor']}, {record['threads']['torch']} threads"
+    return f"{device}, torch {record['versions']['torch']}, {record['date'][:10]}"
+
+
+def grid(rows: Sequence[Row], kind: str, value: str = "passes") -> str:
+    """Return one kind as text: a line for each library and a column for each model.
+
+    ``~`` marks times that were scaled from fewer observations, ``!`` wrong answers, and ``–`` that
+    there is none. What was not measured is empty.
+
+    Parameters
+    ----------
+    rows
+        The cost of each contestant on each model.
+    kind
+        Of the Fisher information.
+    value
+        ``"passes"`` or ``"mebibytes"``.
+    """
+    models = list(dict.fromkeys(row.model for row in rows))
+    widths = {model: max(7, len(model)) + 1 for model in models}
+    cells = {(r.library, r.model): _cell(r, value) for r in rows if r.kind == kind}
+    lines = [f"{kind:19}" + "".join(f"{model:>{widths[model]}}" for model in models)]
+    for library in dict.fromkeys(library for library, _ in cells):
+        texts = (f"{cells.get((library, m), ''):>{widths[m]}}" for m in models)
+        lines.append(f"{library:19}{''.join(texts)}".rstrip())
+    return "\n".join(lines)
+
+
+def _cell(row: Row, value: str) -> str:
+    if row.reason is not None:
+        return "–"
+    if value == "mebibytes":
+        return "" if math.isnan(row.mebibytes) else f"{row.mebibytes:.0f}"
+    number = f"{row.passes:.3g}" if row.passes < 999 else f"{row.passes:.0f}"
+    return "~" * row.scaled + "!" * row.wrong + number

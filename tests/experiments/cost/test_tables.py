@@ -1,0 +1,55 @@
+import pytest
+
+from ewc_lib.experiments.cost.report import RESULT, Row, rows
+from ewc_lib.experiments.cost.tables import BEFORE, grid, stored
+
+ROWS = [
+    Row("cnn", "ewc_lib", "exact", 100, 6.254, mebibytes=12.4),
+    Row("cnn", "slow", "exact", 10, 1234.5, scaled=True),
+    Row("cnn", "careless", "exact", 100, 2.0, error=0.5),
+    Row("transformer", "ewc_lib", "exact", reason="RuntimeError: out of memory"),
+    Row("transformer", "slow", "exact", reason="RuntimeError: out of memory"),
+    Row("cnn", "ewc_lib", "sketch", 100, 1.5, error=1.0),
+]
+
+
+def test_a_grid_has_a_line_for_each_library_and_a_column_for_each_model():
+    head, *lines = grid(ROWS, "exact").splitlines()
+    assert head.split() == ["exact", "cnn", "transformer"]
+    cells = [line.split() for line in lines]
+    assert cells == [["ewc_lib", "6.25", "–"], ["slow", "~1234", "–"], ["careless", "!2"]]
+
+
+def test_a_grid_shows_memory_where_it_is_known():
+    cells = [line.split() for line in grid(ROWS, "exact", "mebibytes").splitlines()[1:]]
+    assert cells == [["ewc_lib", "12", "–"], ["slow", "–"], ["careless"]]
+
+
+def test_an_estimate_that_differs_from_the_truth_is_not_marked():
+    assert grid(ROWS, "sketch").splitlines()[1].split() == ["ewc_lib", "1.5"]
+
+
+def test_the_stored_tables_are_read_with_what_they_were_measured_on():
+    here, before = stored(RESULT), stored(BEFORE)
+    assert here.rows == rows(here.result)
+    assert here.title.startswith(here.result["provenance"]["hardware"]["processor"])
+    assert "threads" in here.title
+    assert before.title == "NVIDIA H100 80 GB, torch 2.11.0+cu130, 2026-11-27"
+    assert before.found("transformer", "curvlinops", "sketch").passes == 6.33
+    assert before.found("transformer", "curvlinops", "exact") is None
+
+
+def test_a_table_that_is_not_there_is_none(tmp_path):
+    assert stored(tmp_path / "fisher_cost_cuda.json") is None
+
+
+def test_rivals_are_right_answers_of_others_from_the_fastest_on():
+    here = stored(RESULT)._replace(rows=[*ROWS, Row("cnn", "quick", "exact", 100, 3.0)])
+    assert [row.library for row in here.rivals("cnn", "exact")] == ["quick", "slow"]
+    assert here.rivals("transformer", "exact") == []
+    assert list(here.ours()) == [("cnn", "exact"), ("cnn", "sketch")]
+
+
+@pytest.mark.parametrize("path", [RESULT, BEFORE])
+def test_no_answer_of_this_package_is_wrong(path):
+    assert not any(row.wrong for row in stored(path).ours().values())
