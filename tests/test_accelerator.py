@@ -7,6 +7,10 @@ import torch
 
 from ewc_lib import EWC, data, fisher_information
 from ewc_lib.continual import MultiHead, average_accuracy, learn, mlp, permuted
+from ewc_lib.experiments.cost.benchmarks import BENCHMARKS
+from ewc_lib.experiments.cost.measure import peak_bytes
+from ewc_lib.experiments.cost.peers import CONTESTANTS
+from ewc_lib.experiments.cost.peers import error as error_of
 from tests.regularizers.cases import METHODS, network, task
 from tests.scenarios import N, relative_error
 from tests.zoo import SINGLE_PRECISION, ZOO, error, measure, slower_than_expected, zoo_truth
@@ -130,3 +134,27 @@ def test_a_stream_is_learned_and_goes_on_from_a_checkpoint(tmp_path, proximal):
     assert average_accuracy(first.accuracies) > 0.5  # the proximal step holds on tightly
     again = attempt(tmp_path / "stream.pt")
     assert torch.equal(again.accuracies.nan_to_num(-1), first.accuracies.nan_to_num(-1))
+
+
+CONTEST = [(library, kind) for library, kinds in CONTESTANTS.items() for kind in kinds]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("library", "kind"), CONTEST)
+def test_every_contestant_of_the_benchmark_answers_on_the_gpu(library, kind):
+    there = BENCHMARKS["mlp"]._replace(device="cuda")
+    try:
+        wrong_by = error_of(CONTESTANTS[library][kind], kind, there)
+    except ImportError as missing:
+        pytest.skip(f"{library} is not installed (pip install 'ewc_lib[peers]'): {missing}")
+    assert kind in ("sketch", "sampled") or wrong_by < 1e-9
+
+
+def test_the_peak_of_a_run_is_what_it_takes_of_the_memory_of_the_gpu():
+    def take(model, batches):
+        torch.empty(2**28, dtype=torch.uint8, device="cuda")
+
+    there = BENCHMARKS["mlp"]._replace(device="cuda")
+    nothing = peak_bytes(lambda model, batches: None, there, 256, 1)
+    assert nothing >= 256 * 784 * 4
+    assert peak_bytes(take, there, 256, 1) - nothing == pytest.approx(2**28, rel=0.01)

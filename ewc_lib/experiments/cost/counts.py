@@ -64,9 +64,12 @@ class Asked(TorchDispatchMode):
     ) -> Any:
         name = func.overloadpacket.__name__
         self.calls[name] += 1
-        self.operations += not (func.is_view or name in MEMORY or name == NUMBER)
         self.masks += name.startswith("index") and any(map(_is_mask, args[1:2]))
-        return func(*args, **(kwargs or {}))
+        found = func(*args, **(kwargs or {}))
+        # What answers with a number, as the types of a sum, is looked up or waited for.
+        number = isinstance(found, int | float | complex | torch.dtype)
+        self.operations += not (number or func.is_view or name in MEMORY)
+        return found
 
     @property
     def waits(self) -> int:

@@ -241,7 +241,9 @@ def _examine(
 def _affordable(timed: Callable[[Batches], float], benchmark: Benchmark, unit: float) -> int:
     """Return how many observations are measured, where a plain pass over all takes a unit."""
     n = min(FEWEST, benchmark.n)
-    timed(benchmark.batches(n))  # the first run loads and compiles
+    first = timed(benchmark.batches(n))  # which also loads and compiles
+    if first > 10 * PATIENCE * unit:
+        return n
     while n < benchmark.n and timed(benchmark.batches(n)) < PATIENCE * unit:
         n = min(2 * n, benchmark.n)
     return n

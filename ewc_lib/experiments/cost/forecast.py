@@ -67,7 +67,10 @@ The network of 400 Gbit/s for each accelerator is that of Llama 3, and so is the
 """
 
 SINGLE = 66.9e12
-"""Operations a second of an H100 or H200 in single precision without TF32: PyTorch's default."""
+"""Operations a second of an H100 or H200 in single precision without TF32.
+
+PyTorch uses TF32 by default for convolutions only.
+"""
 
 CARDS = {
     "H100": H100._replace(name="H100", peak=SINGLE, peak_of_squares=SINGLE),

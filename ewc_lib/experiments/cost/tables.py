@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ewc_lib.experiments.cost.report import RESULT, Row, load, rows
 from ewc_lib.experiments.runs.folders import RESULTS
 
-__all__ = ["BEFORE", "Stored", "grid", "stored"]
+__all__ = ["BEFORE", "Stored", "grid", "stored_table"]
 
 BEFORE = RESULTS / "fisher_cost_h100.json"
 """What was measured on a graphics card before the package was made for one."""
@@ -50,7 +50,7 @@ class Stored(NamedTuple):
         return sorted(right, key=lambda row: row.passes)
 
 
-def stored(path: Path = RESULT) -> Stored | None:
+def stored_table(path: Path = RESULT) -> Stored | None:
     """Read a measured table, or return None if there is no such file.
 
     Parameters
@@ -60,7 +60,7 @@ def stored(path: Path = RESULT) -> Stored | None:
 
     Examples
     --------
-    >>> row = stored(BEFORE).found("mlp", "ewc_lib", "exact")
+    >>> row = stored_table(BEFORE).found("mlp", "ewc_lib", "exact")
     >>> row.n, row.passes
     (8192, 1.14)
     """

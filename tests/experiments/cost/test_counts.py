@@ -25,6 +25,12 @@ def test_views_and_empty_memory_are_free():
     assert found.waits == 0
 
 
+def test_what_is_known_without_the_device_is_free():
+    x = torch.ones(3)
+    found = asked(lambda: (torch.ops.aten.promote_types(x.dtype, torch.float64), x.is_same_size(x)))
+    assert found.operations == found.waits == 0
+
+
 def test_every_operation_that_computes_is_a_kernel():
     x = torch.ones(4, 4)
     assert asked(lambda: x @ x + 1).operations == 2

@@ -42,10 +42,14 @@ ALL = {
 def measured(tmp_path, monkeypatch):
     """Return what measures tiny models, without a process for the memory of each run.
 
-    The code is said to be the same all the time, even if it is edited while the tests run.
+    The code is looked at once, and said to be the same all the time, even if it is edited.
     """
-    provenance, same = module.provenance, {"commit": "a", "dirty": False, "source": "b"}
-    monkeypatch.setattr(module, "provenance", lambda **options: provenance(**options) | same)
+    record = module.provenance(seeds=[0], wall_seconds=0.0)
+
+    def provenance(**options):
+        return {**record, "threads": {"torch": torch.get_num_threads()}}
+
+    monkeypatch.setattr(module, "provenance", provenance)
     monkeypatch.setattr(module, "peak_bytes", lambda contestant, benchmark, n, threads: MIB)
 
     def run(sections=(), *, benchmarks=None, **options):
@@ -199,6 +203,30 @@ def test_what_fails_on_more_observations_has_its_reason(measured):
         "exact": {"reason": "MemoryError: too many"}
     }
     assert len(result["sections"]["mlp"]["contestants"]["ewc_lib"]["exact"]["seconds"]) == 2
+
+
+def test_a_card_is_measured_by_its_own_memory_and_in_a_file_of_its_own(tmp_path, monkeypatch):
+    """The card is pretended: its tensors lie on the processor, and its counters say 7 MiB."""
+    here = {name: getattr(Benchmark, name) for name in ("model", "batches")}
+    monkeypatch.setattr(Benchmark, "model", lambda b: here["model"](b._replace(device="cpu")))
+    monkeypatch.setattr(
+        Benchmark, "batches", lambda b, n: here["batches"](b._replace(device="cpu"), n)
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Pretended")
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: MIB)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 8 * MIB)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(module, "OUTPUT", tmp_path)
+    options = {"benchmarks": {"mlp": TINY}, "contestants": ALL, "sizes": (8,), "repetitions": 1}
+    result = fisher_cost(device="cuda", threads=1, **options)
+    assert load(tmp_path / "fisher_cost_cuda.json") == result
+    assert result["settings"]["device"] == "cuda"
+    assert result["provenance"]["hardware"]["accelerator"] == "Pretended"
+    peaks = {run["peak_bytes"] for run in result["sections"]["linearity"]["runs"]}
+    peaks.add(result["sections"]["mlp"]["plain_peak_bytes"])
+    peaks.add(result["sections"]["mlp"]["contestants"]["ewc_lib"]["exact"]["peak_bytes"])
+    assert peaks == {7 * MIB}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

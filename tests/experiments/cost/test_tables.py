@@ -1,7 +1,7 @@
 import pytest
 
 from ewc_lib.experiments.cost.report import RESULT, Row, rows
-from ewc_lib.experiments.cost.tables import BEFORE, grid, stored
+from ewc_lib.experiments.cost.tables import BEFORE, grid, stored_table
 
 ROWS = [
     Row("cnn", "ewc_lib", "exact", 100, 6.254, mebibytes=12.4),
@@ -30,7 +30,7 @@ def test_an_estimate_that_differs_from_the_truth_is_not_marked():
 
 
 def test_the_stored_tables_are_read_with_what_they_were_measured_on():
-    here, before = stored(RESULT), stored(BEFORE)
+    here, before = stored_table(RESULT), stored_table(BEFORE)
     assert here.rows == rows(here.result)
     assert here.title.startswith(here.result["provenance"]["hardware"]["processor"])
     assert "threads" in here.title
@@ -40,11 +40,11 @@ def test_the_stored_tables_are_read_with_what_they_were_measured_on():
 
 
 def test_a_table_that_is_not_there_is_none(tmp_path):
-    assert stored(tmp_path / "fisher_cost_cuda.json") is None
+    assert stored_table(tmp_path / "fisher_cost_cuda.json") is None
 
 
 def test_rivals_are_right_answers_of_others_from_the_fastest_on():
-    here = stored(RESULT)._replace(rows=[*ROWS, Row("cnn", "quick", "exact", 100, 3.0)])
+    here = stored_table(RESULT)._replace(rows=[*ROWS, Row("cnn", "quick", "exact", 100, 3.0)])
     assert [row.library for row in here.rivals("cnn", "exact")] == ["quick", "slow"]
     assert here.rivals("transformer", "exact") == []
     assert list(here.ours()) == [("cnn", "exact"), ("cnn", "sketch")]
@@ -52,4 +52,4 @@ def test_rivals_are_right_answers_of_others_from_the_fastest_on():
 
 @pytest.mark.parametrize("path", [RESULT, BEFORE])
 def test_no_answer_of_this_package_is_wrong(path):
-    assert not any(row.wrong for row in stored(path).ours().values())
+    assert not any(row.wrong for row in stored_table(path).ours().values())
