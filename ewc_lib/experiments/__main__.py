@@ -146,7 +146,7 @@ def fisher_cost_command(
     Set OMP_WAIT_POLICY=PASSIVE in the environment. Otherwise threads that wait for each other
     burn the cores that others need, and the times mean little.
     """
-    from ewc_lib.experiments.cost import counts, fisher_cost, measure, report
+    from ewc_lib.experiments.cost import counts, fisher_cost, measure, report, tables
     from ewc_lib.experiments.cost.benchmarks import benchmarks
     from ewc_lib.experiments.cost.peers import CONTESTANTS
 
@@ -176,7 +176,7 @@ def fisher_cost_command(
         )
     except ValueError as problem:
         raise typer.BadParameter(str(problem)) from problem
-    typer.echo(report.table(result))
+    typer.echo(tables.table(result))
 
 
 def _known(name: str, models: dict[str, Benchmark]) -> Benchmark:

@@ -1,11 +1,10 @@
-"""The measured cost of the Fisher information, as numbers, a table and a figure."""
+"""The measured cost of the Fisher information, as numbers and a figure."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -26,10 +25,10 @@ __all__ = [
     "figure",
     "fits",
     "load",
+    "model_sections",
     "plain_seconds",
     "result_name",
     "rows",
-    "table",
 ]
 
 Entry: TypeAlias = dict[str, Any]
@@ -115,13 +114,14 @@ def rows(result: dict[str, Any]) -> list[Row]:
     """
     return [
         _row(model, section, library, kind, entry)
-        for model, section in _models(result).items()
+        for model, section in model_sections(result).items()
         for library, kinds in section["contestants"].items()
         for kind, entry in kinds.items()
     ]
 
 
-def _models(result: dict[str, Any]) -> dict[str, Entry]:
+def model_sections(result: dict[str, Any]) -> dict[str, Entry]:
+    """Return the sections that compare contestants on a model."""
     return {name: found for name, found in result["sections"].items() if name != "linearity"}
 
 
@@ -188,70 +188,6 @@ def plain_seconds(section: Entry) -> float:
     entries = [entry for kinds in section["contestants"].values() for entry in kinds.values()]
     seconds: list[float] = [t for entry in entries for t in entry.get("plain_seconds", ())]
     return statistics.median(seconds)
-
-
-def table(result: dict[str, Any], value: str = "passes") -> str:
-    """Return the result as text, one block for each model.
-
-    A time is the median of the repetitions with the smallest and the largest, in plain passes.
-    ``~`` marks times that were scaled from fewer observations, ``!`` wrong answers, and ``–``
-    what is not possible, with the reason below.
-
-    Parameters
-    ----------
-    result
-        As :func:`.fisher_cost` and :func:`load` return it.
-    value
-        ``"passes"`` for the time, ``"mebibytes"`` for peak memory above that of the plain pass,
-        ``"error"`` for the error of the answer; see :class:`Row`.
-
-    Raises
-    ------
-    ValueError
-        If the value is another one.
-    """
-    if value not in ("passes", "mebibytes", "error"):
-        raise ValueError(f"value must be 'passes', 'mebibytes' or 'error', got {value!r}")
-    blocks = []
-    for model, section in _models(result).items():
-        mine = [row for row in rows(result) if row.model == model]
-        blocks.append("\n".join(_block(section, mine, value)))
-    return "\n\n".join(blocks)
-
-
-def _block(section: Entry, mine: list[Row], value: str) -> Iterator[str]:
-    unit = plain_seconds(section)
-    yield (
-        f"{section['title']}: {section['parameters']:,} parameters, {section['n']:,} observations "
-        f"in batches of {section['batch_size']}, {unit:.3g} s for a plain pass"
-    )
-    yield _line("", KINDS)
-    cells = {(row.library, row.kind): _cell(row, value) for row in mine}
-    for library in section["contestants"]:
-        yield _line(library, [cells.get((library, kind), "") for kind in KINDS])
-    reasons = dict.fromkeys(row.reason for row in mine if row.reason is not None)
-    for reason in reasons:
-        who = dict.fromkeys(row.library for row in mine if row.reason == reason)
-        yield f"  – {', '.join(who)}: {reason}"
-
-
-def _line(first: str, others: Iterable[str]) -> str:
-    return (f"{first:<20}" + "".join(f"{other:>22}" for other in others)).rstrip()
-
-
-def _cell(row: Row, value: str) -> str:
-    if row.reason is not None:
-        return "–"
-    if value == "mebibytes":
-        return f"{row.mebibytes:.0f}"
-    if value == "error":
-        return "unknown" if row.error is None else f"{row.error:.1g}"
-    marks = "~" * row.scaled + "!" * row.wrong
-    return f"{marks}{_digits(row.passes)} ({_digits(row.low)}–{_digits(row.high)})"
-
-
-def _digits(number: float) -> str:
-    return f"{number:.3g}" if number < 999.5 else f"{number:,.0f}"
 
 
 MARKERS = {"plain": "x", "empirical": "o", "sketch": "D", "sampled": "^", "exact": "s"}

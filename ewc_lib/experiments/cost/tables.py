@@ -1,16 +1,25 @@
-"""The stored measurements of several devices, as text that stands side by side on a page."""
+"""The measured cost of the Fisher information as text: for a terminal, and for a page."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ewc_lib.experiments.cost.report import RESULT, Row, load, rows
+from ewc_lib.experiments.cost.report import (
+    KINDS,
+    RESULT,
+    Entry,
+    Row,
+    load,
+    model_sections,
+    plain_seconds,
+    rows,
+)
 from ewc_lib.experiments.runs.folders import RESULTS
 
-__all__ = ["BEFORE", "Stored", "grid", "stored_table"]
+__all__ = ["BEFORE", "Stored", "grid", "stored_table", "table"]
 
 BEFORE = RESULTS / "fisher_cost_h100.json"
 """What was measured on a graphics card before the package was made for one."""
@@ -111,3 +120,67 @@ def _cell(row: Row, value: str) -> str:
         return "" if math.isnan(row.mebibytes) else f"{row.mebibytes:.0f}"
     number = f"{row.passes:.3g}" if row.passes < 999 else f"{row.passes:.0f}"
     return "~" * row.scaled + "!" * row.wrong + number
+
+
+def table(result: dict[str, Any], value: str = "passes") -> str:
+    """Return the result as text, one block for each model.
+
+    A time is the median of the repetitions with the smallest and the largest, in plain passes.
+    ``~`` marks times that were scaled from fewer observations, ``!`` wrong answers, and ``–``
+    what is not possible, with the reason below.
+
+    Parameters
+    ----------
+    result
+        As :func:`.fisher_cost` returns it.
+    value
+        ``"passes"`` for the time, ``"mebibytes"`` for peak memory above that of the plain pass,
+        ``"error"`` for the error of the answer; see :class:`.Row`.
+
+    Raises
+    ------
+    ValueError
+        If the value is another one.
+    """
+    if value not in ("passes", "mebibytes", "error"):
+        raise ValueError(f"value must be 'passes', 'mebibytes' or 'error', got {value!r}")
+    blocks = []
+    for model, section in model_sections(result).items():
+        mine = [row for row in rows(result) if row.model == model]
+        blocks.append("\n".join(_block(section, mine, value)))
+    return "\n\n".join(blocks)
+
+
+def _block(section: Entry, mine: list[Row], value: str) -> Iterator[str]:
+    unit = plain_seconds(section)
+    yield (
+        f"{section['title']}: {section['parameters']:,} parameters, {section['n']:,} observations "
+        f"in batches of {section['batch_size']}, {unit:.3g} s for a plain pass"
+    )
+    yield _line("", KINDS)
+    cells = {(row.library, row.kind): _full_cell(row, value) for row in mine}
+    for library in section["contestants"]:
+        yield _line(library, [cells.get((library, kind), "") for kind in KINDS])
+    reasons = dict.fromkeys(row.reason for row in mine if row.reason is not None)
+    for reason in reasons:
+        who = dict.fromkeys(row.library for row in mine if row.reason == reason)
+        yield f"  – {', '.join(who)}: {reason}"
+
+
+def _line(first: str, others: Iterable[str]) -> str:
+    return (f"{first:<20}" + "".join(f"{other:>22}" for other in others)).rstrip()
+
+
+def _full_cell(row: Row, value: str) -> str:
+    if row.reason is not None:
+        return "–"
+    if value == "mebibytes":
+        return f"{row.mebibytes:.0f}"
+    if value == "error":
+        return "unknown" if row.error is None else f"{row.error:.1g}"
+    marks = "~" * row.scaled + "!" * row.wrong
+    return f"{marks}{_digits(row.passes)} ({_digits(row.low)}–{_digits(row.high)})"
+
+
+def _digits(number: float) -> str:
+    return f"{number:.3g}" if number < 999.5 else f"{number:,.0f}"

@@ -5,9 +5,7 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.lines import Line2D
 
-from ewc_lib.experiments.cost.report import Fit, Row, figure, fits, rows, table
-
-MIB = 2**20
+from ewc_lib.experiments.cost.report import Fit, Row, figure, fits, rows
 
 
 @pytest.fixture(autouse=True)
@@ -16,30 +14,6 @@ def restore_style():
     with mpl.rc_context():
         yield
     plt.close("all")
-
-
-def entry(seconds, **other):
-    measured = {"n": 100, "error": 1e-16, "plain_seconds": [1.0, 2.0, 4.0], "seconds": seconds}
-    return measured | {"peak_bytes": 30 * MIB} | other
-
-
-@pytest.fixture
-def result():
-    """Return a result with one of everything."""
-    contestants = {
-        "ewc_lib": {"empirical": entry([1.5, 2.0, 8.0]), "exact": entry([3.0, 6.0, 9.0])},
-        "slow": {"exact": entry([1.0, 2.0, 4.0], n=20, error=1e-7)},
-        "careless": {"exact": entry([1.0, 2.0, 4.0], error=0.5, peak_bytes=9 * MIB)},
-        "limited": {"exact": {"reason": "TypeError: no"}, "empirical": {"reason": "TypeError: no"}},
-    }
-    line = [
-        {"kind": kind, "n": n, "seconds": [0.0, slope * n + 1, 9e9], "peak_bytes": peak + n}
-        for n in (10, 20, 40)
-        for kind, slope, peak in (("plain", 1.0, 0), ("exact", 3.0, 5 * MIB))
-    ]
-    tiny = {"title": "Tiny", "parameters": 1234, "n": 100, "batch_size": 8}
-    tiny |= {"plain_peak_bytes": 10 * MIB, "contestants": contestants}
-    return {"sections": {"mlp": tiny, "linearity": {"title": "Tiny", "runs": line}}}
 
 
 def test_a_cost_is_the_median_ratio_to_the_plain_pass_just_before(result):
@@ -67,42 +41,6 @@ def test_a_straight_line_is_found(result):
     assert plain == pytest.approx(Fit("plain", 1.0, 1.0, 1.0, 0.0))
     assert exact[0] == "exact"
     assert exact[1:] == pytest.approx((3.0, 1.0, 1.0, 5.0))
-
-
-def test_the_table_shows_times_marks_and_reasons(result):
-    title, head, *lines = table(result).splitlines()
-    assert title == "Tiny: 1,234 parameters, 100 observations in batches of 8, 2 s for a plain pass"
-    assert head.split() == ["empirical", "sketch", "sampled", "exact"]
-    cells = {line.split()[0]: line.split()[1:] for line in lines}
-    assert cells["ewc_lib"] == ["1.5", "(1–2)", "3", "(2.25–3)"]
-    assert cells["slow"] == ["~5", "(5–5)"]
-    assert cells["careless"] == ["!1", "(1–1)"]
-    assert cells["limited"] == ["–", "–"]
-    assert lines[-1] == "  – limited: TypeError: no"
-
-
-def test_the_table_shows_memory_where_that_is_wanted(result):
-    cells = {line.split()[0]: line.split()[1:] for line in table(result, "mebibytes").splitlines()}
-    assert cells["ewc_lib"] == ["20", "20"]
-    assert cells["careless"] == ["-1"]
-
-
-def test_the_table_shows_errors_where_they_are_wanted(result):
-    result["sections"]["mlp"]["contestants"]["slow"]["exact"]["error"] = None
-    cells = {line.split()[0]: line.split()[1:] for line in table(result, "error").splitlines()}
-    assert cells["ewc_lib"] == ["1e-16", "1e-16"]
-    assert cells["careless"] == ["0.5"]
-    assert cells["slow"] == ["unknown"]
-
-
-def test_long_times_stay_readable(result):
-    result["sections"]["mlp"]["contestants"]["slow"]["exact"]["seconds"] = [1e3, 2e3, 3e3]
-    assert "~5,000 (3,750–5,000)" in table(result)
-
-
-def test_the_table_knows_its_values(result):
-    with pytest.raises(ValueError, match="got 'bytes'"):
-        table(result, "bytes")
 
 
 def test_the_figure_has_a_panel_for_each_section_and_a_point_for_each_cost(result):

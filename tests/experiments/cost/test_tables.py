@@ -1,7 +1,7 @@
 import pytest
 
 from ewc_lib.experiments.cost.report import RESULT, Row, rows
-from ewc_lib.experiments.cost.tables import BEFORE, grid, stored_table
+from ewc_lib.experiments.cost.tables import BEFORE, grid, stored_table, table
 
 ROWS = [
     Row("cnn", "ewc_lib", "exact", 100, 6.254, mebibytes=12.4),
@@ -53,3 +53,39 @@ def test_rivals_are_right_answers_of_others_from_the_fastest_on():
 @pytest.mark.parametrize("path", [RESULT, BEFORE])
 def test_no_answer_of_this_package_is_wrong(path):
     assert not any(row.wrong for row in stored_table(path).ours().values())
+
+
+def test_the_table_shows_times_marks_and_reasons(result):
+    title, head, *lines = table(result).splitlines()
+    assert title == "Tiny: 1,234 parameters, 100 observations in batches of 8, 2 s for a plain pass"
+    assert head.split() == ["empirical", "sketch", "sampled", "exact"]
+    cells = {line.split()[0]: line.split()[1:] for line in lines}
+    assert cells["ewc_lib"] == ["1.5", "(1–2)", "3", "(2.25–3)"]
+    assert cells["slow"] == ["~5", "(5–5)"]
+    assert cells["careless"] == ["!1", "(1–1)"]
+    assert cells["limited"] == ["–", "–"]
+    assert lines[-1] == "  – limited: TypeError: no"
+
+
+def test_the_table_shows_memory_where_that_is_wanted(result):
+    cells = {line.split()[0]: line.split()[1:] for line in table(result, "mebibytes").splitlines()}
+    assert cells["ewc_lib"] == ["20", "20"]
+    assert cells["careless"] == ["-1"]
+
+
+def test_the_table_shows_errors_where_they_are_wanted(result):
+    result["sections"]["mlp"]["contestants"]["slow"]["exact"]["error"] = None
+    cells = {line.split()[0]: line.split()[1:] for line in table(result, "error").splitlines()}
+    assert cells["ewc_lib"] == ["1e-16", "1e-16"]
+    assert cells["careless"] == ["0.5"]
+    assert cells["slow"] == ["unknown"]
+
+
+def test_long_times_stay_readable(result):
+    result["sections"]["mlp"]["contestants"]["slow"]["exact"]["seconds"] = [1e3, 2e3, 3e3]
+    assert "~5,000 (3,750–5,000)" in table(result)
+
+
+def test_the_table_knows_its_values(result):
+    with pytest.raises(ValueError, match="got 'bytes'"):
+        table(result, "bytes")
