@@ -208,8 +208,21 @@ def held_tensors(model: nn.Module) -> list[Tensor]:
 def _differentiable(model: nn.Module) -> AbstractContextManager[None]:
     """Let recurrent layers go backwards in eval mode, which those of cuDNN refuse."""
     if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-        return torch.backends.cudnn.flags(enabled=False)
+        return _without_cudnn()
     return nullcontext()
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Switch cuDNN off, and nothing else: ``cudnn.flags`` writes all its settings, and reads them,
+    which fails where those of convolutions and of recurrent layers differ.
+    """
+    enabled = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
 
 
 def open_modules(model: nn.Module) -> list[nn.Module]:

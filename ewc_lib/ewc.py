@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ewc_lib._arguments import check_choice
+from ewc_lib._precision import Precision
 from ewc_lib._selecting import Selection
 from ewc_lib.fisher.estimate import Structure, check_request, fisher_information
 from ewc_lib.fisher.output import Kind
@@ -72,9 +73,10 @@ class EWC(QuadraticPenalty):
         another structure. With ``"lowrank"`` the rank, and so the memory, grows with every task.
     params
         As there: the parameters that are held. All others are free.
-    n_samples, draws, rank, certify, dtype, device
+    n_samples, draws, rank, certify, precision, dtype, device
         As there, for every task. They are settings: :meth:`state_dict` does not store them. What
-        was summed on another ``device`` moves to the model's with the next penalty.
+        was summed on another ``device`` moves to the model's with the next penalty. The attribute
+        ``precision`` is another thing, the matrix of the penalty; the setting is ``products``.
 
     Raises
     ------
@@ -126,11 +128,12 @@ class EWC(QuadraticPenalty):
         draws: int = 1,
         rank: int = 32,
         certify: Certify = "auto",
+        precision: Precision = "highest",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         check_choice("mode", mode, ("separate", "online"))
-        check_request(kind, structure, n_samples, draws, rank, certify, dtype, device)
+        check_request(kind, structure, n_samples, draws, rank, certify, precision, dtype, device)
         given_distribution(likelihood)  # refuses an unknown word now, not later
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must lie between 0 and 1, got {decay}")
@@ -145,6 +148,7 @@ class EWC(QuadraticPenalty):
         self.structure: Structure = structure
         self.n_samples = n_samples
         self.draws, self.rank, self.certify = draws, rank, certify
+        self.products: Precision = precision
         self.dtype, self.device = dtype, device
 
     @property
@@ -209,6 +213,7 @@ class EWC(QuadraticPenalty):
             draws=self.draws,
             rank=self.rank,
             certify=self.certify,
+            precision=self.products,
             generator=generator,
             progress=progress,
             dtype=self.dtype,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import reduce
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ewc_lib._arguments import check_choice, check_place, check_whole, random_so
 from ewc_lib._checking import check_finite_sums, explaining
 from ewc_lib._drawing import random_part
 from ewc_lib._parameters import Vector
+from ewc_lib._precision import Precision
 from ewc_lib._selecting import Selection, fixed, select_parameters
 from ewc_lib.fisher.linear_map import LinearMap
 from ewc_lib.fisher.output import KINDS, Kind, columns, information_times
@@ -51,7 +52,7 @@ class MatrixFree(LinearMap):
     kind
         As there. A random kind is one fixed random matrix: every product makes the same draws
         (in a shuffled loader they fall on other observations each time).
-    params, draws, progress
+    params, draws, precision, progress
         As there.
     n_samples
         As there; each product is of the same part, if the data have an order.
@@ -92,12 +93,14 @@ class MatrixFree(LinearMap):
         params: Selection = None,
         n_samples: int | None = None,
         draws: int = 1,
+        precision: Precision = "highest",
         generator: torch.Generator | None = None,
         progress: bool | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         check_choice("kind", kind, KINDS)
+        check_choice("precision", precision, get_args(Precision))
         check_whole(n_samples=n_samples, draws=draws)
         check_place(dtype, device)
         if isinstance(data, Iterator):
@@ -110,6 +113,7 @@ class MatrixFree(LinearMap):
         self.params = fixed(model, params)
         self.n_samples = n_samples
         self.draws = draws
+        self.precision: Precision = precision
         self.progress = progress
         self._found: tuple[Any, OutputDistribution] | None = None
         self._place = dtype, device
@@ -169,7 +173,7 @@ class MatrixFree(LinearMap):
     def _times(self, v: Vector) -> Vector:
         """Return the product with named tensors."""
         parameters = self.parameters
-        network = NetworkScores(self.model, parameters)
+        network = NetworkScores(self.model, parameters, precision=self.precision)
         generator = random_source(None, network.device)
         if self._state is not None:
             generator.set_state(self._state)

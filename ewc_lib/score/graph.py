@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from ewc_lib._precision import products_are_rounded
+
 
 @dataclass(frozen=True, eq=False)
 class Graph:
@@ -103,15 +105,8 @@ def rounding(result: Any) -> float:
     dtype = result.dtype
     if not (dtype.is_floating_point or dtype.is_complex):
         return 0.0
-    return torch.finfo(torch.float16 if _may_be_tf32(result) else dtype).eps
-
-
-def _may_be_tf32(result: Any) -> bool:
-    """Whether an operation may have rounded float32 to TF32, with the ten bits of float16.
-
-    On CUDA, convolutions do by default, and products of matrices where that is allowed.
-    """
-    return bool(result.dtype == torch.float32 and result.device.type == "cuda")
+    single = dtype in (torch.float32, torch.complex64)
+    return torch.finfo(torch.float16 if single and products_are_rounded() else dtype).eps
 
 
 def _along_paths(nodes: Iterable[Node], own: Iterable[float]) -> dict[Node, float]:

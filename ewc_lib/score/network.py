@@ -6,16 +6,18 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ewc_lib._arguments import check_choice
 from ewc_lib._batches import Batch, batches, join, marking_last
 from ewc_lib._calling import Caller, forward
 from ewc_lib._checking import Problem, check_finite_parameters, check_modules, settle
 from ewc_lib._parameters import Vector
+from ewc_lib._precision import Precision, products
 from ewc_lib._progress import progress as show_progress
 from ewc_lib._restoring import untouched
 from ewc_lib._selecting import Selection, select_parameters
@@ -44,6 +46,7 @@ def per_observation_gradients(
     n_samples: int | None = None,
     max_bytes: int | None = None,
     certify: Certify = "auto",
+    precision: Precision = "highest",
     progress: bool | None = None,
 ) -> Iterator[dict[str, Float[Tensor, "n ..."]]]:
     r"""Return the scores of a network for every observation, batch after batch.
@@ -81,7 +84,7 @@ def per_observation_gradients(
         observation at least. By default no batch is cut; then the model may be changed between
         two of them, as by an optimizer. One tuple of tensors is read in batches of 128
         observations.
-    certify
+    certify, precision
         As in :func:`ewc_lib.fisher_information`.
     progress
         True or False; by default a bar appears in terminals and notebooks after two seconds.
@@ -120,7 +123,7 @@ def per_observation_gradients(
     if max_bytes is not None and (not isinstance(max_bytes, int) or max_bytes < 1):
         raise ValueError(f"max_bytes must be a positive whole number or None, got {max_bytes!r}")
     parameters = select_parameters(model, params)
-    network = NetworkScores(model, parameters, certify=certify)
+    network = NetworkScores(model, parameters, certify=certify, precision=precision)
     if direction is None:
         with network.leaving_no_trace():
             data, network.distribution = agreed(model, data, likelihood, criterion)
@@ -144,7 +147,8 @@ def _gradients(
         output = scores.output
         column = _checked(along(output, batch.target), output).unsqueeze(0)
         versions = network.versions()
-        by_rule = scores.by_rule(column)
+        with network.leaving_no_trace():
+            by_rule = scores.by_rule(column)
         for part in memory.pieces(len(batch), row_bytes, max_bytes):
             if network.versions() != versions:
                 raise ValueError(
@@ -203,6 +207,8 @@ class NetworkScores:
         How its output is read; None if nobody asks for the likelihood.
     certify
         Which batches are checked.
+    precision
+        Of products.
     """
 
     def __init__(
@@ -211,12 +217,15 @@ class NetworkScores:
         parameters: dict[str, nn.Parameter],
         distribution: OutputDistribution | None = None,
         certify: Certify = "auto",
+        precision: Precision = "highest",
     ) -> None:
+        check_choice("precision", precision, get_args(Precision))
         check_modules(model)
         check_finite_parameters(dict(parameters))
         self.model = model
         self.parameters = parameters
         self.distribution = distribution
+        self.precision: Precision = precision
         self.device = next(iter(parameters.values())).device
         self.caller = Caller(model)
         by_vmap = VmapGradients(self.caller, parameters)
@@ -227,7 +236,8 @@ class NetworkScores:
     @contextmanager
     def leaving_no_trace(self) -> Iterator[None]:
         """Run in eval mode, without autocast or compiled code, and leave all as it was."""
-        with untouched(self.model), torch.autocast(self.device.type, enabled=False), _eager():
+        without_autocast = torch.autocast(self.device.type, enabled=False)
+        with untouched(self.model), without_autocast, _eager(), products(self.precision):
             try:
                 yield
             finally:

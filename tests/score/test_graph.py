@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ewc_lib._precision import products
 from ewc_lib.score.graph import NOTHING, Graph
 from tests.scenarios import HiddenLinear
 
@@ -73,3 +74,14 @@ def test_the_coarsest_of_several_ways_counts():
 def test_what_has_no_gradient_does_not_count():
     mask = (x() > 0).bfloat16()
     assert Graph.of(F.linear(x(), W) * mask.double()).eps() == EPS[torch.float64]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_single_precision_counts_as_half_of_it_where_products_may_be_rounded(dtype):
+    graph = Graph.of(F.linear(x().to(dtype), W.to(dtype)).abs().sum())
+    with products("high"):
+        coarse = Graph.of(F.linear(x().to(dtype), W.to(dtype)).abs().sum())
+        double = Graph.of(F.linear(x(), W))
+    assert graph.eps() == EPS[torch.float32]
+    assert coarse.eps() == torch.finfo(torch.float16).eps
+    assert double.eps() == EPS[torch.float64]
