@@ -121,23 +121,32 @@ def _own_buffers(model: nn.Module) -> Iterator[None]:
 def _exchanged(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
     """Put other tensors in the place of parameters, wherever and under however many names."""
     new = {id(p): tensors[name] for name, p in model.named_parameters() if name in tensors}
-    recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
-    lists = [m._flat_weights for m in recurrent]
-    places: list[tuple[Any, Any, Any]] = [
-        *((m._parameters, key, p) for m in model.modules() for key, p in m._parameters.items()),
-        *((weights, key, p) for weights in lists for key, p in enumerate(weights)),
-    ]
-    places = [(place, key, p) for place, key, p in places if id(p) in new]
+    lists = [(m, m._flat_weights) for m in model.modules() if isinstance(m, nn.RNNBase)]
+    found = [(place, key, p) for place, key, p in places(model) if id(p) in new]
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     try:
         # A module that converts itself, as by `to`, must not write into what is no parameter.
         torch.__future__.set_overwrite_module_params_on_conversion(True)
-        for place, key, p in places:
+        for place, key, p in found:
             place[key] = new[id(p)]
         yield
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
-        for place, key, p in places:
+        for place, key, p in found:
             place[key] = p
-        for module, weights in zip(recurrent, lists, strict=True):
+        for module, weights in lists:
             vars(module)["_flat_weights"] = weights  # it makes another list of other parameters
+
+
+def places(model: nn.Module) -> list[tuple[Any, Any, Any]]:
+    """Return where modules hold parameters and buffers: containers, keys and what is there."""
+    return [
+        *((m._parameters, key, p) for m in model.modules() for key, p in m._parameters.items()),
+        *((m._buffers, key, b) for m in model.modules() for key, b in m._buffers.items()),
+        *(
+            (m._flat_weights, key, p)
+            for m in model.modules()
+            if isinstance(m, nn.RNNBase)
+            for key, p in enumerate(m._flat_weights)
+        ),
+    ]

@@ -232,7 +232,9 @@ def fisher_information(
         check_finite_sums(found.diagonal())
         return replace(found, tolerance=math.sqrt(rounding) or None)
 
-    space = ParameterSpace(parameters, dtype, None if device is None else torch.device(device))
+    space = ParameterSpace(
+        network.parameters, dtype, None if device is None else torch.device(device)
+    )
     with network.leaving_no_trace():
         data, distribution = agreed(model, data, likelihood, criterion)
         network.distribution = distribution

@@ -172,8 +172,8 @@ class MatrixFree(LinearMap):
 
     def _times(self, v: Vector) -> Vector:
         """Return the product with named tensors."""
-        parameters = self.parameters
-        network = NetworkScores(self.model, parameters, precision=self.precision)
+        network = NetworkScores(self.model, self.parameters, precision=self.precision)
+        parameters = network.parameters
         generator = random_source(None, network.device)
         if self._state is not None:
             generator.set_state(self._state)

@@ -21,6 +21,7 @@ from ewc_lib._precision import Precision, products
 from ewc_lib._progress import progress as show_progress
 from ewc_lib._restoring import untouched
 from ewc_lib._selecting import Selection, select_parameters
+from ewc_lib._single_precision import SinglePrecision
 from ewc_lib.likelihood.agreement import Criterion, agreed, ready
 from ewc_lib.likelihood.outputs import Likelihood, OutputDistribution
 from ewc_lib.score import memory
@@ -223,21 +224,29 @@ class NetworkScores:
         check_modules(model)
         check_finite_parameters(dict(parameters))
         self.model = model
-        self.parameters = parameters
+        self._given, self.parameters = parameters, dict(parameters)
+        self._single = None
+        if precision == "highest":
+            self._single = SinglePrecision(model, self.parameters)
         self.distribution = distribution
         self.precision: Precision = precision
         self.device = next(iter(parameters.values())).device
         self.caller = Caller(model)
-        by_vmap = VmapGradients(self.caller, parameters)
-        self.planner = Planner(parameters, by_vmap, self._forward, certify)
+        by_vmap = VmapGradients(self.caller, self.parameters)
+        self.planner = Planner(self.parameters, by_vmap, self._forward, certify)
         self._originals: dict[int, tuple[Tensor, Tensor]] = {}
         self._enough = 0
 
     @contextmanager
     def leaving_no_trace(self) -> Iterator[None]:
         """Run in eval mode, without autocast or compiled code, and leave all as it was."""
-        without_autocast = torch.autocast(self.device.type, enabled=False)
-        with untouched(self.model), without_autocast, _eager(), products(self.precision):
+        with (
+            self._single.held() if self._single else nullcontext(),
+            untouched(self.model),
+            torch.autocast(self.device.type, enabled=False),
+            _eager(),
+            products(self.precision),
+        ):
             try:
                 yield
             finally:
@@ -253,7 +262,7 @@ class NetworkScores:
     def check_same_parameters(self) -> None:
         """Raise a ValueError if the model holds other parameters than it did."""
         now = dict(self.model.named_parameters())
-        for name, parameter in self.parameters.items():
+        for name, parameter in self._given.items():
             if now.get(name) is not parameter or not parameter.requires_grad:
                 raise ValueError(f"parameter {name!r} was exchanged or frozen between two batches")
 
@@ -303,6 +312,8 @@ class NetworkScores:
             edited = self.caller.state(given) != before
         self._originals = recorder.originals | self._originals
         self.caller.learn(inputs, harmless=not edited and recorder.rows.in_place)
+        if self._single and not self._single.has_run(output):
+            return self._forward(inputs)
         return ForwardPass(inputs, output, recorder)
 
     def paths(self) -> dict[str, str]:
