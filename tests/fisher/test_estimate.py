@@ -455,14 +455,16 @@ def test_keys_and_shapes_are_those_of_the_trainable_parameters():
         (torch.float16, torch.float64, torch.float64),
     ],
 )
-def test_sums_have_the_precision_asked_for_and_at_least_single(parameters, asked, sums, structure):
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_sums_have_the_precision_asked_for_and_at_least_single(
+    parameters, asked, sums, structure, precision
+):
     case = SCENARIOS["attention"]()
     case = case._replace(model=case.model.to(parameters), x=case.x.to(parameters))
-    found = estimate(case, dtype=asked, structure=structure)
+    found = estimate(case, dtype=asked, structure=structure, precision=precision)
     assert all(d.dtype == sums for d in found.diagonal().values())
-    precision = torch.finfo(parameters).eps
     error = relative_error(found.to_dense().double().diagonal(), oracle_of_attention())
-    assert error < 20 * precision + 1e-10
+    assert error < 20 * torch.finfo(parameters).eps + 1e-10
 
 
 def oracle_of_attention():
@@ -487,7 +489,8 @@ class Einsum(nn.Module):
     [(nn.Linear(3, 4, bias=False), 1e-5), (Einsum(), 0.1)],
     ids=["rule", "generic path"],
 )
-def test_squares_do_not_underflow_in_half_precision(model, scale, half, structure):
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_squares_do_not_underflow_in_half_precision(model, scale, half, structure, precision):
     """Gradients so small that float16 holds none of their squares.
 
     By a rule they are not even formed in half precision.
@@ -496,13 +499,15 @@ def test_squares_do_not_underflow_in_half_precision(model, scale, half, structur
     case = Scenario(copy.deepcopy(model).double(), x, Gaussian(sigma=1000.0), torch.zeros(9, 4))
     expected = estimate(case, structure=structure).diagonal()["weight"]
     half_case = case._replace(model=copy.deepcopy(model).to(half), x=x.to(half))
-    found = estimate(half_case, structure=structure).diagonal()["weight"].double()
+    found = estimate(half_case, structure=structure, precision=precision)
+    found = found.diagonal()["weight"].double()
     assert torch.allclose(found, expected, rtol=0.03, atol=0)
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["exact", "sketch"])
-def test_unlikely_classes_count_in_half_precision(kind, half):
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_unlikely_classes_count_in_half_precision(kind, half, precision):
     """Probabilities around 1e-9, which float16 rounds to zero, have roots that it holds."""
     case = regression("categorical", torch.zeros(9, dtype=torch.long), 2)
     with torch.no_grad():
@@ -510,7 +515,8 @@ def test_unlikely_classes_count_in_half_precision(kind, half):
         case.model.weight.mul_(0.01)
     expected = estimate(case).diagonal()["bias"]
     case.model.to(half)
-    found = estimate(case._replace(x=case.x.to(half)), kind=kind).diagonal()["bias"].double()
+    found = estimate(case._replace(x=case.x.to(half)), kind=kind, precision=precision)
+    found = found.diagonal()["bias"].double()
     assert torch.allclose(found, expected, rtol=0.1, atol=0)
 
 
@@ -533,11 +539,12 @@ class Upcast(nn.Module):
 @pytest.mark.parametrize("structure", ["diagonal", "dense"])
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("output", [torch.float16, torch.float32, torch.float64])
-def test_precisions_may_be_mixed_in_one_model(half, output, structure):
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_precisions_may_be_mixed_in_one_model(half, output, structure, precision):
     case = SCENARIOS["mlp_categorical"]()
     model = Upcast(half, output)
     x = case.x.to(half)
-    found = fisher_information(model, (x, case.y), structure=structure)
+    found = fisher_information(model, (x, case.y), structure=structure, precision=precision)
     expected = fisher_information(copy.deepcopy(model).float(), (x.float(), case.y))
     assert all(d.dtype == torch.float32 for d in found.diagonal().values())
     assert relative_error(flat(found.diagonal()), flat(expected.diagonal())) < 0.05

@@ -349,11 +349,13 @@ def test_a_loader_is_not_read_before_a_product_is_asked_for():
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
-def test_products_of_half_precision_models_are_summed_in_single_precision(half):
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_products_of_half_precision_models_are_summed_in_single_precision(half, precision):
     """In half precision, 4096 and one is 4096."""
     model = nn.Linear(1, 1, bias=False, dtype=half)
     data = [(torch.tensor([[x]], dtype=half), torch.zeros(1, 1)) for x in (64.0, *[1.0] * 15)]
-    found = (MatrixFree(model, data, Gaussian()) @ {"weight": torch.ones(1, 1)})["weight"]
+    F = MatrixFree(model, data, Gaussian(), precision=precision)
+    found = (F @ {"weight": torch.ones(1, 1)})["weight"]
     assert found.dtype == torch.float32
     assert float(found) * 16 == 4096 + 15
 

@@ -85,10 +85,16 @@ def relative_error(found, expected):
     return float((found - expected).norm() / expected.norm())
 
 
+both = pytest.mark.parametrize("precision", ["highest", "high"])
+
+
 @pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("dtype", HALF)
 class TestHalfPrecision:
-    """Within 1 % of the float32 result, where the squares themselves have no half precision."""
+    """Within 1 % of the float32 result, where the squares themselves have no half precision.
+
+    A model in half precision is run in it with ``precision="high"`` alone.
+    """
 
     def expected(self, make, dtype):
         model, x, y = seeded(make)
@@ -97,16 +103,17 @@ class TestHalfPrecision:
         assert not flat(F).to(torch.float16).any()
         return model, x, y, F
 
-    def found(self, model, x, y, dtype):
+    def found(self, model, x, y, dtype, precision="highest"):
         target = y.to(dtype).expand(3, N).mT
-        F = fisher_information(model, (x, target), Gaussian(FAINT))
+        F = fisher_information(model, (x, target), Gaussian(FAINT), precision=precision)
         assert {d.dtype for d in F.diagonal().values()} == {torch.float32}
         assert flat(F).isfinite().all()
         return F
 
-    def test_a_model_in_half_precision(self, make, dtype):
+    @both
+    def test_a_model_in_half_precision(self, make, dtype, precision):
         model, x, y, expected = self.expected(make, dtype)
-        found = self.found(copy.deepcopy(model).to(dtype), x.to(dtype), y, dtype)
+        found = self.found(copy.deepcopy(model).to(dtype), x.to(dtype), y, dtype, precision)
         assert relative_error(flat(found), flat(expected)) < 0.01
         assert found.paths == expected.paths
         assert (set(found.paths.values()) == {"rule"}) == (make is not without_a_rule)
@@ -121,7 +128,10 @@ class TestHalfPrecision:
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("sigma", [1e-6, 1e8])
-def test_gradients_that_half_precision_cannot_hold_are_taken_in_other_units(make, dtype, sigma):
+@both
+def test_gradients_that_half_precision_cannot_hold_are_taken_in_other_units(
+    make, dtype, sigma, precision
+):
     """Columns of the output are 1e6 or 1e-8; the largest float16 is 65504, the smallest 6e-8."""
     model, x, _ = seeded(make)
     target = torch.zeros(N, 3)
@@ -130,7 +140,7 @@ def test_gradients_that_half_precision_cannot_hold_are_taken_in_other_units(make
         (copy.deepcopy(model).to(dtype), (x.to(dtype), target)),
         (Autocast(model, dtype), (x, target)),
     ):
-        found = fisher_information(half, data, Gaussian(sigma))
+        found = fisher_information(half, data, Gaussian(sigma), precision=precision)
         assert relative_error(flat(found), flat(expected)) < 0.01
         assert list(found.paths.values()) == list(expected.paths.values())
 
@@ -168,11 +178,15 @@ def test_products_that_are_rounded_to_tf32_keep_their_rules(make):
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("structure", ALL_STRUCTURES)
-def test_every_structure_of_a_model_in_half_precision_is_kept_in_single(structure, dtype):
+@both
+def test_every_structure_of_a_model_in_half_precision_is_kept_in_single(
+    structure, dtype, precision
+):
     model, x, y = seeded(small)
-    expected = fisher_information(model, (x, y), structure=structure, kind="empirical")
+    options = {"structure": structure, "kind": "empirical"}
+    expected = fisher_information(model, (x, y), **options)
     data = x.to(dtype), y
-    found = fisher_information(model.to(dtype), data, structure=structure, kind="empirical")
+    found = fisher_information(model.to(dtype), data, precision=precision, **options)
     assert found.to_dense().dtype == torch.float32
     assert set(found.paths.values()) == {"rule"}
     assert relative_error(found.to_dense(), expected.to_dense()) < 0.02

@@ -106,10 +106,11 @@ def test_a_parameter_without_a_use_has_zeros():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_gets_gradients_in_single_precision(dtype):
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_half_precision_gets_gradients_in_single_precision(dtype, precision):
     model = nn.Linear(3, 2).to(dtype)
     x, y = torch.randn(4, 3).to(dtype), torch.tensor([0, 1, 1, 0])
-    (found,) = per_observation_gradients(model, (x, y))
+    (found,) = per_observation_gradients(model, (x, y), precision=precision)
     (exact,) = per_observation_gradients(model.float(), (x.float(), y))
     assert {g.dtype for g in found.values()} == {torch.float32}
     for name, g in found.items():
