@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from ewc_lib._calling import places
@@ -19,9 +20,10 @@ HALF = torch.float16, torch.bfloat16
 class SinglePrecision:
     """Puts copies in float32 in the place of all parameters and buffers in half precision.
 
-    A model that insists on half precision is run as it is. Such is one that fails with float32
-    in its first call, one that holds parameters elsewhere than in its modules, and one whose
-    parameters are no plain tensors or have hooks.
+    Where the model opens a region of autocast, it is closed again. A model that insists on half
+    precision is run as it is. Such is one that fails with float32 in its first call, one that
+    holds parameters elsewhere than in its modules, and one whose parameters are no plain tensors
+    or have hooks, or that is a program of TorchScript.
 
     Parameters
     ----------
@@ -29,15 +31,20 @@ class SinglePrecision:
         The network.
     parameters
         Some of its parameters by name. In this dict, too, copies stand in their place.
+    refused
+        Run the model as it is in any case.
     """
 
-    def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    def __init__(
+        self, model: nn.Module, parameters: dict[str, nn.Parameter], refused: bool = False
+    ) -> None:
         half = [t for t in [*model.parameters(), *model.buffers()] if t.dtype in HALF]
         scripted = any(isinstance(m, torch.jit.ScriptModule) for m in model.modules())
         self.model = model
         self._parameters, self._given = parameters, dict(parameters)
-        self._refused = not half or scripted or not all(map(_is_plain, half))
+        self._refused = refused or scripted or not all(map(_is_plain, half))
         self._settled = self._refused
+        self._autocast = _NoAutocast(next(model.parameters()).device.type)
         self._copies = {} if self._refused else {id(t): (t, _room_for(t)) for t in half}
         self._places: list[tuple[Any, Any, Tensor]] = []
         for name, parameter in self._given.items():
@@ -64,6 +71,15 @@ class SinglePrecision:
             del attributes["forward"]
             attributes.update(own)
 
+    @contextmanager
+    def called(self) -> Iterator[None]:
+        """Call the model; if it refuses, what ends with the call may bring the copies back."""
+        try:
+            yield
+        finally:
+            if self._refused:
+                self._put_back()
+
     def has_run(self, output: Tensor) -> bool:
         """Tell whether an output is of the model as it is run from now on."""
         if not self._refused and self._is_of_others(output):
@@ -72,7 +88,6 @@ class SinglePrecision:
             self._settled = True
             return True
         self._settled = True
-        self._put_back()
         return False
 
     def _widened(self, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,17 +96,29 @@ class SinglePrecision:
         @wraps(forward)
         def widened(*args: Any, **kwargs: Any) -> Any:
             if not self._refused:
-                wide = tree_map_only(Tensor, _widen, (args, kwargs))
                 try:
-                    return forward(*wide[0], **wide[1])
+                    return self._run(forward, args, kwargs)
                 except Exception as error:
-                    if self._settled:
+                    if self._settled and self._changes_anything:
                         error.add_note(NOTE)
+                    if self._settled or not self._changes_anything:
                         raise
                     self._refuse()
             return forward(*args, **kwargs)
 
         return widened
+
+    def _run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self._copies:
+            args, kwargs = tree_map_only(Tensor, _widen, (args, kwargs))
+        if self._settled and not self._autocast.closed:
+            return forward(*args, **kwargs)
+        with self._autocast:
+            return forward(*args, **kwargs)
+
+    @property
+    def _changes_anything(self) -> bool:
+        return bool(self._copies) or self._autocast.closed
 
     def _refuse(self) -> None:
         self._refused = True
@@ -104,6 +131,8 @@ class SinglePrecision:
 
     def _is_of_others(self, output: Tensor) -> bool:
         """Whether an output depends on parameters that have a copy, in another place."""
+        if not self._copies:
+            return False
         waiting = [output.grad_fn] if output.grad_fn is not None else []
         seen = set(waiting)
         for node in waiting:
@@ -115,7 +144,30 @@ class SinglePrecision:
         return False
 
 
-NOTE = "The model is in half precision and was run in float32; precision='high' runs it as it is."
+class _NoAutocast(TorchFunctionMode):
+    """Closes every region of autocast at the first operation in it.
+
+    Attributes
+    ----------
+    closed
+        Whether there was one.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.closed = False
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if torch.is_autocast_enabled(self.device):
+            torch.set_autocast_enabled(self.device, False)  # until the region ends
+            self.closed = True
+        return function(*args, **(kwargs or {}))
+
+
+NOTE = "The model uses half precision and was run in float32; precision='high' runs it as it is."
 
 
 def _is_plain(tensor: Tensor) -> bool:

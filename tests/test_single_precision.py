@@ -13,6 +13,9 @@ from ewc_lib.score import per_observation_gradients
 
 N, CLASSES = 12, 3
 HALF = (torch.bfloat16, torch.float16)
+SEEN = []
+"""Types that models have seen; a list of their own would be given its content back."""
+
 halves = pytest.mark.parametrize("dtype", HALF)
 
 
@@ -229,10 +232,9 @@ class Converts(nn.Module):
         super().__init__()
         self.first, self.second = nn.Linear(8, 8), nn.Linear(8, CLASSES)
         self.dtype = dtype
-        self.seen = []
 
     def forward(self, x):
-        self.seen.append(self.first.weight.dtype)
+        SEEN.append(self.first.weight.dtype)
         return self.second(torch.tanh(self.first(x).to(self.dtype)))
 
 
@@ -316,9 +318,10 @@ def test_a_model_that_insists_later_says_how_to_run_it():
 def test_only_the_caller_can_ask_for_a_run_in_half_precision(dtype, precision, single):
     half, _, data, _ = seeded(lambda: Converts(torch.float32), dtype)
     half.second.float()
+    SEEN.clear()
     fisher_information(half, data, precision=precision)
     EWC(half, 1.0, precision=precision).consolidate(data)
-    assert set(half.seen) <= {torch.float32 if single else dtype}
+    assert set(SEEN) == {torch.float32 if single else dtype}
 
 
 @halves
@@ -333,3 +336,78 @@ def test_autocast_of_the_caller_changes_no_gradient_and_no_product(dtype):
         same(next(iter(per_observation_gradients(single, data))), gradients)
         same(MatrixFree(single, data) @ v, product)
         same(fisher_information(single, data, structure="kronecker").diagonal(), diagonal)
+
+
+class Autocast(nn.Module):
+    """It opens a region of autocast, and one without in it."""
+
+    def __init__(self, model, dtype):
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=self.dtype):
+            with torch.autocast("cpu", enabled=False):
+                x = x + 0
+            output = self.model(x)
+            SEEN.append(output.dtype)
+        return output
+
+
+@every_model
+@halves
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_autocast_inside_a_model_is_closed(make, dtype, kind):
+    _, single, _, data = seeded(make, dtype)
+    model = Autocast(single, dtype)
+    SEEN.clear()
+    found = fisher_information(model, data, kind=kind)
+    expected = fisher_information(single, data, kind=kind)
+    assert set(SEEN) == {torch.float32}
+    same({n.removeprefix("model."): d for n, d in found.diagonal().items()}, expected.diagonal())
+    assert found.tolerance == expected.tolerance
+    assert list(found.paths.values()) == list(expected.paths.values())
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@halves
+def test_only_the_caller_can_ask_for_autocast_inside_a_model(dtype):
+    _, single, _, data = seeded(deep, torch.bfloat16)
+    model = Autocast(single, dtype)
+    SEEN.clear()
+    found = fisher_information(model, data, precision="high")
+    assert set(SEEN) == {dtype}
+    assert found.tolerance == torch.finfo(dtype).eps ** 0.5
+
+
+def test_a_model_that_needs_its_autocast_has_it():
+    _, single, _, data = seeded(lambda: Converts(torch.bfloat16), torch.bfloat16)
+    model = Autocast(single, torch.bfloat16)
+    found = fisher_information(model, data)
+    assert SEEN[-1] == torch.bfloat16
+    assert found.tolerance == torch.finfo(torch.bfloat16).eps ** 0.5
+    assert all(value.any() for value in found.diagonal().values())
+
+
+def test_a_model_that_fails_in_any_precision_fails_once():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            SEEN.append(x.dtype)
+            raise KeyError("broken")
+
+    SEEN.clear()
+    with pytest.raises(KeyError, match="broken"):
+        fisher_information(Broken(), (torch.ones(4, 3), torch.zeros(4).long()))
+    assert len(SEEN) == 1
+
+
+@halves
+def test_data_of_another_type_are_refused_with_the_type_of_the_model(dtype):
+    half, _, (x, y), _ = seeded(deep, dtype)
+    with pytest.raises(ValueError, match=f"with parameters of {dtype}, cannot take inputs"):
+        fisher_information(half, (x.double(), y))

@@ -225,9 +225,7 @@ class NetworkScores:
         check_finite_parameters(dict(parameters))
         self.model = model
         self._given, self.parameters = parameters, dict(parameters)
-        self._single = None
-        if precision == "highest":
-            self._single = SinglePrecision(model, self.parameters)
+        self._single = SinglePrecision(model, self.parameters, refused=precision == "high")
         self.distribution = distribution
         self.precision: Precision = precision
         self.device = next(iter(parameters.values())).device
@@ -241,7 +239,7 @@ class NetworkScores:
     def leaving_no_trace(self) -> Iterator[None]:
         """Run in eval mode, without autocast or compiled code, and leave all as it was."""
         with (
-            self._single.held() if self._single else nullcontext(),
+            self._single.held(),
             untouched(self.model),
             torch.autocast(self.device.type, enabled=False),
             _eager(),
@@ -305,14 +303,14 @@ class NetworkScores:
             raise ValueError(f"the output of observation {batch.first + int(bad)} is not finite")
 
     def _forward(self, inputs: Any) -> ForwardPass:
-        with self.caller.prepared(inputs) as given:
+        with self._single.called(), self.caller.prepared(inputs) as given:
             before, constants = self.caller.state(given), self.caller.constants()
             with Recorder(dict(self.parameters), constants, given) as recorder:
                 output = forward(self.model, given)
             edited = self.caller.state(given) != before
         self._originals = recorder.originals | self._originals
         self.caller.learn(inputs, harmless=not edited and recorder.rows.in_place)
-        if self._single and not self._single.has_run(output):
+        if not self._single.has_run(output):
             return self._forward(inputs)
         return ForwardPass(inputs, output, recorder)
 

@@ -118,9 +118,10 @@ class TestHalfPrecision:
         assert found.paths == expected.paths
         assert (set(found.paths.values()) == {"rule"}) == (make is not without_a_rule)
 
-    def test_a_model_that_uses_autocast(self, make, dtype):
+    @both
+    def test_a_model_that_uses_autocast(self, make, dtype, precision):
         model, x, y, expected = self.expected(make, dtype)
-        found = self.found(Autocast(model, dtype), x, y, torch.float32)
+        found = self.found(Autocast(model, dtype), x, y, torch.float32, precision)
         assert relative_error(flat(found), flat(expected)) < 0.01
         assert list(found.paths.values()) == list(expected.paths.values())
 
