@@ -164,18 +164,17 @@ def fisher_information(
         With ``"highest"``, products of matrices and convolutions are as precise as float32,
         whatever PyTorch is set to: they are not rounded to TF32, as convolutions of cuDNN are by
         default. A model in half precision is run in float32, on copies of its parameters, and the
-        result is that of ``model.float()``. (A model that cannot be is run as it is: one that
-        insists on its dtype, is a program of TorchScript, or whose parameters have hooks.) A
-        region of ``torch.autocast`` that is open outside has no effect; one that the model opens
-        itself has.
+        result is that of ``model.float()``. Regions of ``torch.autocast`` have no effect, open
+        outside or inside the model. (A model that cannot be run so is run as it is: one that
+        insists on its dtype, is a program of TorchScript, or whose parameters have hooks.)
 
         With ``"high"``, products of float32 are rounded to TF32 where the device can, and a model
-        in half precision is run as it is. That is faster on an accelerator and spares the copies,
-        4 bytes a parameter. The diagonal as a whole was within 1 % of that in float32 for most
-        models that were tried in bfloat16, but up to 17 % away for confident ones, and that of
-        one parameter up to 20 %, where rounding changes the sign of a ReLU; in float16 the
-        gradients of the first of many layers can vanish. The certificate allows for it:
-        :attr:`ewc_lib.Fisher.tolerance` says what it let pass.
+        in half precision, or with autocast inside, is run as it is. That is faster on an
+        accelerator and spares the copies, 4 bytes a parameter. The diagonal as a whole was within
+        1 % of that in float32 for most models that were tried in bfloat16, but up to 17 % away
+        for confident ones, and that of one parameter up to 20 %, where rounding changes the sign
+        of a ReLU; in float16 the gradients of the first of many layers can vanish. The
+        certificate allows for it: :attr:`ewc_lib.Fisher.tolerance` says what it let pass.
     rank
         How many eigenvalues ``"lowrank"`` keeps at most.
     generator
