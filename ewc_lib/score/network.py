@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -231,7 +232,8 @@ class NetworkScores:
         self.device = next(iter(parameters.values())).device
         self.caller = Caller(model)
         by_vmap = VmapGradients(self.caller, self.parameters)
-        self.planner = Planner(self.parameters, by_vmap, self._forward, certify)
+        own = weakref.proxy(self)  # else only the collector could let go of it, and of copies
+        self.planner = Planner(self.parameters, by_vmap, lambda x: own._forward(x), certify)
         self._originals: dict[int, tuple[Tensor, Tensor]] = {}
         self._enough = 0
 

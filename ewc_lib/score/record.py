@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -126,7 +127,9 @@ class Recorder(TorchFunctionMode):
         self._constants = {id(t): (t, t._version) for t in constants}
         self.originals: dict[int, tuple[Tensor, Tensor]] = {}
         given = tensors(inputs)
-        self.rows = RowTracker(len(given[0]) if given else 0, given, self._is_constant)
+        # Not a method of its own, which would keep it, and with it the graph, alive.
+        is_constant = partial(_is_unchanged, self._constants)
+        self.rows = RowTracker(len(given[0]) if given else 0, given, is_constant)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -203,8 +206,7 @@ class Recorder(TorchFunctionMode):
                 self._steps.setdefault(id(tensor), [])
 
     def _is_constant(self, tensor: Tensor) -> bool:
-        known, version = self._constants.get(id(tensor), (None, 0))
-        return known is tensor and tensor._version == version
+        return _is_unchanged(self._constants, tensor)
 
     def _add_uses(self, func: Any, args: Any, kwargs: Any, output: Tensor) -> range:
         first = len(self.uses)
@@ -246,6 +248,11 @@ class Recorder(TorchFunctionMode):
                 else:
                     return None
         return found
+
+
+def _is_unchanged(constants: dict[int, tuple[Tensor, int]], tensor: Tensor) -> bool:
+    known, version = constants.get(id(tensor), (None, 0))
+    return known is tensor and tensor._version == version
 
 
 def _memory(tensor: Tensor) -> int:

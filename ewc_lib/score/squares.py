@@ -46,15 +46,12 @@ class SquareSums:
         ``reusable`` rows are read before this returns, and may be overwritten by it.
         """
         few = rows.numel() * rows.element_size() <= self.budget.squares * SMALL
-        if self.budget.by_reduction:
-            if few:
-                self._keep(out, rows)
-            else:
-                axes = tuple(range(rows.dim() - out.dim()))
-                self._roots.append((out, torch.linalg.vector_norm(rows, dim=axes)))
-                self._wait_for(out)
-        elif few and not reusable:
+        if few and not reusable:
             self._keep(out, rows)
+        elif self.budget.by_reduction:
+            axes = tuple(range(rows.dim() - out.dim()))
+            self._roots.append((out, torch.linalg.vector_norm(rows, dim=axes)))
+            self._wait_for(out)
         else:
             add_rows(out, rows.square_() if reusable else rows.square())
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ewc_lib.experiments.cost.benchmarks import Benchmark
 from ewc_lib.experiments.cost.peers import CONTESTANTS, Contestant, plain_pass
+from ewc_lib.score import memory
 
 __all__ = ["KINDS", "Asked", "Count", "asked", "count", "count_all", "table"]
 
@@ -54,6 +56,16 @@ class Asked(TorchDispatchMode):
         self.calls: Counter[str] = Counter()
         self.operations = 0
         self.masks = 0
+        self._lists = _Lists()
+
+    def __enter__(self) -> Self:
+        self._lists.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._lists.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,
@@ -74,7 +86,22 @@ class Asked(TorchDispatchMode):
     @property
     def waits(self) -> int:
         """Numbers to wait for. Who selects by a mask waits for the number of what is selected."""
-        return self.masks + sum(n for name, n in self.calls.items() if name in WAITS)
+        by_name = sum(n for name, n in self.calls.items() if name in WAITS)
+        return self._lists.count + self.masks + by_name
+
+
+class _Lists(TorchFunctionMode):
+    """Count the lists that are made of tensors, of which no operation tells on the processor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += func is Tensor.tolist
+        return func(*args, **(kwargs or {}))
 
 
 def _is_mask(indices: Any) -> bool:
@@ -114,12 +141,14 @@ class Count(NamedTuple):
 def count(contestant: Contestant, benchmark: Benchmark, few: int = 2, many: int = 4) -> Count:
     """Count on two sizes of the data: what grows belongs to the batches, the rest is paid once.
 
+    Pieces of the work have the sizes that they have on an accelerator, wherever the model is.
+
     Parameters
     ----------
     contestant
         What to count.
     benchmark
-        The model and its data. On their device, because pieces of the work may follow it.
+        The model and its data.
     few, many
         Numbers of batches.
 
@@ -133,7 +162,8 @@ def count(contestant: Contestant, benchmark: Benchmark, few: int = 2, many: int 
 
     def ask(run: Contestant, batches: int) -> tuple[int, int]:
         data = benchmark.batches(batches * benchmark.batch_size)
-        found = asked(lambda: run(model, data))
+        with memory.as_on("cuda"):
+            found = asked(lambda: run(model, data))
         return found.operations, found.waits
 
     unit = ask(plain_pass, 2)[0] - ask(plain_pass, 1)[0]
