@@ -125,10 +125,7 @@ class BatchScores:
 
         def hand_out(name: str) -> None:
             found = arrived.pop(name)
-            uses = {
-                i: self.uses[name][i] if again else self._use(name, i, self._budget.limit)
-                for i in found
-            }
+            uses = {i: self.uses[name][i] if again else self._use(name, i, room=0) for i in found}
             take(name, self._gradients(name, uses, found))
 
         def arrive(i: int, g: Tensor) -> None:

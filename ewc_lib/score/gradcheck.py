@@ -35,11 +35,11 @@ ten-thousandth of a gradient can hide; in doubt, run the model in double precisi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import islice
-from typing import Any, NamedTuple
+from itertools import accumulate, groupby, islice
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -47,12 +47,15 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ewc_lib._checking import Problem
+from ewc_lib.score import memory
 from ewc_lib.score.batch_axis import BatchAxis, Placement, RaggedRows, batch_axes, weigh
 from ewc_lib.score.forward_pass import pull_through
 from ewc_lib.score.gradients import ParameterGradients
 from ewc_lib.score.graph import NOTHING, Graph
 from ewc_lib.score.memory import sum_dtype
 from ewc_lib.score.record import ParameterUse
+
+T = TypeVar("T")
 
 
 class Placements(NamedTuple):
@@ -141,31 +144,49 @@ class GradientCheck:
         Along the right axis, each observation of the second is that of the first times its
         weight. If there is no such axis, rows may still have one owner each.
         """
-        n, candidates = len(self.weights), list[tuple[int, BatchAxis]]()
-        for i, g in plain.items():
-            shape = uses[i].input.shape
-            candidates += ((i, axis) for axis in batch_axes(g.shape, n) if axis.fits(shape, n))
-        cuts = _unique([(axis, plain[i], weighted[i]) for i, axis in candidates])
-        expected = self.weigh([axis.split(g, n) for axis, g, _ in cuts.values()])
-        found = [axis.split(g, n) for axis, _, g in cuts.values()]
-        inputs = [uses[i].input for i in plain if uses[i].rule.multiplies]
-        distances, lengths, sizes, of_inputs = norms(
-            _differences(found, expected), expected, list(plain.values()), inputs
+        candidates = [(i, axis) for i, g in plain.items() for axis in self._axes(uses[i].input, g)]
+        inputs = {i: uses[i].operand() for i in plain if uses[i].rule.multiplies}
+        apart, sizes, of_inputs = _read(
+            self._compared(candidates, plain, weighted),
+            _lengths(list(plain.values())),
+            _lengths(list(inputs.values())),
         )
-        of_cut = dict(zip(cuts, zip(distances, lengths, strict=True), strict=True))
         places: dict[int, list[Placement]] = {i: [] for i in plain}
-        for i, axis in candidates:
-            distance, length = of_cut[_key(axis, plain[i], weighted[i])]
-            eps = self.graph.eps(uses[i].edge.node)
-            if distance <= _tolerance(plain[i], eps) * length:
+        for (i, axis), distance, length in zip(candidates, apart[::2], apart[1::2], strict=True):
+            if distance <= _tolerance(plain[i], self.graph.eps(uses[i].edge.node)) * length:
                 places[i].append(axis)
         for i in (i for i, axes in places.items() if not axes):
             rows = self._owners(plain[i], weighted[i], self.graph.eps(uses[i].edge.node))
-            if rows is not None and rows.fits(uses[i].input.shape, n):
+            if rows is not None and rows.fits(uses[i].input.shape, len(self.weights)):
                 places[i].append(rows)
-        blank = dict(zip((i for i in plain if uses[i].rule.multiplies), of_inputs, strict=True))
-        silent = {i for i, size in zip(plain, sizes, strict=True) if 0 in (size, blank.get(i))}
-        return Placements(places, dict(zip(plain, sizes, strict=True)), silent)
+        blank = dict(zip(inputs, of_inputs, strict=True))
+        lengths = dict(zip(plain, sizes, strict=True))
+        silent = {i for i, size in lengths.items() if 0 in (size, blank.get(i))}
+        return Placements(places, lengths, silent)
+
+    def _axes(self, input: Tensor, plain: Tensor) -> Iterator[BatchAxis]:
+        n = len(self.weights)
+        return (axis for axis in batch_axes(plain.shape, n) if axis.fits(input.shape, n))
+
+    def _compared(
+        self,
+        candidates: list[tuple[int, BatchAxis]],
+        plain: dict[int, Tensor],
+        weighted: dict[int, Tensor],
+    ) -> list[Tensor]:
+        """Return for each candidate how far it is from right, and how long what is right is.
+
+        Uses by one operation share output gradients, which are compared once.
+        """
+        n, known = len(self.weights), dict[tuple[BatchAxis, int], tuple[Tensor, Tensor]]()
+        keys = {(axis, id(plain[i])): (i, axis) for i, axis in candidates}
+        for some in _in_pieces(list(keys.items()), lambda item: plain[item[1][0]]):
+            expected = self.weigh([axis.split(plain[i], n) for _, (i, axis) in some])
+            arrived = [axis.split(weighted[i], n) for _, (i, axis) in some]
+            distances, lengths = _lengths(_differences(arrived, expected)), _lengths(expected)
+            pairs = zip(distances, lengths, strict=True)
+            known |= dict(zip((key for key, _ in some), pairs, strict=True))
+        return [number for i, axis in candidates for number in known[axis, id(plain[i])]]
 
     def weigh(self, tensors: Sequence[Float[Tensor, "N ..."]]) -> list[Float[Tensor, "N ..."]]:
         """Multiply the observations of each tensor by their weights."""
@@ -177,8 +198,7 @@ class GradientCheck:
 
     def any_axis(self, input: Tensor, plain: Tensor) -> BatchAxis | None:
         """Return an axis that the shapes allow, for what is too small to show one."""
-        n = len(self.weights)
-        return next((a for a in batch_axes(plain.shape, n) if a.fits(input.shape, n)), None)
+        return next(self._axes(input, plain), None)
 
     def _owners(self, plain: Tensor, weighted: Tensor, eps: float) -> RaggedRows | None:
         """Tell by its weight which observation each row belongs to, if all belong to one."""
@@ -204,14 +224,14 @@ class GradientCheck:
         They may differ by the rounding of their terms.
         """
         failed = self.answer.keys() - found.keys()
-        weighted = self._weighted({n: g for n, g in found.items() if n in self.answer})
-        totals = _zeros({name: self.answer[name] for name in weighted})
-        for name, gradients in weighted.items():
-            try:
-                gradients.add_total(totals[name])
-            except RuntimeError:  # the tensors have other shapes than the rule expects
-                failed.add(name)
-                del totals[name]
+        totals = _zeros({name: self.answer[name] for name in found if name in self.answer})
+        for some in _in_pieces(list(totals), lambda name: found[name].output_gradients[0]):
+            for name, gradients in self._weighted({n: found[n] for n in some}).items():
+                try:
+                    gradients.add_total(totals[name])
+                except RuntimeError:  # the tensors have other shapes than the rule expects
+                    failed.add(name)
+                    del totals[name]
         names = list(totals)
         answers = [self.answer[name] for name in names]
         differences = _differences([totals[name] for name in names], answers)
@@ -220,9 +240,8 @@ class GradientCheck:
         )
         self.sizes.update(zip(self.answer, sizes, strict=True))
         for name, distance, length in zip(names, distances, lengths, strict=True):
-            if not self._agrees(name, distance, weighted[name].parameter) and not (
-                self._cancels(name, length, weighted[name])
-            ):
+            agrees = self._agrees(name, distance, found[name].parameter)
+            if not agrees and not self._cancels(name, length, found[name]):
                 failed.add(name)
         return failed
 
@@ -231,17 +250,17 @@ class GradientCheck:
         noise = min(4 * unit, math.sqrt(unit) / 50) * self._largest
         return distance <= math.sqrt(unit) * self.sizes[name] + noise
 
-    def _cancels(self, name: str, length: float, weighted: ParameterGradients) -> bool:
+    def _cancels(self, name: str, length: float, gradients: ParameterGradients) -> bool:
         """Whether the terms cancel, as in the bias of the keys of attention.
 
         Then the answer is but rounding, and what was found, too.
         """
-        if any(use.source is not weighted.parameter for use in weighted.uses):
+        if any(use.source is not gradients.parameter for use in gradients.uses):
             return False  # the signs of what was computed from the parameter are not known
         expected, size = self.answer[name], max(length, self.sizes[name])
-        unit = _unit(expected, self.graph.eps_of(weighted.parameter))
+        unit = _unit(expected, self.graph.eps_of(gradients.parameter))
         total = _zeros({name: expected})[name]
-        weighted.absolute().add_total(total)
+        self._weighted({name: gradients})[name].absolute().add_total(total)
         if size <= _noise(unit) * norm(total):
             return True
         if size <= self.negligible(expected, self._largest):
@@ -366,11 +385,19 @@ def norm(values: Tensor) -> float:
 
 def norms(*groups: Sequence[Tensor]) -> list[list[float]]:
     """Return the length of every tensor of some groups; the device is asked once."""
-    every = [_wide(tensor.detach()) for group in groups for tensor in group]
-    if not every:
-        return [[] for _ in groups]
-    lengths = iter(torch.stack(torch._foreach_norm(every)).tolist())
-    return [list(islice(lengths, len(group))) for group in groups]
+    return _read(*map(_lengths, groups))
+
+
+def _lengths(tensors: Sequence[Tensor]) -> list[Tensor]:
+    every = [_wide(tensor.detach()) for tensor in tensors]
+    return list(torch._foreach_norm(every)) if every else []
+
+
+def _read(*groups: list[Tensor]) -> list[list[float]]:
+    """Read numbers from the device, all at once."""
+    every = [number for group in groups for number in group]
+    numbers = iter(torch.stack(every).tolist() if every else [])
+    return [list(islice(numbers, len(group))) for group in groups]
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -401,11 +428,14 @@ def _key(axis: BatchAxis, plain: Tensor, weighted: Tensor) -> tuple[Any, ...]:
     return axis, id(plain), id(weighted)
 
 
-def _unique(
-    cuts: list[tuple[BatchAxis, Tensor, Tensor]],
-) -> dict[tuple[Any, ...], tuple[BatchAxis, Tensor, Tensor]]:
-    """Leave out what comes twice, as the output gradient of a matrix and of its bias."""
-    return {_key(*cut): cut for cut in cuts}
+def _in_pieces(items: list[T], like: Callable[[T], Tensor]) -> Iterator[list[T]]:
+    """Take together what fits one piece of memory, given a tensor of the size of each."""
+    if not items:
+        return
+    room = memory.budget(like(items[0]).device).rows
+    ends = accumulate(like(item).nbytes for item in items)
+    for _, group in groupby(zip(items, ends, strict=True), lambda pair: pair[1] // room):
+        yield [item for item, _ in group]
 
 
 def _name(hook: Any) -> str:

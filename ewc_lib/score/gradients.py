@@ -67,7 +67,7 @@ class UseInBatch:
         cls, use: ParameterUse, axis: Placement, n: int, dtype: torch.dtype, room: int = 0
     ) -> UseInBatch:
         """Cut the input, in the precision of the sums, before anything is squared."""
-        a = axis.split(use.input, n)
+        a = axis.split(use.operand(), n)
         a = a.to(dtype) if a.is_floating_point() else a
         return cls(use, axis, n, dtype, use.rule.prepare(a, room))
 

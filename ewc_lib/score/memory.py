@@ -34,7 +34,8 @@ class Budget:
     vmap
         Gradients of all columns and observations that exist at once on the way by vmap.
     windows
-        Copies of convolution windows that are kept for all columns of a batch.
+        Copies of convolution windows: those that are kept for all columns of a batch, or those
+        of some observations at a time.
     batch
         Batches are joined until the results of all operations take so much: a pass has fixed
         costs.
@@ -44,8 +45,7 @@ class Budget:
     limit
         No piece takes more.
     cuts
-        Into how many pieces the squares of one layer are cut at most, within the limit; None for
-        any number.
+        Into how many pieces one layer is cut at most, within the limit; None for any number.
     by_reduction
         Whether squares are added by one reduction, which writes no squares; else by a product of
         what was squared in its place, in the cache, with ones.
@@ -63,8 +63,15 @@ class Budget:
 
     def pieces_of_squares(self, n: int, row_bytes: int) -> Iterator[slice]:
         """Cut ``n`` rows whose squares are to be added, of which each has so many bytes."""
-        whole = self.squares if self.cuts is None else n * row_bytes // self.cuts
-        return pieces(n, row_bytes, min(self.limit, max(self.squares, whole)))
+        return self._pieces_of_a_layer(n, row_bytes, self.squares)
+
+    def pieces_of_windows(self, n: int, row_bytes: int) -> Iterator[slice]:
+        """Cut ``n`` rows of which copies of so many bytes each are needed for a moment."""
+        return self._pieces_of_a_layer(n, row_bytes, self.windows)
+
+    def _pieces_of_a_layer(self, n: int, row_bytes: int, size: int) -> Iterator[slice]:
+        few = 0 if self.cuts is None else -(-n * row_bytes // self.cuts)
+        return pieces(n, row_bytes, min(self.limit, max(size, few)))
 
 
 CPU = Budget(
@@ -100,14 +107,14 @@ def accelerator(free: int) -> Budget:
     limit = min(MOST, max(2**20, int(free * SHARE)))
     moderate = min(limit, 2**26)
     return Budget(
-        squares=moderate,
+        squares=min(limit, 2**25),
         rows=moderate,
         vmap=limit,
-        windows=limit,
+        windows=moderate,
         batch=moderate,
         columns=limit,
         limit=limit,
-        cuts=4,
+        cuts=8,
         by_reduction=True,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, TypeAlias
 
@@ -22,7 +23,24 @@ from ewc_lib.score.rules import (
     TransposedConvolution,
 )
 
-Match: TypeAlias = Iterator[tuple[Tensor, Rule, Callable[[], Tensor] | None]]
+
+@dataclass(frozen=True)
+class Later:
+    """An input that is computed from one that is kept anyway, when it is needed.
+
+    Attributes
+    ----------
+    input
+        What the operation was given.
+    change
+        From that to what the rule needs, in the same shape.
+    """
+
+    input: Tensor
+    change: Callable[[Tensor], Tensor]
+
+
+Match: TypeAlias = Iterator[tuple[Tensor, Rule, Callable[[], Tensor] | Later | None]]
 """Parameters that an operation may use: the tensor, its rule, and how to get the other input.
 
 What is only added needs no other input.
@@ -273,10 +291,14 @@ def _row(index: int | None, table: Tensor) -> int | None:
 
 
 def _affine(
-    weight: Tensor | None, bias: Tensor | None, trailing: int, normalised: Callable[[], Tensor]
+    weight: Tensor | None,
+    bias: Tensor | None,
+    trailing: int,
+    input: Tensor,
+    normalise: Callable[[Tensor], Tensor],
 ) -> Match:
     if weight is not None:
-        yield weight, Scale(weight.shape, trailing), normalised
+        yield weight, Scale(weight.shape, trailing), Later(input.detach(), normalise)
     if bias is not None:
         yield bias, Broadcast(bias.shape, trailing), None
 
@@ -289,18 +311,14 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Match:
-    yield from _affine(
-        weight, bias, 0, lambda: F.layer_norm(input.detach(), normalized_shape, eps=eps)
-    )
+    yield from _affine(weight, bias, 0, input, lambda x: F.layer_norm(x, normalized_shape, eps=eps))
 
 
 @_matches(F.rms_norm)
 def _rms_norm(
     input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Match:
-    yield from _affine(
-        weight, None, 0, lambda: F.rms_norm(input.detach(), normalized_shape, eps=eps)
-    )
+    yield from _affine(weight, None, 0, input, lambda x: F.rms_norm(x, normalized_shape, eps=eps))
 
 
 @_matches(F.group_norm)
@@ -312,7 +330,7 @@ def _group_norm(
     eps: float = 1e-5,
 ) -> Match:
     yield from _affine(
-        weight, bias, input.dim() - 2, lambda: F.group_norm(input.detach(), num_groups, eps=eps)
+        weight, bias, input.dim() - 2, input, lambda x: F.group_norm(x, num_groups, eps=eps)
     )
 
 
@@ -332,7 +350,8 @@ def _batch_norm(
             weight,
             bias,
             input.dim() - 2,
-            lambda: F.batch_norm(input.detach(), running_mean, running_var, eps=eps),
+            input,
+            lambda x: F.batch_norm(x, running_mean, running_var, eps=eps),
         )
 
 
@@ -352,9 +371,8 @@ def _instance_norm(
         weight,
         bias,
         input.dim() - 2,
-        lambda: F.instance_norm(
-            input.detach(), *statistics, use_input_stats=use_input_stats, eps=eps
-        ),
+        input,
+        lambda x: F.instance_norm(x, *statistics, use_input_stats=use_input_stats, eps=eps),
     )
 
 

@@ -59,7 +59,10 @@ Certify: TypeAlias = Literal["auto", "always"]
 """Whether batches are checked where a plan could fail to hold, or all of them."""
 
 TRIAL_SIZE = 8
-"""Observations on which rules are tried before they are used on the whole batch."""
+"""Observations at most on which rules are tried before they are used on the whole batch.
+
+Batches of less than twice as many are tried as a whole.
+"""
 
 SHARE = 1 / 16
 """Batches that are checked though their plan is known to hold."""
@@ -242,7 +245,7 @@ class Planner:
         rows = _some_rows(len(whole), whole.recorder.rows.in_place)
         trial = self._run_alone(whole, rows)
         predictable = whole.is_predictable and trial.way == whole.way
-        few_are_enough = predictable and len(rows) == TRIAL_SIZE and not self._always
+        few_are_enough = predictable and len(whole) >= 2 * TRIAL_SIZE and not self._always
         plan = self._try(batch, trial) if few_are_enough else None
         if plan is None or not plan.is_general or self._waiting(plan, whole):
             plan = self._try(batch, whole)
@@ -314,6 +317,7 @@ class Planner:
         check = GradientCheck.pose(trial.output, self.parameters, trial.graph, list(edges))
         found = check.at_edges.items()
         weighted = {i: g for edge, g in found if g is not None for i in edges[edge]}
+        check.at_edges.clear()
         return check, _single(trial.pull(sorted(weighted), check.direction[None])), weighted
 
     def _judged(
@@ -326,6 +330,7 @@ class Planner:
     ) -> tuple[Plan, set[str]]:
         """Make a plan from output gradients without and with weights, and judge it."""
         places = check.placements(trial.uses, plain, weighted)
+        weighted.clear()  # of a large model they take as much as its results
         axes, unclear = self._placements(trial, check, plain, places)
         plan = self._choose(trial, axes, plain)
         columns = {i: g.unsqueeze(0) for i, g in plain.items()}
@@ -405,12 +410,13 @@ class Planner:
 
 @lru_cache(64)
 def _some_rows(n: int, in_place: bool) -> Tensor:
-    """Return the numbers of some observations from the first to the last, half of them at most.
+    """Return the numbers of some observations from the first to the last.
 
+    They are a quarter at most, since their gradients take memory, or half of a small batch.
     They change places, so that a mixture shows that takes something from the first or the last
     row. Where values decide they keep their order, which lengths may have to be in.
     """
-    few = max(1, min(n // 2, TRIAL_SIZE))
+    few = max(1, min(n // 4 if n >= 2 * TRIAL_SIZE else n // 2, TRIAL_SIZE))
     rows = torch.linspace(0, n - 1, max(few, 2)).long()[-few:]
     return rows.roll(few // 2) if in_place else rows
 

@@ -9,7 +9,7 @@ together with data is *known* to need another way.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from ewc_lib._checking import check_operation
 from ewc_lib.score.batch_axis import Placement
 from ewc_lib.score.graph import rounding
-from ewc_lib.score.operations import inside, match
+from ewc_lib.score.operations import Later, inside, match
 from ewc_lib.score.row_tracker import RowTracker, tensors, values_read
 from ewc_lib.score.rules import Rule
 
@@ -38,13 +38,15 @@ class ParameterUse:
     rule
         How its gradient for each observation follows.
     input
-        The other input of the operation.
+        The other input of the operation; of a normalisation, before it is normalised.
     edge
         Where the gradient of the operation's output arrives.
     shape
         The shape of the operation's output.
     operation
         Its name.
+    change
+        What makes of the input what the rule needs, if it is not the same.
     """
 
     source: Tensor
@@ -53,6 +55,14 @@ class ParameterUse:
     edge: GradientEdge
     shape: torch.Size
     operation: str
+    change: Callable[[Tensor], Tensor] | None = None
+
+    def operand(self) -> Tensor:
+        """Return what the rule needs beside the gradient of the output."""
+        if self.change is None:
+            return self.input
+        with torch.no_grad():
+            return self.change(self.input)
 
     def signature(self, n: int) -> tuple[Any, ...]:
         """Return what must stay the same for a plan that has this use to be kept.
@@ -71,7 +81,7 @@ class ParameterUse:
     @property
     def is_blank(self) -> bool:
         """Whether its input is zero and with it its gradient, whatever arrives."""
-        return self.rule.multiplies and not self.input.any()
+        return self.rule.multiplies and not self.operand().any()
 
 
 class Step(NamedTuple):
@@ -212,10 +222,15 @@ class Recorder(TorchFunctionMode):
         first = len(self.uses)
         for source, rule, other in match(func, args, kwargs):
             if id(source) in self._steps and not (output.is_complex() or output.is_nested):
-                nothing = output.detach().new_empty(()).expand(output.shape)
-                a = nothing if other is None else other().detach()
-                edge = get_gradient_edge(output)
-                self.uses.append(ParameterUse(source, rule, a, edge, output.shape, func.__name__))
+                edge, name, change = get_gradient_edge(output), func.__name__, None
+                if other is None:
+                    a = output.detach().new_empty(()).expand(output.shape)
+                elif isinstance(other, Later):
+                    a, change = other.input, other.change
+                else:
+                    a = other().detach()
+                use = ParameterUse(source, rule, a, edge, output.shape, name, change)
+                self.uses.append(use)
         return range(first, len(self.uses))
 
     @property

@@ -114,6 +114,13 @@ class Products(Rule):
     def add_squares(
         self, out: Tensor, a: Tensor, g: Float[Tensor, "K N ..."], squares: SquareSums
     ) -> None:
+        copied = 0 if a.is_contiguous() else a[0].numel() * a.element_size()
+        for part in squares.budget.pieces_of_windows(len(a), copied):
+            self._add_squares(out, a[part], g[:, part], squares)
+
+    def _add_squares(
+        self, out: Tensor, a: Tensor, g: Float[Tensor, "K N ..."], squares: SquareSums
+    ) -> None:
         inputs, outputs = self.input_rows(a), self._output_rows_of_columns(a, g)
         if not self.transposed:
             matrix = out.view(inputs.shape[1], -1, inputs.shape[3])
