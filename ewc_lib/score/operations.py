@@ -39,8 +39,12 @@ class Later:
     input: Tensor
     change: Callable[[Tensor], Tensor]
 
+    def __call__(self) -> Tensor:
+        """Compute it."""
+        return self.change(self.input)
 
-Match: TypeAlias = Iterator[tuple[Tensor, Rule, Callable[[], Tensor] | Later | None]]
+
+Match: TypeAlias = Iterator[tuple[Tensor, Rule, Callable[[], Tensor] | None]]
 """Parameters that an operation may use: the tensor, its rule, and how to get the other input.
 
 What is only added needs no other input.

@@ -64,7 +64,8 @@ class SquareSums:
             if self.budget.by_reduction:
                 found, pairs = torch.linalg.vector_norm(row, dim=0), self._roots
             else:
-                found, pairs = row.square().sum(0), sums
+                found, pairs = row.new_zeros(row.shape[1]), sums
+                add_rows(found, row.square())
             parts = found.split([out.numel() for out in outs])
             pairs += zip(outs, map(Tensor.view_as, parts, outs), strict=True)
         _together(self._roots, torch._foreach_addcmul_, 2)

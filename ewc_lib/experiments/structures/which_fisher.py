@@ -173,8 +173,8 @@ def sketch_columns(
     >>> w.shape, torch.allclose(w.square().sum(1), F)
     (torch.Size([5, 1, 8]), True)
     """
-    columns = torch.stack(list(root(Categorical(), probabilities.log())), -1)
-    return torch.einsum("nck,ncp->nkp", columns, scores)
+    columns = torch.cat(list(root(Categorical(), probabilities.log())))
+    return torch.einsum("knc,ncp->nkp", columns, scores)
 
 
 def sketch_variance(

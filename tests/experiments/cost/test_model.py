@@ -96,7 +96,7 @@ def test_the_work_of_layers_is_what_is_executed(name, kind, columns):
 def test_the_certificate_is_not_counted_as_work_of_an_observation():
     model = nn.Linear(6, CLASSES)
     run = partial(fisher_information, model, kind="sketch")
-    assert executed(run, draws(6), 16) == executed(run, draws(6), 50)
+    assert executed(run, draws(6), 32) == executed(run, draws(6), 50)
 
 
 def test_the_work_of_a_language_model_is_what_is_executed():
