@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from ewc_lib.continual import mlp
-from ewc_lib.experiments.cost.benchmarks import Benchmark, _vectors
+from ewc_lib.experiments.cost.benchmarks import BENCHMARKS, Benchmark, _vectors
 from ewc_lib.experiments.cost.counts import Asked, Count, asked, count, count_all, table
-from ewc_lib.experiments.cost.peers import PEERS, plain_pass
+from ewc_lib.experiments.cost.peers import CONTESTANTS, PEERS, plain_pass
 
 TINY = Benchmark(
     "Tiny MLP",
@@ -114,3 +114,27 @@ def test_the_table_has_a_line_for_each_model_and_kind():
     *_, one, other = table(found).splitlines()
     assert one.split() == ["cnn", "exact", "19.20", "3.0", "16.1", "120"]
     assert other.split() == ["mlp", "sketch", "1.00", "0.0", "0.0", "0"]
+
+
+MOST = {
+    ("cnn", "empirical"): 1.8,
+    ("cnn", "sketch"): 2.0,
+    ("cnn", "exact"): 4.0,
+    ("transformer", "empirical"): 1.6,
+    ("transformer", "sketch"): 1.7,
+    ("transformer", "exact"): 4.0,
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), MOST)
+def test_an_accelerator_is_asked_for_little_more_than_a_plain_pass(name, kind):
+    """And waited for once a batch: all checks are read together."""
+    found = count(CONTESTANTS["ewc_lib"][kind], BENCHMARKS[name])
+    assert found.each <= MOST[name, kind]
+    assert found.waits <= 1
+    assert found.waits_once <= 7
+
+
+def test_a_list_of_numbers_is_waited_for():
+    assert asked(lambda: torch.ones(3).tolist()).waits == 1
+    assert asked(lambda: torch.ones(3).sum()).waits == 0
