@@ -107,7 +107,7 @@ def accelerator(free: int) -> Budget:
     limit = min(MOST, max(2**20, int(free * SHARE)))
     moderate = min(limit, 2**26)
     return Budget(
-        squares=min(limit, 2**25),
+        squares=moderate,
         rows=moderate,
         vmap=limit,
         windows=moderate,

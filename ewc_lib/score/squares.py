@@ -14,6 +14,9 @@ from ewc_lib.score.memory import Budget
 SMALL = 1 / 16
 """Rows that take this share of a piece wait for each other, and are squared together."""
 
+WAITING = 1 / 4
+"""Of a piece, what may wait at most."""
+
 
 class SquareSums:
     """Add squares to sums, some at once and some when :meth:`finish` is called.
@@ -78,9 +81,9 @@ class SquareSums:
         self._wait_for(rows)
 
     def _wait_for(self, tensor: Tensor) -> None:
-        """Let no more wait than one piece."""
+        """Let no more wait than a part of a piece."""
         self._waiting += tensor.numel() * tensor.element_size()
-        if self._waiting > self.budget.squares:
+        if self._waiting > self.budget.squares * WAITING:
             self.finish()
 
 

@@ -80,7 +80,7 @@ def test_large_squares_are_reduced_without_being_written():
     assert found.calls["pow"] == found.calls["mul"] == 0
 
 
-def test_no_more_waits_than_one_piece():
+def test_no_more_waits_than_a_part_of_a_piece():
     squares = SquareSums(replace(ON_GPU, squares=2**12))
     out = torch.zeros(2**8)
     found = asked(lambda: [squares.add(out, torch.ones(4, 2**8)) for _ in range(8)])
