@@ -6,8 +6,8 @@ smaller ones cost the fixed price of an operation more often. What is best depen
 * A *CPU* starts an operation in no time and waits for its memory. Pieces stay in the cache, and
   output columns go back one after the other.
 * An *accelerator* (CUDA, XPU, MPS) takes longer to start an operation than to do a small one. So
-  pieces are large and few, as large as a share of the free memory allows, output columns go back
-  together, and sums of squares are one reduction.
+  pieces are large and few, as far as a share of the free memory allows, output columns go back
+  together, and sums of squares are one reduction, which writes no squares.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ SHARE = 1 / 8
 """Of the free memory of an accelerator, for each kind of piece."""
 
 MOST = 2**30
-"""Larger pieces are no faster on any accelerator."""
+"""A kernel on so much takes far longer than its start: larger pieces have nothing to win."""
 
 _pretended: tuple[str, int] | None = None
 

@@ -7,12 +7,14 @@ rule needs three things: every use of the parameter was seen, each by an operati
 each use it is known along which axis the observations lie; and no observation has a part in the
 gradient of another.
 
-None of that is taken for granted. On a few observations, or on the whole batch, a random question
-is put to autograd, `GradientCheck`. Its weights show along which axis the observations lie, or
-which of them each row belongs to. Then the gradients of each parameter by rule are weighed and
-added, and must be autograd's answer. A parameter that fails goes by vmap, which is asked the same
-question, and then by loop. If even that fails, the model mixes observations, and an error says
-so. So it does if an observation alone has another output than in its batch.
+None of that is taken for granted. On a few observations, which are run alone, or on the whole
+batch, a random question is put to autograd, `GradientCheck`. Of the first batch, the last and
+those drawn at random, the few are run before the whole batch takes memory. The weights of the
+question show along which axis the observations lie, or which of them each row belongs to. Then
+the gradients of each parameter by rule are weighed and added, and must be autograd's answer. A
+parameter that fails goes by vmap, which is asked the same question, and then by loop. If even
+that fails, the model mixes observations, and an error says so. So it does if an observation alone
+has another output than in its batch.
 
 A plan is kept for later batches where it is known to hold: where the graph of the output is the
 same, the same operations use the parameters in the same way, and every operation is one that
@@ -65,7 +67,7 @@ Batches of less than twice as many are tried as a whole.
 """
 
 SHARE = 1 / 16
-"""Batches that are checked though their plan is known to hold."""
+"""Of the batches whose plan is known to hold, those that are checked nevertheless."""
 
 
 @dataclass(frozen=True)

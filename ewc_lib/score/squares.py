@@ -12,7 +12,7 @@ from torch import Tensor
 from ewc_lib.score.memory import Budget
 
 SMALL = 1 / 16
-"""Rows that take this share of a piece wait for each other, and are squared together."""
+"""Rows that take this share of a piece at most wait for each other, and are squared together."""
 
 WAITING = 1 / 4
 """Of a piece, what may wait at most."""
@@ -46,6 +46,7 @@ class SquareSums:
     ) -> None:
         """Add the squares of rows ``[..., *out.shape]`` to ``out``, over all axes in front.
 
+        A reduction gives the roots of their sums, which are squared when :meth:`finish` adds them.
         ``reusable`` rows are read before this returns, and may be overwritten by it.
         """
         few = rows.numel() * rows.element_size() <= self.budget.squares * SMALL

@@ -90,7 +90,10 @@ SUM_BYTES = 4
 """Sums are kept in float32."""
 
 MOVES = 4
-"""A product is written and read to be squared; its square is written and read to be added."""
+"""A product is written and read to be squared; its square is written and read to be added.
+
+That is the most: a reduction, as on an accelerator, writes no squares.
+"""
 
 
 class Forecast(NamedTuple):
