@@ -269,11 +269,12 @@ class EWC(QuadraticPenalty):
                 RuntimeWarning,
                 stacklevel=3,
             )
-        if self.mode == "separate" or self.precision is None:
-            self._merge(fisher)
-        else:
-            self._follow(fisher.device)
-            self._replace(self.decay * self.precision + fisher)
+        with torch.autocast(fisher.device.type, enabled=False):
+            if self.mode == "separate" or self.precision is None:
+                self._merge(fisher)
+            else:
+                self._follow(fisher.device)
+                self._replace(self.decay * self.precision + fisher)
 
     def bayesian_strength(self, n_b: int, n_a: int | None = None) -> float:
         r"""Return the strength that Bayes' rule implies, :math:`N_A / N_B`.

@@ -10,6 +10,7 @@ Fisher information for the precision; other methods take other importances and s
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from operator import is_
 from typing import Any
@@ -134,7 +135,8 @@ class QuadraticPenalty:
             return torch.zeros((), device=next(self.model.parameters()).device)
         parameters, _ = self._held()
         assert self._precision is not None
-        distance = squared_distance(self._precision, self._anchor, parameters)
+        with self._uncast():
+            distance = squared_distance(self._precision, self._anchor, parameters)
         return 0.5 * self.strength * (distance + self._offset)
 
     @torch.no_grad()
@@ -149,7 +151,8 @@ class QuadraticPenalty:
         parameters, sweep = self._held()
         assert self._precision is not None
         if sweep is None or not sweep.add_pull_(self.strength):
-            add_pull_(self._precision, self._anchor, parameters, self.strength)
+            with self._uncast():
+                add_pull_(self._precision, self._anchor, parameters, self.strength)
 
     @torch.no_grad()
     def proximal_step_(self, optimizer: torch.optim.Optimizer) -> None:
@@ -197,8 +200,9 @@ class QuadraticPenalty:
                 f"the optimizer has the learning rates {sorted(distinct)}; a proximal step with "
                 f"a precision that is not diagonal needs a single one"
             )
-        scaled = self._scaled(distinct.pop() * self.strength)
-        left = scaled.solve(displacement(parameters, self._anchor), damping=1.0)
+        with self._uncast():
+            scaled = self._scaled(distinct.pop() * self.strength)
+            left = scaled.solve(displacement(parameters, self._anchor), damping=1.0)
         each("copy_", parameters, each("add", self._anchor, left))
 
     def before_task(self) -> None:
@@ -305,6 +309,12 @@ class QuadraticPenalty:
         sweep = Sweep.of(parameters, self._anchor, self._precision.values)
         self._kept_held = parameters, self._anchor, self._precision, forms, sweep
         return parameters, sweep
+
+    def _uncast(self) -> AbstractContextManager[Any]:
+        """Let no region of autocast round a product with a matrix."""
+        if isinstance(self._precision, Diagonal):
+            return nullcontext()
+        return torch.autocast(self._offset.device.type, enabled=False)
 
     def _follow(self, device: torch.device) -> None:
         """Move everything to where the model has gone."""

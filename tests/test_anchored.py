@@ -167,6 +167,21 @@ def test_a_penalty_can_be_differentiated_twice(structure):
     torch.testing.assert_close(torch.cat([g.reshape(-1) for g in second]), expected)
 
 
+@each_structure
+def test_a_region_of_autocast_rounds_nothing_of_a_step(structure):
+    def steps(enabled):
+        model = network(dtype=torch.float32)
+        ewc, optimizer = held(model, structure=structure), sgd(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            penalty = ewc.penalty()
+            ewc.add_gradient_()
+            ewc.proximal_step_(optimizer)
+        return penalty, *gradients(model), *model.parameters()
+
+    for found, expected in zip(steps(enabled=True), steps(enabled=False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 class Penalty(nn.Module):
     """A penalty as a function of the parameters."""
 

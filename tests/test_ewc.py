@@ -235,6 +235,22 @@ def test_online_without_decay_is_not_the_same_as_separate():
     assert abs(separate.penalty() - online.penalty()).item() > 1e-3
 
 
+@each_structure
+@pytest.mark.parametrize("mode", ["separate", "online"])
+def test_tasks_are_merged_as_exactly_in_a_region_of_autocast(structure, mode):
+    def merged(enabled):
+        model = network(torch.float32)
+        ewc = EWC(model, 3.0, structure=structure, mode=mode)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            for t in range(2):
+                x, y = task(t)
+                ewc.consolidate((x.float(), y))
+                move(model, t)
+        return ewc.state_dict()
+
+    assert same(merged(enabled=True), merged(enabled=False))
+
+
 # The gradient without a graph
 
 
