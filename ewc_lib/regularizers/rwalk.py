@@ -174,5 +174,5 @@ class RWalk(PathPenalty):
 
 def _normed(values: Vector) -> Vector:
     """Divide by the largest entry, unless all are zero."""
-    top = torch.stack([value.max() for value in values.values()]).max()
+    top = torch.stack([value.max() for value in values.values() if value.numel()]).max()
     return {name: value / top.where(top > 0, 1.0) for name, value in values.items()}

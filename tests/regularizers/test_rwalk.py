@@ -53,6 +53,18 @@ def test_the_importance_is_that_of_the_paper(n_tasks, n_steps, interval, alpha):
     assert 1 < found.max() <= 2
 
 
+def test_a_parameter_without_entries_changes_nothing():
+    def run(empty):
+        model = network(n_outputs=2)
+        if empty:
+            model.register_parameter("empty", torch.nn.Parameter(torch.zeros(0, 2)))
+        regularizer, optimizer = RWalk(model, 1.0, interval=2), sgd(model)
+        learn(model, optimizer, regularizer, task())
+        return regularizer.precision.to_dense()
+
+    torch.testing.assert_close(run(empty=True), run(empty=False), rtol=0, atol=0)
+
+
 def test_the_scale_of_the_loss_does_not_matter_where_the_score_is_not_damped():
     def run(scale):
         model = network(n_outputs=2)
