@@ -15,7 +15,23 @@ from torch import Tensor, nn
 
 from ewc_lib._foreach import at_once, copy_back_, each, in_dtypes_of, inner, side_by_side
 from ewc_lib._parameters import Vector
-from ewc_lib.fisher.structures import Diagonal, Fisher
+from ewc_lib.fisher.structures import Diagonal, Fisher, check_shapes
+
+
+def check_held(model: nn.Module, parameters: Mapping[str, Tensor], anchor: Vector) -> None:
+    """Raise a ValueError unless the trainable parameters are those of the anchor, with values."""
+    others = {name: p for name, p in model.named_parameters() if name not in parameters}
+    frozen = [name for name, p in others.items() if name in anchor and not p.requires_grad]
+    if frozen:
+        raise ValueError(
+            f"the penalty holds the parameters {frozen}, which do not require grad any more; "
+            "let them, and give them a learning rate of 0 instead"
+        )
+    shapes = {name: value.shape for name, value in anchor.items()}
+    check_shapes(shapes, {name: p.shape for name, p in parameters.items()})
+    for name, parameter in parameters.items():
+        if parameter.is_meta:  # to follow it there would lose what was consolidated
+            raise ValueError(f"parameter {name!r} is on the meta device: it has no values")
 
 
 def displacement(parameters: Mapping[str, Tensor], anchor: Vector) -> Vector:

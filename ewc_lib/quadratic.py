@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ewc_lib._anchored import (
     Sweep,
     add_pull_,
+    check_held,
     displacement,
     go_,
     in_layout_of,
@@ -129,7 +130,8 @@ class QuadraticPenalty:
         Raises
         ------
         ValueError
-            If the parameters no longer have the names and shapes of the consolidated ones.
+            If the parameters no longer have the names and shapes of the consolidated ones, or
+            do not require grad any more, or have no values.
         """
         if self._precision is None:
             return torch.zeros((), device=next(self.model.parameters()).device)
@@ -144,7 +146,8 @@ class QuadraticPenalty:
         r"""Add the gradient of the penalty, :math:`\lambda A (\theta - m)`, to ``.grad``.
 
         Call it after ``loss.backward()``. It equals putting :meth:`penalty` into the loss and
-        builds no graph. A sparse gradient becomes dense, as it would there.
+        builds no graph. A sparse gradient becomes dense, as it would there. With a gradient
+        scaler, ``scaler.unscale_(optimizer)`` comes first.
         """
         if self._precision is None:
             return
@@ -301,8 +304,7 @@ class QuadraticPenalty:
         now = parameters, self._anchor, self._precision
         if forms == forms_then and all(map(is_, held, now)):
             return parameters, sweep
-        shapes = {name: value.shape for name, value in self._anchor.items()}
-        check_shapes(shapes, {name: p.shape for name, p in parameters.items()})
+        check_held(self.model, parameters, self._anchor)
         self._follow(next(iter(parameters.values())).device)
         if torch.compiler.is_compiling() or not isinstance(self._precision, Diagonal):
             return parameters, None

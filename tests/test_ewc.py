@@ -437,10 +437,37 @@ def test_a_model_that_has_changed_its_shape_is_refused_by_name():
             use()
 
 
-def test_everything_follows_the_model_to_another_device():
+def test_a_model_without_values_is_refused_and_nothing_is_lost():
     model, ewc, _ = consolidated(2)
+    before, penalty = ewc.state_dict(), ewc.penalty()
+    values = {name: value.clone() for name, value in model.state_dict().items()}
     model.to("meta")
-    assert ewc.penalty().device.type == "meta"
+    for use in (
+        ewc.penalty,
+        ewc.add_gradient_,
+        lambda: ewc.proximal_step_(torch.optim.SGD(model.parameters())),
+    ):
+        with pytest.raises(ValueError, match=r"parameter '0\.weight' is on the meta device"):
+            use()
+    model.to_empty(device="cpu").load_state_dict(values)
+    assert same(ewc.state_dict(), before)
+    assert same(ewc.penalty(), penalty)
+
+
+def test_a_parameter_that_was_frozen_since_is_refused_as_such():
+    model, ewc, _ = consolidated()
+    model[0].requires_grad_(False)
+    for use in (ewc.penalty, ewc.add_gradient_):
+        with pytest.raises(ValueError, match=r"\['0\.weight', '0\.bias'\].* not require grad any"):
+            use()
+    model[0].requires_grad_(True)
+    ewc.penalty().backward()
+
+
+def test_everything_moves_to_another_device():
+    _, ewc, _ = consolidated(2)
+    ewc._follow(torch.device("meta"))
+    assert ewc._offset.device.type == "meta"
     assert {t.device.type for t in ewc.anchor.values()} == {"meta"}
     assert {t.device.type for t in ewc.precision.diagonal().values()} == {"meta"}
 
