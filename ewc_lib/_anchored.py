@@ -145,7 +145,8 @@ def add_pull_(
         if isinstance(precision, Diagonal):
             new = each("mul", new, precision.values)
         for name, value in in_dtypes_of(parameters, each("mul", new, strength)).items():
-            parameters[name].grad = value
+            wanted = getattr(parameters[name], "grad_dtype", None)  # since PyTorch 2.10
+            parameters[name].grad = value.to(wanted or value.dtype)
 
 
 def _gradients(parameters: Mapping[str, nn.Parameter]) -> Vector:

@@ -294,6 +294,22 @@ def test_a_gradient_that_is_sparse_and_one_that_is_shared_are_those_of_the_loss(
         torch.testing.assert_close(p.grad, q.grad)
 
 
+@pytest.mark.skipif(not hasattr(nn.Parameter, "grad_dtype"), reason="PyTorch before 2.10")
+@each_structure
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_gradient_has_the_dtype_that_its_parameter_wants(structure, missing):
+    model = network(dtype=torch.bfloat16)
+    ewc = held(model, structure=structure)
+    for p in model.parameters():
+        p.grad_dtype = torch.float32
+        p.grad = None if missing else torch.ones_like(p, dtype=torch.float32)
+    ewc.add_gradient_()
+    first = 0.0 if missing else 1.0
+    own = torch.autograd.grad(ewc.penalty(), list(model.parameters()))
+    for p, g in zip(model.parameters(), own, strict=True):
+        torch.testing.assert_close(p.grad, first + g.float(), rtol=1e-2, atol=1e-2)
+
+
 class Mixed(nn.Module):
     """Parameters of four dtypes."""
 
