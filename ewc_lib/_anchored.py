@@ -77,7 +77,8 @@ class _SquaredDistance(torch.autograd.Function):
         if any(g is not None for g in outer_pulls):
             second = ctx.precision._product(_SquaredDistance._whole(ctx, outer_pulls))
             found = each("add", found, second) if found else {n: second[n] for n in ctx.parameters}
-        return None, None, None, *in_dtypes_of(ctx.parameters, found).values()
+        found = in_dtypes_of(ctx.parameters, found)
+        return None, None, None, *(found.get(name) for name in ctx.parameters)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:

@@ -47,6 +47,8 @@ def at_once(*columns: Any) -> bool:
     """Tell whether an operation on lists takes these."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return False  # vmap has no rule for them
+    if any(isinstance(c, Tensor) and c.requires_grad for c in columns):
+        return False  # they cannot be differentiated in one number for all
     return all(PLAIN.issuperset(map(type, c)) for c in columns if isinstance(c, list))
 
 

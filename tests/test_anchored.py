@@ -226,6 +226,20 @@ def test_a_penalty_has_a_derivative_along_a_direction():
     torch.testing.assert_close(found, expected)
 
 
+@each_structure
+def test_derivatives_of_the_first_and_second_order_are_those_of_differences(structure):
+    model = network()
+    module = Penalty(held(model, structure=structure))
+    names = [name for name, _ in module.named_parameters()]
+
+    def penalty(*values):
+        return functional_call(module, dict(zip(names, values, strict=True)), ())
+
+    own = [p.detach().clone().requires_grad_() for p in module.parameters()]
+    assert torch.autograd.gradcheck(penalty, own, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(penalty, own)
+
+
 def test_an_optimizer_may_ask_for_the_penalty_again_and_again():
     """L-BFGS finds the anchor, where the penalty is smallest."""
     model = network()

@@ -79,6 +79,13 @@ def test_nothing_takes_no_call():
     assert each("sub", {}, {}) == {}
 
 
+def test_it_can_be_differentiated_in_a_number_for_all():
+    factor = torch.tensor(3.0, requires_grad=True)
+    found = each("mul", {"a": torch.ones(2), "b": torch.full((3,), 2.0)}, factor)
+    sum(value.sum() for value in found.values()).backward()
+    assert factor.grad.item() == 2 * 1.0 + 3 * 2.0
+
+
 def test_vmap_and_gradients_go_through_it():
     a, b = vector(0), vector(1)
 
