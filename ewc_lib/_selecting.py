@@ -45,6 +45,8 @@ class Chooser:
 
     A model has changed if another module or parameter is in a place, or if a parameter was
     frozen or is no longer. A predicate is asked every time: what it answers may depend on more.
+    Tensors that ``torch.func.functional_call`` puts in the places of parameters do not tell
+    whether these are trained, so they are chosen by the names of the last choice.
     """
 
     def __init__(self) -> None:
@@ -71,11 +73,20 @@ class Chooser:
 
     def _look(self, model: nn.Module, params: list[str] | None) -> None:
         """Choose, and note on what the choice depends."""
-        self._chosen = select_parameters(model, params)
-        self._trainable = list(_trainable(model))
+        asked = [*(params or ()), params is None, model]
+        again = self._seen[: len(asked)] == asked
+        self._chosen = (again and self._stand_ins(model)) or select_parameters(model, params)
+        self._trainable = [name for name, p in model.named_parameters() if p.requires_grad]
         self._modules, self._parameters = list(model.modules()), list(model.parameters())
-        self._seen = [*(params or ()), params is None, model, *_content(self._modules)]
+        self._seen = [*asked, *_content(self._modules)]
         self._seen += [p.requires_grad for p in self._parameters]
+
+    def _stand_ins(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return what has the names of the last choice, if some of it is no parameter."""
+        own = dict(model.named_parameters())
+        if all(isinstance(p, nn.Parameter) for p in own.values()):
+            return {}
+        return {name: own[name] for name in self._chosen if name in own}
 
 
 def _content(modules: list[nn.Module]) -> list[object]:

@@ -7,7 +7,7 @@ import torch
 import torch.autograd.forward_ad as forward_mode
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call, grad, hessian, vmap
+from torch.func import functional_call, grad, hessian, jvp, vmap
 
 from ewc_lib import EWC
 from tests.counting import operations
@@ -238,6 +238,28 @@ def test_derivatives_of_the_first_and_second_order_are_those_of_differences(stru
     own = [p.detach().clone().requires_grad_() for p in module.parameters()]
     assert torch.autograd.gradcheck(penalty, own, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(penalty, own)
+
+
+@pytest.mark.parametrize("params", [None, ["2.*"]])
+def test_tensors_that_ask_for_no_gradient_may_take_the_place_of_parameters(params):
+    model = network()
+    model[0].requires_grad_(False)
+    module = Penalty(held(model, params=params))
+    theta = {name: p.detach().clone() for name, p in module.named_parameters()}
+    directions = {name: torch.randn_like(p) for name, p in theta.items()}
+    own = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    slopes = torch.autograd.grad(module(), own.values(), materialize_grads=True)
+    expected = sum((g * directions[n]).sum() for n, g in zip(own, slopes, strict=True))
+
+    def penalty(theta):
+        return functional_call(module, theta, ())
+
+    torch.testing.assert_close(penalty(theta), module().detach())
+    torch.testing.assert_close(jvp(penalty, (theta,), (directions,)), (module(), expected))
+    found = grad(penalty)(theta)
+    for name, g in zip(own, slopes, strict=True):
+        torch.testing.assert_close(found[name], g)
+    module().backward()  # the parameters are back
 
 
 def test_an_optimizer_may_ask_for_the_penalty_again_and_again():
