@@ -291,6 +291,18 @@ def test_a_choice_that_cannot_be_made_is_an_error_every_time(asked):
     assert list(choose(model, ["head.*"])) == ["head.weight", "head.bias"]
 
 
+@pytest.mark.parametrize("params", [None, ["body.*"]])
+def test_what_stands_in_the_place_of_a_parameter_is_chosen_as_that_was(params):
+    model, choose = network(), Chooser()
+    model.head.requires_grad_(False)
+    names = list(choose(model, params))
+    own = {name: p.detach() for name, p in model.named_parameters()}
+    with torch.nn.utils.stateless._reparametrize_module(model, own):
+        assert all(value is own[name] for name, value in choose(model, params).items())
+        assert list(choose(model, params)) == names
+    assert all(isinstance(p, nn.Parameter) for p in choose(model, params).values())
+
+
 def test_modules_that_hold_each_other_end():
     model, choose = network(), Chooser()
     model.body.parent = model
