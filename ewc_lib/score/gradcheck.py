@@ -180,7 +180,8 @@ class GradientCheck:
         """
         n, known = len(self.weights), dict[tuple[BatchAxis, int], tuple[Tensor, Tensor]]()
         keys = {(axis, id(plain[i])): (i, axis) for i, axis in candidates}
-        for some in _in_pieces(list(keys.items()), lambda item: plain[item[1][0]]):
+        nbytes = {key: plain[i].nbytes for key, (i, _) in keys.items()}
+        for some in _in_pieces(list(keys.items()), lambda item: nbytes[item[0]], self._room):
             expected = self.weigh([axis.split(plain[i], n) for _, (i, axis) in some])
             arrived = [axis.split(weighted[i], n) for _, (i, axis) in some]
             distances, lengths = _lengths(_differences(arrived, expected)), _lengths(expected)
@@ -223,27 +224,49 @@ class GradientCheck:
 
         They may differ by the rounding of their terms.
         """
-        failed = self.answer.keys() - found.keys()
-        totals = _zeros({name: self.answer[name] for name in found if name in self.answer})
-        for some in _in_pieces(list(totals), lambda name: found[name].output_gradients[0]):
-            for name, gradients in self._weighted({n: found[n] for n in some}).items():
-                try:
-                    gradients.add_total(totals[name])
-                except RuntimeError:  # the tensors have other shapes than the rule expects
-                    failed.add(name)
-                    del totals[name]
-        names = list(totals)
-        answers = [self.answer[name] for name in names]
-        differences = _differences([totals[name] for name in names], answers)
-        sizes, distances, lengths = norms(
-            list(self.answer.values()), differences, list(totals.values())
+        compared = self._compared_totals(found)
+        sizes, distances, lengths = _read(
+            _lengths(list(self.answer.values())),
+            [distance for distance, _ in compared.values()],
+            [length for _, length in compared.values()],
         )
         self.sizes.update(zip(self.answer, sizes, strict=True))
-        for name, distance, length in zip(names, distances, lengths, strict=True):
+        failed = self.answer.keys() - compared.keys()
+        for name, distance, length in zip(compared, distances, lengths, strict=True):
             agrees = self._agrees(name, distance, found[name].parameter)
             if not agrees and not self._cancels(name, length, found[name]):
                 failed.add(name)
         return failed
+
+    def _compared_totals(
+        self, found: dict[str, ParameterGradients]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return for each parameter how far its sum is from the answer, and how long it is.
+
+        Those whose tensors have other shapes than the rule expects are left out.
+        """
+
+        def nbytes(name: str) -> int:
+            arrived = sum(g.nbytes for g in found[name].output_gradients)
+            return max(self.answer[name].nbytes, arrived)
+
+        compared: dict[str, tuple[Tensor, Tensor]] = {}
+        for some in _in_pieces([n for n in found if n in self.answer], nbytes, self._room):
+            totals = _zeros({name: self.answer[name] for name in some})
+            for name, gradients in self._weighted({n: found[n] for n in some}).items():
+                try:
+                    gradients.add_total(totals[name])
+                except RuntimeError:
+                    del totals[name]
+            differences = _differences(list(totals.values()), [self.answer[n] for n in totals])
+            distances, lengths = _lengths(differences), _lengths(list(totals.values()))
+            compared |= dict(zip(totals, zip(distances, lengths, strict=True), strict=True))
+        return compared
+
+    @property
+    def _room(self) -> int:
+        """What the pieces of a comparison may take."""
+        return memory.budget(self.direction.device).rows
 
     def _agrees(self, name: str, distance: float, parameter: Tensor) -> bool:
         unit = _unit(self.answer[name], self.graph.eps_of(parameter))
@@ -424,16 +447,9 @@ def _zeros(like: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _key(axis: BatchAxis, plain: Tensor, weighted: Tensor) -> tuple[Any, ...]:
-    return axis, id(plain), id(weighted)
-
-
-def _in_pieces(items: list[T], like: Callable[[T], Tensor]) -> Iterator[list[T]]:
-    """Take together what fits one piece of memory, given a tensor of the size of each."""
-    if not items:
-        return
-    room = memory.budget(like(items[0]).device).rows
-    ends = accumulate(like(item).nbytes for item in items)
+def _in_pieces(items: list[T], nbytes: Callable[[T], int], room: int) -> Iterator[list[T]]:
+    """Take together what fits one piece of memory."""
+    ends = accumulate(map(nbytes, items))
     for _, group in groupby(zip(items, ends, strict=True), lambda pair: pair[1] // room):
         yield [item for item, _ in group]
 

@@ -166,6 +166,7 @@ def count(contestant: Contestant, benchmark: Benchmark, few: int = 2, many: int 
             found = asked(lambda: run(model, data))
         return found.operations, found.waits
 
+    ask(contestant, 1)  # what is done once in a process is no part of it
     unit = ask(plain_pass, 2)[0] - ask(plain_pass, 1)[0]
     less, more = ask(contestant, few), ask(contestant, many)
     each, waits = ((b - a) / (many - few) for a, b in zip(less, more, strict=True))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,7 +26,6 @@ class DiagonalSum(Sum):
         self.sums = space.zeros_of_each()
         self._terms: dict[str, tuple[ParameterGradients, Tensor]] = {}
         self._squares_on: dict[torch.device, SquareSums] = {}
-        self._parts: Vector = {}
 
     def add_by_vmap(self, parts: Iterable[tuple[slice, Vector]]) -> None:
         for _, found in parts:
@@ -50,8 +50,7 @@ class DiagonalSum(Sum):
         """Add the squares of a parameter, or of their terms if these factorise."""
         g = gradients.output_gradients[0]
         if not gradients.squares_factorise:
-            squares = self._on(g.device)
-            gradients.add_squares(self._place(name, g), squares)
+            self._add(name, g, gradients.add_squares)
         elif name in self._terms:
             self._terms[name][1].add_(gradients.squared_terms())
         else:
@@ -59,28 +58,35 @@ class DiagonalSum(Sum):
 
     def end_block(self) -> None:
         for name, (gradients, squared) in self._terms.items():
-            gradients.add_squares_of_terms(self._place(name, squared), squared)
+            add = partial(_add_product, gradients, squared)
+            self._add(name, squared, add)
         for squares in self._squares_on.values():
             squares.finish()
-        for name, part in self._parts.items():
-            self.sums[name] += part.to(self.sums[name])
-        self._terms, self._parts = {}, {}
+        self._terms = {}
 
     def _on(self, device: torch.device) -> SquareSums:
         if device not in self._squares_on:
             self._squares_on[device] = SquareSums(memory.budget(device))
         return self._squares_on[device]
 
-    def _place(self, name: str, like: Tensor) -> Tensor:
-        """Return the sum if it is like the gradients, else a part that joins it in the end."""
-        total = self.sums[name]
+    def _add(self, name: str, like: Tensor, add: Callable[[Tensor, SquareSums], None]) -> None:
+        """Add to the sum in place if it is like the gradients, else to a part that then joins."""
+        total, squares = self.sums[name], self._on(like.device)
         if (total.device, total.dtype) == (like.device, like.dtype):
-            return total
-        if name not in self._parts:
-            self._parts[name] = like.new_zeros(total.shape)
-        return self._parts[name]
+            add(total, squares)
+        else:
+            part = like.new_zeros(total.shape)
+            add(part, squares)
+            squares.finish()
+            total += part.to(total)
 
     def mean(self, kind: str, paths: dict[str, str]) -> Diagonal:
         means = torch._foreach_div(list(self.sums.values()), self.n)
         values = dict(zip(self.sums, means, strict=True))
         return Diagonal(self.n, kind, {name: paths[name] for name in values}, values)
+
+
+def _add_product(
+    gradients: ParameterGradients, squared: Tensor, out: Tensor, squares: SquareSums
+) -> None:
+    gradients.add_squares_of_terms(out, squared)
