@@ -30,6 +30,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -171,10 +172,8 @@ class Planner:
         self._due = self._is_first or (bool(self._plans) and (batch.last or share))
         self._is_first, self._ahead = False, None
         if self._due and len(batch) >= 2 * TRIAL_SIZE and not self._always:
-            try:
+            with suppress(Exception):  # one of the model's own, too, as of lengths out of order
                 self._ahead = self._try_ahead(batch)
-            except (RuntimeError, ValueError, IndexError):
-                return
 
     def _try_ahead(self, batch: Batch) -> Ahead | None:
         """Run some observations alone, and check the plan for them or make one."""

@@ -243,3 +243,22 @@ def test_control_flow_that_needs_a_compiler_is_refused_by_name():
     model = Ragged(chosen).double()
     with pytest.raises(ValueError, match=r"torch\.cond"):
         fisher_information(model, batches(chosen, (3,)))
+
+
+class RefusalError(Exception):
+    """An error of a model's own."""
+
+
+def test_a_model_may_refuse_rows_in_another_order():
+    def in_order(model, inputs):
+        if (inputs[0].diff(dim=0)[:, 0] < 0).any():
+            raise RefusalError
+        return None
+
+    case = SCENARIOS["mlp_categorical"]()
+    x = torch.randn(40, 4).double().sort(0).values
+    data = x, torch.zeros(40, dtype=torch.long)
+    free = fisher_information(case.model, data).diagonal()
+    case.model.register_forward_pre_hook(in_order)
+    bound = fisher_information(case.model, data).diagonal()
+    assert all(torch.allclose(bound[name], free[name]) for name in free)
