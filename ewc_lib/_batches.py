@@ -34,6 +34,8 @@ class Batch(NamedTuple):
         Whether no batch follows.
     problems
         What may be wrong with the inputs, to be settled by whoever reads them.
+    sizes
+        The lengths of the batches that were joined to this one.
     """
 
     inputs: Any
@@ -41,6 +43,7 @@ class Batch(NamedTuple):
     first: int
     last: bool = False
     problems: tuple[Problem, ...] = ()
+    sizes: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.target)
@@ -49,6 +52,17 @@ class Batch(NamedTuple):
         """Raise a ValueError if an input holds NaN, else return the batch."""
         settle(self.problems)
         return self
+
+    def apart(self) -> Iterator[Batch]:
+        """Yield the batches that were joined to this one."""
+        start = 0
+        for size in self.sizes:
+            part = slice(start, start + size)
+            inputs, target = tree_map(lambda t, part=part: t[part], (self.inputs, self.target))
+            last = self.last and part.stop == len(self)
+            problems = tuple(_problems(inputs, self.first + start))
+            yield Batch(inputs, target, self.first + start, last, problems)
+            start += size
 
 
 class Reading:
@@ -146,7 +160,8 @@ def _joined(parts: list[Batch]) -> Batch:
     pairs = [(part.inputs, part.target) for part in parts]
     inputs, target = tree_map(lambda *leaves: torch.cat(leaves), *pairs)
     problems = tuple(chain.from_iterable(part.problems for part in parts))
-    return Batch(inputs, target, parts[0].first, parts[-1].last, problems)
+    sizes = tuple(map(len, parts))
+    return Batch(inputs, target, parts[0].first, parts[-1].last, problems, sizes)
 
 
 def _raw_batches(data: Any) -> Iterable[Any]:

@@ -11,7 +11,7 @@ from hypothesis import given
 from torch.utils.data import DataLoader, TensorDataset
 
 from ewc_lib import _batches
-from ewc_lib._batches import Reading, batches, join
+from ewc_lib._batches import Reading, batches, join, marking_last
 from ewc_lib.errors import EmptyData
 from tests.scenarios import PROPERTY, cut, same
 
@@ -244,6 +244,12 @@ def test_batches_of_another_form_are_not_joined(other):
 def test_joined_batches_of_named_inputs_keep_their_names():
     (batch,) = joined([{"x": x, "labels": y} for x, y in cut(X, Y, 4)], 100)
     assert same(batch.inputs, {"x": X})
+
+
+def test_what_was_joined_comes_apart_as_it_was():
+    (together,) = join(marking_last(batches(cut(X, Y, 4), CPU)), lambda: 100)
+    parts, before = list(together.apart()), list(marking_last(batches(cut(X, Y, 4), CPU)))
+    assert [same(part[:4], own[:4]) for part, own in zip(parts, before, strict=True)] == [True] * 3
 
 
 @pytest.mark.parametrize("form", FORMS)

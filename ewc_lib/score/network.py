@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any, TypeAlias, get_args
 
 import torch
@@ -196,6 +197,10 @@ def output_score(
     return torch.autograd.grad(total, output)[0]
 
 
+class NotTogetherError(RuntimeError):
+    """Batches that were joined, and that the model cannot take so."""
+
+
 class NetworkScores:
     """One model, batch after batch.
 
@@ -236,6 +241,7 @@ class NetworkScores:
         self.planner = Planner(self.parameters, by_vmap, lambda x: own._forward(x), certify)
         self._originals: dict[int, tuple[Tensor, Tensor]] = {}
         self._enough = 0
+        self._joins = True
 
     @contextmanager
     def leaving_no_trace(self) -> Iterator[None]:
@@ -271,12 +277,24 @@ class NetworkScores:
     ) -> Iterator[BatchScores]:
         """Run the model on all batches, small ones joined."""
         pieces = show_progress(batches(data, self.device, n_samples), "scores", progress)
-        return map(self.run, join(marking_last(pieces), lambda: self._enough))
+        joined = join(marking_last(pieces), lambda: self._enough)
+        return chain.from_iterable(map(self._run_joined, joined))
+
+    def _run_joined(self, batch: Batch) -> Iterator[BatchScores]:
+        """Run a batch, or the ones it was joined from if the model cannot take them together.
+
+        Lengths that are in order in each of them are in none when these are joined.
+        """
+        try:
+            yield self.run(batch)
+        except NotTogetherError:
+            self._joins = False
+            yield from map(self.run, batch.apart())
 
     def run(self, batch: Batch) -> BatchScores:
         """Run the model on one batch, check its output, and plan its backward passes."""
         self.planner.look_ahead(batch)
-        whole = self._forward(batch.inputs)
+        whole = self._forward_of(batch)
         output = whole.output.detach()
         if output.shape[:1] != (len(batch),):
             raise ValueError(
@@ -285,9 +303,17 @@ class NetworkScores:
             )
         settle([*self._problems(output, batch), *self.planner.problems(whole)])
         scores = self.planner.scores(batch, whole)
-        room = memory.budget(self.device).batch
+        room = memory.budget(self.device).batch if self._joins else 0
         self._enough = room * len(batch) // max(1, whole.nbytes)
         return scores
+
+    def _forward_of(self, batch: Batch) -> ForwardPass:
+        try:
+            return self._forward(batch.inputs)
+        except Exception as error:
+            if not batch.sizes:
+                raise
+            raise NotTogetherError from error
 
     def _problems(self, output: Tensor, batch: Batch) -> Iterator[Problem]:
         """Yield what may be wrong with the numbers of a batch, in the order they were computed."""

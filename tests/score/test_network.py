@@ -4,7 +4,9 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
+from ewc_lib import fisher_information
 from ewc_lib.score.network import NetworkScores
 from ewc_lib.score.network import _eager as eager
 from tests.budgets import set_budget
@@ -59,6 +61,25 @@ def test_small_batches_are_joined_after_the_first(monkeypatch):
     set_budget(monkeypatch, batch=2**24)
     estimate(SCENARIOS["mlp_categorical"](), 2)
     assert sizes == [2, N - 2]
+
+
+@pytest.mark.parametrize("kind", ["exact", "sketch"])
+def test_batches_that_a_model_cannot_take_together_are_run_apart(kind, monkeypatch):
+    def in_order(model, inputs):
+        if (inputs[0].diff(dim=0)[:, 0] < 0).any():
+            raise ValueError("not in order")
+
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    pieces = [torch.randn(n, 4).double().sort(0).values for n in (3, 3, 2)]
+    data = [(x, torch.zeros(len(x), dtype=torch.long)) for x in pieces]
+    set_budget(monkeypatch, batch=2**24)
+    free = fisher_information(model, data, kind=kind).diagonal()
+    sizes, run = [], NetworkScores.run
+    monkeypatch.setattr(NetworkScores, "run", lambda self, b: sizes.append(len(b)) or run(self, b))
+    model.register_forward_pre_hook(in_order)
+    bound = fisher_information(model, data, kind=kind).diagonal()
+    assert all(torch.allclose(bound[name], free[name]) for name in free)
+    assert sizes == [3, 5, 3, 2]
 
 
 # No trace, and what was compiled
