@@ -415,11 +415,13 @@ def _some_rows(n: int, in_place: bool) -> Tensor:
 
     They are a quarter at most, since their gradients take memory, or half of a small batch.
     They change places, so that a mixture shows that takes something from the first or the last
-    row. Where values decide they keep their order, which lengths may have to be in.
+    row, or from the one as far from the other end. Two rows could be a pair that is mixed, so
+    there are three. Where values decide they keep their order, which lengths may have to be in.
     """
-    few = max(1, min(n // 4 if n >= 2 * TRIAL_SIZE else n // 2, TRIAL_SIZE))
+    few = min(n // 4 if n >= 2 * TRIAL_SIZE else n // 2, TRIAL_SIZE)
+    few = max(few, 3) if n > 3 else 1
     rows = torch.linspace(0, n - 1, max(few, 2)).long()[-few:]
-    return rows.roll(few // 2) if in_place else rows
+    return rows.roll(1) if in_place else rows
 
 
 def _at_once(

@@ -262,3 +262,17 @@ def test_a_model_may_refuse_rows_in_another_order():
     case.model.register_forward_pre_hook(in_order)
     bound = fisher_information(case.model, data).diagonal()
     assert all(torch.allclose(bound[name], free[name]) for name in free)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 6, 12, 15, 16, 36, 64])
+@pytest.mark.parametrize(
+    "others",
+    [lambda h: h.flip(0), lambda h: h.roll(len(h) // 2, 0), lambda h: h.roll(1, 0)],
+    ids=["from the other end", "half a batch away", "next"],
+)
+def test_a_mixture_of_two_rows_is_seen_in_a_batch_of_any_size(others, n):
+    case = SCENARIOS["mlp_categorical"]()
+    case.model.register_forward_hook(lambda model, inputs, output: output + others(output.detach()))
+    data = torch.randn(n, 4).double(), torch.zeros(n, dtype=torch.long)
+    with pytest.raises(ValueError, match="mixes observations"):
+        fisher_information(case.model, data)
