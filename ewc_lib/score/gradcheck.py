@@ -215,7 +215,7 @@ class GradientCheck:
         nearest = torch.where(found - ordered[before] < ordered[after] - found, before, after)
         error = torch.linalg.vector_norm(rows_weighted - ordered[nearest, None] * rows, dim=1)
         noise = 4 * _unit(plain, eps) * size.amax() if len(size) else 0.0
-        if (error > _tolerance(plain, eps) * size + noise).any():
+        if not (error <= _tolerance(plain, eps) * size + noise).all():  # nor is NaN of anybody
             return None
         return RaggedRows(order[nearest].where(size > 0, n), n)
 
@@ -280,6 +280,8 @@ class GradientCheck:
         """
         if any(use.source is not gradients.parameter for use in gradients.uses):
             return False  # the signs of what was computed from the parameter are not known
+        if math.isnan(self.sizes[name]):
+            return False
         expected, size = self.answer[name], max(length, self.sizes[name])
         unit = _unit(expected, self.graph.eps_of(gradients.parameter))
         total = _zeros({name: expected})[name]
@@ -319,6 +321,11 @@ class GradientCheck:
         """
         expected = self.answer.get(name, torch.zeros_like(weighted))
         eps = max(forward_eps, self.graph.eps_of(parameter))
+        if expected.isnan().any():
+            raise ValueError(
+                f"the gradient of parameter {name!r} is NaN for some observation, as that of a "
+                "square root or a norm is at zero"
+            )
         if not _agree(weighted, expected, eps, 100 * _unit(expected, eps) * self._largest):
             if parameter._backward_hooks:
                 hooks = ", ".join(_name(hook) for hook in parameter._backward_hooks.values())

@@ -658,3 +658,14 @@ def test_every_batch_is_checked_where_values_decide_the_way_through_the_model(po
     x[[4, 6], 0] = 6.0
     fisher_information(Branching(), cut(x, case.y, 3, 2, 1, 2))
     assert posed == [3, 2, 1, 2]
+
+
+@pytest.mark.parametrize("n", [1, 5, 20])
+@pytest.mark.parametrize("bad", [slice(None), slice(0, 1)], ids=["all", "the first"])
+def test_a_gradient_that_is_no_number_is_not_taken_for_zero(bad, n):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)).double()
+    x = torch.randn(n, 3).double()
+    x[bad, 0] = 7
+    model[0].register_forward_hook(lambda m, i, out: (out * (i[0][:, :1] != 7)).abs().sqrt())
+    with pytest.raises(ValueError, match=r"is NaN|not finite"):
+        fisher_information(model, (x, torch.zeros(n, dtype=torch.long)))
