@@ -20,7 +20,7 @@ from ewc_lib.score.gradients import ParameterGradients, UseInBatch
 from ewc_lib.score.memory import sum_dtype
 
 if TYPE_CHECKING:
-    from ewc_lib.score.plan import Plan
+    from ewc_lib.score.trial import Plan
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,11 +35,10 @@ ten-thousandth of a gradient can hide; in doubt, run the model in double precisi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import accumulate, groupby, islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -47,15 +46,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ewc_lib._checking import Problem
-from ewc_lib.score import memory
+from ewc_lib.score import lengths, memory
 from ewc_lib.score.batch_axis import BatchAxis, Placement, RaggedRows, batch_axes, weigh
 from ewc_lib.score.forward_pass import pull_through
 from ewc_lib.score.gradients import ParameterGradients
 from ewc_lib.score.graph import NOTHING, Graph
 from ewc_lib.score.memory import sum_dtype
 from ewc_lib.score.record import ParameterUse
-
-T = TypeVar("T")
 
 
 class Placements(NamedTuple):
@@ -146,10 +143,10 @@ class GradientCheck:
         """
         candidates = [(i, axis) for i, g in plain.items() for axis in self._axes(uses[i].input, g)]
         inputs = {i: uses[i].operand() for i in plain if uses[i].rule.multiplies}
-        apart, sizes, of_inputs = _read(
+        apart, sizes, of_inputs = lengths.read(
             self._compared(candidates, plain, weighted),
-            _lengths(list(plain.values())),
-            _lengths(list(inputs.values())),
+            lengths.of(list(plain.values())),
+            lengths.of(list(inputs.values())),
         )
         places: dict[int, list[Placement]] = {i: [] for i in plain}
         for (i, axis), distance, length in zip(candidates, apart[::2], apart[1::2], strict=True):
@@ -160,9 +157,9 @@ class GradientCheck:
             if rows is not None and rows.fits(uses[i].input.shape, len(self.weights)):
                 places[i].append(rows)
         blank = dict(zip(inputs, of_inputs, strict=True))
-        lengths = dict(zip(plain, sizes, strict=True))
-        silent = {i for i, size in lengths.items() if 0 in (size, blank.get(i))}
-        return Placements(places, lengths, silent)
+        of_plain = dict(zip(plain, sizes, strict=True))
+        silent = {i for i, size in of_plain.items() if 0 in (size, blank.get(i))}
+        return Placements(places, of_plain, silent)
 
     def _axes(self, input: Tensor, plain: Tensor) -> Iterator[BatchAxis]:
         n = len(self.weights)
@@ -181,11 +178,11 @@ class GradientCheck:
         n, known = len(self.weights), dict[tuple[BatchAxis, int], tuple[Tensor, Tensor]]()
         keys = {(axis, id(plain[i])): (i, axis) for i, axis in candidates}
         nbytes = {key: plain[i].nbytes for key, (i, _) in keys.items()}
-        for some in _in_pieces(list(keys.items()), lambda item: nbytes[item[0]], self._room):
+        for some in lengths.in_pieces(list(keys.items()), lambda item: nbytes[item[0]], self._room):
             expected = self.weigh([axis.split(plain[i], n) for _, (i, axis) in some])
             arrived = [axis.split(weighted[i], n) for _, (i, axis) in some]
-            distances, lengths = _lengths(_differences(arrived, expected)), _lengths(expected)
-            pairs = zip(distances, lengths, strict=True)
+            distances = lengths.of(lengths.differences(arrived, expected))
+            pairs = zip(distances, lengths.of(expected), strict=True)
             known |= dict(zip((key for key, _ in some), pairs, strict=True))
         return [number for i, axis in candidates for number in known[axis, id(plain[i])]]
 
@@ -225,14 +222,14 @@ class GradientCheck:
         They may differ by the rounding of their terms.
         """
         compared = self._compared_totals(found)
-        sizes, distances, lengths = _read(
-            _lengths(list(self.answer.values())),
+        sizes, distances, found_sizes = lengths.read(
+            lengths.of(list(self.answer.values())),
             [distance for distance, _ in compared.values()],
             [length for _, length in compared.values()],
         )
         self.sizes.update(zip(self.answer, sizes, strict=True))
         failed = self.answer.keys() - compared.keys()
-        for name, distance, length in zip(compared, distances, lengths, strict=True):
+        for name, distance, length in zip(compared, distances, found_sizes, strict=True):
             agrees = self._agrees(name, distance, found[name].parameter)
             if not agrees and not self._cancels(name, length, found[name]):
                 failed.add(name)
@@ -251,16 +248,17 @@ class GradientCheck:
             return max(self.answer[name].nbytes, arrived)
 
         compared: dict[str, tuple[Tensor, Tensor]] = {}
-        for some in _in_pieces([n for n in found if n in self.answer], nbytes, self._room):
-            totals = _zeros({name: self.answer[name] for name in some})
+        for some in lengths.in_pieces([n for n in found if n in self.answer], nbytes, self._room):
+            totals = lengths.zeros({name: self.answer[name] for name in some})
             for name, gradients in self._weighted({n: found[n] for n in some}).items():
                 try:
                     gradients.add_total(totals[name])
                 except RuntimeError:
                     del totals[name]
-            differences = _differences(list(totals.values()), [self.answer[n] for n in totals])
-            distances, lengths = _lengths(differences), _lengths(list(totals.values()))
-            compared |= dict(zip(totals, zip(distances, lengths, strict=True), strict=True))
+            answers = [self.answer[name] for name in totals]
+            apart = lengths.of(lengths.differences(list(totals.values()), answers))
+            pairs = zip(apart, lengths.of(list(totals.values())), strict=True)
+            compared |= dict(zip(totals, pairs, strict=True))
         return compared
 
     @property
@@ -284,9 +282,9 @@ class GradientCheck:
             return False
         expected, size = self.answer[name], max(length, self.sizes[name])
         unit = _unit(expected, self.graph.eps_of(gradients.parameter))
-        total = _zeros({name: expected})[name]
+        total = lengths.zeros({name: expected})[name]
         self._weighted({name: gradients})[name].absolute().add_total(total)
-        if size <= _noise(unit) * norm(total):
+        if size <= _noise(unit) * lengths.norm(total):
             return True
         if size <= self.negligible(expected, self._largest):
             self.unsettled.add(name)
@@ -385,14 +383,16 @@ def apart(alone: Tensor, together: Tensor, eps: float = 0.0) -> Problem:
     if alone.numel() != together.numel():
         explain()
     both = torch.stack([alone.detach().reshape(together.shape), together.detach()])
-    a, b = _wide(both.nan_to_num(neginf=0.0))
+    a, b = lengths.wide(both.nan_to_num(neginf=0.0))
     distance, length = torch.linalg.vector_norm(a - b), torch.linalg.vector_norm(b)
     return Problem(distance > _tolerance(together, eps) * length, explain)
 
 
 def _agree(a: Tensor, b: Tensor, eps: float, noise: float = 0.0) -> bool:
     """Compare up to rounding, which is far below any wrong axis or missed use."""
-    return bool(norm(a.to(sum_dtype(b)) - b) <= _tolerance(b, eps) * norm(b) + noise)
+    return bool(
+        lengths.norm(a.to(sum_dtype(b)) - b) <= _tolerance(b, eps) * lengths.norm(b) + noise
+    )
 
 
 def _tolerance(values: Tensor, eps: float) -> float:
@@ -406,59 +406,6 @@ def _noise(unit: float) -> float:
 
 def _unit(values: Tensor, eps: float) -> float:
     return max(eps, float(torch.finfo(values.dtype).eps))
-
-
-def norm(values: Tensor) -> float:
-    """Return the length of a vector, in the precision of sums."""
-    return norms([values])[0][0]
-
-
-def norms(*groups: Sequence[Tensor]) -> list[list[float]]:
-    """Return the length of every tensor of some groups; the device is asked once."""
-    return _read(*map(_lengths, groups))
-
-
-def _lengths(tensors: Sequence[Tensor]) -> list[Tensor]:
-    every = [_wide(tensor.detach()) for tensor in tensors]
-    return list(torch._foreach_norm(every)) if every else []
-
-
-def _read(*groups: list[Tensor]) -> list[list[float]]:
-    """Read numbers from the device, all at once."""
-    every = [number for group in groups for number in group]
-    numbers = iter(torch.stack(every).tolist() if every else [])
-    return [list(islice(numbers, len(group))) for group in groups]
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """Bring a tensor to the precision of sums; whole numbers and truth values, too."""
-    return tensor.to(sum_dtype(tensor))
-
-
-def _differences(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
-    """Subtract the second of each pair from the first, in the precision of sums."""
-    if not a:
-        return []
-    return list(torch._foreach_sub([*map(_wide, a)], [*map(_wide, b)]))
-
-
-def _zeros(like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return sums to start with, in the shapes of some tensors and the precision of sums."""
-    kinds = {name: (sum_dtype(tensor), tensor.device) for name, tensor in like.items()}
-    found: dict[str, Tensor] = {}
-    for dtype, device in set(kinds.values()):
-        names = [name for name, kind in kinds.items() if kind == (dtype, device)]
-        sizes = [like[name].numel() for name in names]
-        parts = torch.zeros(sum(sizes), dtype=dtype, device=device).split(sizes)
-        found |= {n: part.view(like[n].shape) for n, part in zip(names, parts, strict=True)}
-    return found
-
-
-def _in_pieces(items: list[T], nbytes: Callable[[T], int], room: int) -> Iterator[list[T]]:
-    """Take together what fits one piece of memory."""
-    ends = accumulate(map(nbytes, items))
-    for _, group in groupby(zip(items, ends, strict=True), lambda pair: pair[1] // room):
-        yield [item for item, _ in group]
 
 
 def _name(hook: Any) -> str:

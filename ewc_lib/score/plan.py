@@ -31,8 +31,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -43,20 +42,12 @@ from ewc_lib._arguments import check_choice
 from ewc_lib._batches import Batch
 from ewc_lib._checking import Problem, settle
 from ewc_lib._parameters import Vector
-from ewc_lib.score import memory
 from ewc_lib.score.batch import BatchScores
-from ewc_lib.score.batch_axis import BatchAxis, Placement, RaggedRows
 from ewc_lib.score.by_vmap import VmapGradients
 from ewc_lib.score.forward_pass import ForwardPass
-from ewc_lib.score.gradcheck import (
-    NO_SCORES,
-    GradientCheck,
-    Placements,
-    apart,
-    random_direction,
-)
-from ewc_lib.score.gradients import selects_entries
+from ewc_lib.score.gradcheck import NO_SCORES, GradientCheck, apart, random_direction
 from ewc_lib.score.memory import sum_dtype
+from ewc_lib.score.trial import Plan, Trial
 
 Certify: TypeAlias = Literal["auto", "always"]
 """Whether batches are checked where a plan could fail to hold, or all of them."""
@@ -69,35 +60,6 @@ Batches of less than twice as many are tried as a whole.
 
 SHARE = 1 / 16
 """Of the batches whose plan is known to hold, those that are checked nevertheless."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the gradient of each parameter is read from its uses.
-
-    Attributes
-    ----------
-    axes
-        For each parameter, the numbers of its uses and where the observations lie in them.
-    selects_entries
-        Parameters all of whose uses are of one tensor that holds their entries, none twice.
-    unsettled
-        Uses that added nothing when the plan was made, or that more than one axis fitted, so that
-        it says nothing about them.
-    together
-        Whether several output columns may go back at once, and give what each gives alone.
-    """
-
-    axes: dict[str, dict[int, Placement]]
-    selects_entries: set[str]
-    unsettled: list[int]
-    together: bool = False
-
-    @property
-    def is_general(self) -> bool:
-        """Whether it holds for the rows of other batches, too."""
-        found = (axis for axes in self.axes.values() for axis in axes.values())
-        return not any(isinstance(axis, RaggedRows) for axis in found)
 
 
 class Ahead(NamedTuple):
@@ -183,7 +145,7 @@ class Planner:
             return None
         plan = self._plans.get(trial.signature)
         if plan is None:
-            plan, check, failed = self._by_rule(batch, trial)
+            plan, check, failed = self._plan_for(batch, trial)
         else:
             check = GradientCheck.pose(trial.output, self.parameters, trial.graph)
             found = self._follow(plan, batch, trial).by_rule(check.direction[None])
@@ -223,6 +185,9 @@ class Planner:
             self.by_vmap.update(ahead.failed)
             self._check_vmap(self._follow(ahead.plan, batch, trial), check)
         return ahead.plan
+
+    def _plan_for(self, batch: Batch, trial: ForwardPass) -> tuple[Plan, GradientCheck, set[str]]:
+        return Trial(self.parameters, trial, partial(self._follow, batch=batch)).plan()
 
     def _follow(self, plan: Plan, batch: Batch, forward: ForwardPass) -> BatchScores:
         return BatchScores(batch, forward, plan, sorted(self.by_vmap), self.vmap_gradients)
@@ -289,91 +254,9 @@ class Planner:
 
     def _try(self, batch: Batch, trial: ForwardPass) -> Plan:
         """Let every parameter whose rules fail go by vmap, and check that too."""
-        plan, check, failed = self._by_rule(batch, trial)
+        plan, check, failed = self._plan_for(batch, trial)
         self.by_vmap.update(failed)
         self._check_vmap(self._follow(plan, batch, trial), check)
-        return plan
-
-    def _by_rule(self, batch: Batch, trial: ForwardPass) -> tuple[Plan, GradientCheck, set[str]]:
-        """Return a plan, what judged it, and the parameters for which it does not hold."""
-        together = memory.budget(trial.output.device).columns > 0
-        if together:  # what goes back at once may be wrong, or not work at all
-            check = GradientCheck.pose(trial.output, self.parameters, trial.graph)
-            try:
-                plan, failed = self._judged(batch, trial, check, *_at_once(trial, check))
-            except RuntimeError:
-                together = False
-            else:
-                together = not failed
-        if not together:
-            check, plain, weighted = self._apart_from_each_other(trial)
-            plan, failed = self._judged(batch, trial, check, plain, weighted)
-        return replace(plan, together=together), check, failed
-
-    def _apart_from_each_other(
-        self, trial: ForwardPass
-    ) -> tuple[GradientCheck, dict[int, Tensor], dict[int, Tensor]]:
-        """Bring back the direction, and with the answer of autograd the weighted direction."""
-        edges = trial.edges(range(len(trial.uses)))
-        check = GradientCheck.pose(trial.output, self.parameters, trial.graph, list(edges))
-        found = check.at_edges.items()
-        weighted = {i: g for edge, g in found if g is not None for i in edges[edge]}
-        check.at_edges.clear()
-        return check, _single(trial.pull(sorted(weighted), check.direction[None])), weighted
-
-    def _judged(
-        self,
-        batch: Batch,
-        trial: ForwardPass,
-        check: GradientCheck,
-        plain: dict[int, Tensor],
-        weighted: dict[int, Tensor],
-    ) -> tuple[Plan, set[str]]:
-        """Make a plan from output gradients without and with weights, and judge it."""
-        places = check.placements(trial.uses, plain, weighted)
-        weighted.clear()  # of a large model they take as much as its results
-        axes, unclear = self._placements(trial, check, plain, places)
-        plan = self._choose(trial, axes, plain)
-        columns = {i: g.unsqueeze(0) for i, g in plain.items()}
-        by_rule = self._follow(plan, batch, trial).by_rule(check.direction[None], columns)
-        failed = check.failures(by_rule)
-        plan.unsettled.extend(unclear | self._without_effect(plan, check, places))
-        return plan, failed
-
-    @staticmethod
-    def _placements(
-        trial: ForwardPass, check: GradientCheck, plain: dict[int, Tensor], places: Placements
-    ) -> tuple[list[Placement | None], set[int]]:
-        """Choose where the observations lie in each use, and tell which do not show it."""
-        largest = max(places.sizes.values(), default=0.0)
-        axes: list[Placement | None] = [BatchAxis()] * len(trial.uses)
-        unclear = set()
-        for i, found in places.found.items():
-            axes[i] = found[0] if found else None
-            if not found and places.sizes[i] <= check.negligible(plain[i], largest):
-                axes[i] = check.any_axis(trial.uses[i].input, plain[i])
-                unclear.add(i)
-            elif len(found) > 1:
-                unclear.add(i)
-        return axes, unclear
-
-    @staticmethod
-    def _without_effect(plan: Plan, check: GradientCheck, places: Placements) -> set[int]:
-        """Return the numbers of the uses that add nothing, or to a gradient that is nothing."""
-        uses = {i for axes in plan.axes.values() for i in axes}
-        of_nothing = (axes for n, axes in plan.axes.items() if not check.has_answer(n))
-        return (uses & places.silent).union(*of_nothing)
-
-    def _choose(
-        self, trial: ForwardPass, axes: list[Placement | None], plain: dict[int, Tensor]
-    ) -> Plan:
-        plan = Plan({}, set(), [])
-        for name, parameter in self.parameters.items() if trial.uses else ():
-            numbers = [i for i in trial.recorder.uses_of(name, axes) or [] if i in plain]
-            plan.axes[name] = {i: found for i in numbers if (found := axes[i]) is not None}
-            sources = {id(trial.uses[i].source): trial.uses[i].source for i in numbers}
-            if len(sources) == 1 and selects_entries(next(iter(sources.values())), parameter):
-                plan.selects_entries.add(name)
         return plan
 
     def _check_vmap(self, scores: BatchScores, check: GradientCheck) -> None:
@@ -422,19 +305,3 @@ def _some_rows(n: int, in_place: bool) -> Tensor:
     few = max(few, 3) if n > 3 else 1
     rows = torch.linspace(0, n - 1, max(few, 2)).long()[-few:]
     return rows.roll(1) if in_place else rows
-
-
-def _at_once(
-    trial: ForwardPass, check: GradientCheck
-) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Bring back the direction and the weighted direction together."""
-    found = trial.pull(range(len(trial.uses)), torch.stack([check.direction, check.weighted]))
-    cut = {id(g): g.unbind() for g in found.values()}  # uses share output gradients
-    plain = {i: cut[id(g)][0] for i, g in found.items()}
-    return plain, {i: cut[id(g)][1] for i, g in found.items()}
-
-
-def _single(found: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Return the gradients along the only column; uses that share one still do."""
-    alone = {id(g): g[0] for g in found.values()}
-    return {i: alone[id(g)] for i, g in found.items()}

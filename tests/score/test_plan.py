@@ -6,20 +6,20 @@ from torch import nn
 
 from ewc_lib import fisher_information
 from ewc_lib._batches import Batch
-from ewc_lib.score.plan import Planner
+from ewc_lib.score.trial import Trial
 from tests.scenarios import SCENARIOS, N, cut, estimate, relative_error
 from tests.score.cases import batch, of, three_paths
 
 
 def spy_on_trials(monkeypatch):
     """Return the list to which every judged pass adds its number of observations."""
-    judged, judge = [], Planner._judged
+    judged, judge = [], Trial._judged
 
-    def spy(self, batch, trial, *rest):
-        judged.append(len(trial))
-        return judge(self, batch, trial, *rest)
+    def spy(self, *rest):
+        judged.append(len(self.forward))
+        return judge(self, *rest)
 
-    monkeypatch.setattr(Planner, "_judged", spy)
+    monkeypatch.setattr(Trial, "_judged", spy)
     return judged
 
 
