@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from ewc_lib.experiments.cost.model import Shape, Work
-from ewc_lib.experiments.cost.report import Row
+from ewc_lib.experiments.cost.report import Measured
 
 __all__ = [
     "CARDS",
@@ -236,7 +236,7 @@ class Check(NamedTuple):
 
 
 def checks(
-    rows: Iterable[Row], works: Mapping[str, tuple[Work, int]], accelerator: Accelerator
+    rows: Iterable[Measured], works: Mapping[str, tuple[Work, int]], accelerator: Accelerator
 ) -> list[Check]:
     """Compare the forecast with what was measured of this package.
 
@@ -252,7 +252,7 @@ def checks(
     Examples
     --------
     >>> from ewc_lib.experiments.cost.model import Layer
-    >>> row = Row("mlp", "ewc_lib", "exact", 100, passes=2.1)
+    >>> row = Measured("mlp", "ewc_lib", "exact", 100, passes=2.1)
     >>> work = Layer(400, 784, first=True).work
     >>> checks([row], {"mlp": (work, 9)}, PROCESSOR)[0].ratio < 1
     True

@@ -21,7 +21,7 @@ __all__ = [
     "CUDA_RESULT",
     "RESULT",
     "Fit",
-    "Row",
+    "Measured",
     "figure",
     "fits",
     "load",
@@ -62,7 +62,7 @@ def load(path: Path = RESULT) -> dict[str, Any]:
     return result
 
 
-class Row(NamedTuple):
+class Measured(NamedTuple):
     """The cost of one contestant on one model; where there is a ``reason``, there is no cost.
 
     Parameters
@@ -104,7 +104,7 @@ class Row(NamedTuple):
         return not estimate and self.error is not None and self.error > AGREEMENT
 
 
-def rows(result: dict[str, Any]) -> list[Row]:
+def rows(result: dict[str, Any]) -> list[Measured]:
     """Return the cost of every contestant on every model.
 
     Parameters
@@ -125,15 +125,15 @@ def model_sections(result: dict[str, Any]) -> dict[str, Entry]:
     return {name: found for name, found in result["sections"].items() if name != "linearity"}
 
 
-def _row(model: str, section: Entry, library: str, kind: str, entry: Entry) -> Row:
+def _row(model: str, section: Entry, library: str, kind: str, entry: Entry) -> Measured:
     if "reason" in entry:
-        return Row(model, library, kind, reason=entry["reason"])
+        return Measured(model, library, kind, reason=entry["reason"])
     n, share = entry["n"], entry["n"] / section["n"]
     pairs = zip(entry["seconds"], entry["plain_seconds"], strict=True)
     passes = [seconds / (plain * share) for seconds, plain in pairs]
     above = (entry["peak_bytes"] - section["plain_peak_bytes"]) / 2**20
     spread = statistics.median(passes), min(passes), max(passes)
-    return Row(model, library, kind, n, *spread, above, entry["error"], share < 1)
+    return Measured(model, library, kind, n, *spread, above, entry["error"], share < 1)
 
 
 class Fit(NamedTuple):
@@ -220,7 +220,7 @@ def figure(result: dict[str, Any]) -> Figure:
     return drawn
 
 
-def _draw_model(axes: Axes, mine: list[Row]) -> None:
+def _draw_model(axes: Axes, mine: list[Measured]) -> None:
     measured = [row for row in mine if row.reason is None]
     places = {library: i for i, library in enumerate(dict.fromkeys(r.library for r in measured))}
     for shift, kind in enumerate(KINDS, start=1):

@@ -11,7 +11,7 @@ from ewc_lib.experiments.cost.report import (
     KINDS,
     RESULT,
     Entry,
-    Row,
+    Measured,
     load,
     model_sections,
     plain_seconds,
@@ -39,20 +39,20 @@ class Stored(NamedTuple):
     """
 
     title: str
-    rows: list[Row]
+    rows: list[Measured]
     result: dict[str, Any]
 
-    def found(self, model: str, library: str, kind: str) -> Row | None:
+    def found(self, model: str, library: str, kind: str) -> Measured | None:
         """Return the row of one contestant, or None if it was not measured."""
         wanted = (model, library, kind)
         return next((row for row in self.rows if row[:3] == wanted), None)
 
-    def ours(self) -> dict[tuple[str, str], Row]:
+    def ours(self) -> dict[tuple[str, str], Measured]:
         """Return the rows of this package that have a time, by model and kind."""
         mine = (row for row in self.rows if row.library == "ewc_lib" and row.reason is None)
         return {(row.model, row.kind): row for row in mine}
 
-    def rivals(self, model: str, kind: str) -> list[Row]:
+    def rivals(self, model: str, kind: str) -> list[Measured]:
         """Return right answers of other libraries, from the fastest on."""
         others = [r for r in self.rows if (r.model, r.kind) == (model, kind) and not r.wrong]
         right = (r for r in others if r.library != "ewc_lib" and r.reason is None)
@@ -76,7 +76,7 @@ def stored_table(path: Path = RESULT) -> Stored | None:
     if not path.exists():
         return None
     result = load(path)
-    found = [Row(**row) for row in result["rows"]] if "rows" in result else rows(result)
+    found = [Measured(**row) for row in result["rows"]] if "rows" in result else rows(result)
     return Stored(_title(result["provenance"]), found, result)
 
 
@@ -88,7 +88,7 @@ def _title(record: dict[str, Any]) -> str:
     return f"{device}, torch {record['versions']['torch']}, {record['date'][:10]}"
 
 
-def grid(rows: Sequence[Row], kind: str, value: str = "passes") -> str:
+def grid(rows: Sequence[Measured], kind: str, value: str = "passes") -> str:
     """Return one kind as text: a line for each library and a column for each model.
 
     ``~`` marks times that were scaled from fewer observations, ``!`` wrong answers, and ``–`` that
@@ -113,7 +113,7 @@ def grid(rows: Sequence[Row], kind: str, value: str = "passes") -> str:
     return "\n".join(lines)
 
 
-def _cell(row: Row, value: str) -> str:
+def _cell(row: Measured, value: str) -> str:
     if row.reason is not None:
         return "–"
     if value == "mebibytes":
@@ -135,7 +135,7 @@ def table(result: dict[str, Any], value: str = "passes") -> str:
         As :func:`.fisher_cost` returns it.
     value
         ``"passes"`` for the time, ``"mebibytes"`` for peak memory above that of the plain pass,
-        ``"error"`` for the error of the answer; see :class:`.Row`.
+        ``"error"`` for the error of the answer; see :class:`.Measured`.
 
     Raises
     ------
@@ -151,7 +151,7 @@ def table(result: dict[str, Any], value: str = "passes") -> str:
     return "\n\n".join(blocks)
 
 
-def _block(section: Entry, mine: list[Row], value: str) -> Iterator[str]:
+def _block(section: Entry, mine: list[Measured], value: str) -> Iterator[str]:
     unit = plain_seconds(section)
     yield (
         f"{section['title']}: {section['parameters']:,} parameters, {section['n']:,} observations "
@@ -171,7 +171,7 @@ def _line(first: str, others: Iterable[str]) -> str:
     return (f"{first:<20}" + "".join(f"{other:>22}" for other in others)).rstrip()
 
 
-def _full_cell(row: Row, value: str) -> str:
+def _full_cell(row: Measured, value: str) -> str:
     if row.reason is not None:
         return "–"
     if value == "mebibytes":

@@ -14,7 +14,7 @@ from ewc_lib.experiments.cost.forecast import (
     plain_seconds,
 )
 from ewc_lib.experiments.cost.model import SHAPES, Shape
-from ewc_lib.experiments.cost.report import Row
+from ewc_lib.experiments.cost.report import Measured
 
 IDEAL = H100._replace(peak_of_squares=H100.peak, bandwidth=float("inf"), link=float("inf"))
 
@@ -90,11 +90,11 @@ def test_a_check_compares_passes_of_this_package_with_those_of_its_own_columns()
     works = {"cnn": work_of(BENCHMARKS["cnn"])}
     work, columns = works["cnn"]
     rows = [
-        Row("cnn", "ewc_lib", "sketch", 100, passes=2.0),
-        Row("cnn", "ewc_lib", "exact", 100, passes=8.0),
-        Row("cnn", "loop", "exact", 100, passes=300.0),
-        Row("cnn", "ewc_lib", "sampled", reason="no time"),
-        Row("vgg", "ewc_lib", "sketch", 100, passes=2.0),
+        Measured("cnn", "ewc_lib", "sketch", 100, passes=2.0),
+        Measured("cnn", "ewc_lib", "exact", 100, passes=8.0),
+        Measured("cnn", "loop", "exact", 100, passes=300.0),
+        Measured("cnn", "ewc_lib", "sampled", reason="no time"),
+        Measured("vgg", "ewc_lib", "sketch", 100, passes=2.0),
     ]
     one, all_columns = checks(rows, works, IDEAL)
     assert one == ("cnn", "sketch", pytest.approx(work._replace(squares=0).ratio()), 2.0)

@@ -5,7 +5,7 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.lines import Line2D
 
-from ewc_lib.experiments.cost.report import Fit, Row, figure, fits, rows
+from ewc_lib.experiments.cost.report import Fit, Measured, figure, fits, rows
 
 
 @pytest.fixture(autouse=True)
@@ -29,11 +29,11 @@ def test_fewer_observations_are_scaled_to_all(result):
 
 
 def test_only_answers_that_should_be_exact_are_wrong():
-    assert Row("m", "l", "exact", error=1e-3).wrong
-    assert Row("m", "l", "empirical", error=1e-3).wrong
-    assert not Row("m", "l", "exact", error=1e-7).wrong
-    assert not Row("m", "l", "sketch", error=1.0).wrong
-    assert not Row("m", "l", "exact").wrong
+    assert Measured("m", "l", "exact", error=1e-3).wrong
+    assert Measured("m", "l", "empirical", error=1e-3).wrong
+    assert not Measured("m", "l", "exact", error=1e-7).wrong
+    assert not Measured("m", "l", "sketch", error=1.0).wrong
+    assert not Measured("m", "l", "exact").wrong
 
 
 def test_a_straight_line_is_found(result):

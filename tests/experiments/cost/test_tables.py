@@ -1,15 +1,15 @@
 import pytest
 
-from ewc_lib.experiments.cost.report import RESULT, Row, rows
+from ewc_lib.experiments.cost.report import RESULT, Measured, rows
 from ewc_lib.experiments.cost.tables import BEFORE, grid, stored_table, table
 
 ROWS = [
-    Row("cnn", "ewc_lib", "exact", 100, 6.254, mebibytes=12.4),
-    Row("cnn", "slow", "exact", 10, 1234.5, scaled=True),
-    Row("cnn", "careless", "exact", 100, 2.0, error=0.5),
-    Row("transformer", "ewc_lib", "exact", reason="RuntimeError: out of memory"),
-    Row("transformer", "slow", "exact", reason="RuntimeError: out of memory"),
-    Row("cnn", "ewc_lib", "sketch", 100, 1.5, error=1.0),
+    Measured("cnn", "ewc_lib", "exact", 100, 6.254, mebibytes=12.4),
+    Measured("cnn", "slow", "exact", 10, 1234.5, scaled=True),
+    Measured("cnn", "careless", "exact", 100, 2.0, error=0.5),
+    Measured("transformer", "ewc_lib", "exact", reason="RuntimeError: out of memory"),
+    Measured("transformer", "slow", "exact", reason="RuntimeError: out of memory"),
+    Measured("cnn", "ewc_lib", "sketch", 100, 1.5, error=1.0),
 ]
 
 
@@ -44,7 +44,7 @@ def test_a_table_that_is_not_there_is_none(tmp_path):
 
 
 def test_rivals_are_right_answers_of_others_from_the_fastest_on():
-    here = stored_table(RESULT)._replace(rows=[*ROWS, Row("cnn", "quick", "exact", 100, 3.0)])
+    here = stored_table(RESULT)._replace(rows=[*ROWS, Measured("cnn", "quick", "exact", 100, 3.0)])
     assert [row.library for row in here.rivals("cnn", "exact")] == ["quick", "slow"]
     assert here.rivals("transformer", "exact") == []
     assert list(here.ours()) == [("cnn", "exact"), ("cnn", "sketch")]
