@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from ewc_lib._foreach import copy_back_, each, in_dtypes_of, inner
-from tests.counting import Operations, operations
+from ewc_lib.experiments.cost.counts import Asked
+from tests.counting import operations
 
 DOUBLE = torch.float64
 
@@ -58,13 +59,13 @@ def test_it_is_what_the_operation_does_to_each_tensor(call, how, monkeypatch):
         monkeypatch.delattr(torch, f"_foreach_{name}")
     elif how == "of another kind":
         a = {name: value.as_subclass(Wrapped) for name, value in a.items()}
-    with Operations() as counted:
+    with Asked() as counted:
         found = CALLS[call](a, b, c)
     assert list(found) == list(a)
     for name, value in expected.items():
         torch.testing.assert_close(found[name].as_subclass(torch.Tensor), value)
     assert all((found[name] is a[name]) == call.endswith("_") for name in a)
-    assert counted.total == (1 if how == "at once" else len(a))
+    assert counted.operations == (1 if how == "at once" else len(a))
 
 
 def test_tensors_of_several_dtypes_take_one_call_for_each():
