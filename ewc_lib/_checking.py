@@ -51,7 +51,10 @@ def settle(problems: Sequence[Problem]) -> None:
 
 def all_finite(tensors: list[Tensor]) -> bool:
     """Whether all numbers are known to be finite; their lengths are, unless these overflow."""
-    lengths = torch.stack(torch._foreach_norm(tensors)).tolist() if tensors else []
+    if not tensors:
+        return True
+    found = torch._foreach_norm(tensors)
+    lengths = torch.stack([length.to(found[0].device) for length in found]).tolist()
     return all(map(math.isfinite, lengths))
 
 

@@ -35,6 +35,16 @@ def ravel(theta: Params) -> tuple[Float[Tensor, " P"], Callable[[Tensor], Params
     return flat, lambda vector: unravel(vector, shapes)
 
 
+def zeros_of(forms: dict[str, tuple[torch.Size, torch.dtype, torch.device]]) -> Vector:
+    """Return zeros of given shapes, dtypes and devices: of each kind, parts of one tensor."""
+    found: Vector = {}
+    for dtype, device in {form[1:] for form in forms.values()}:
+        shapes = {name: form[0] for name, form in forms.items() if form[1:] == (dtype, device)}
+        size = sum(shape.numel() for shape in shapes.values())
+        found |= unravel(torch.zeros(size, dtype=dtype, device=device), shapes)
+    return {name: found[name] for name in forms}
+
+
 def unravel(flat: Float[Tensor, " P"], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     """Cut a vector into named tensors of the given shapes."""
     pieces = flat.split([shape.numel() for shape in shapes.values()])

@@ -189,7 +189,8 @@ def _same_tensors(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             changed = [v for v in values if v.versions() != v.before]
             unseen = [v for v in values if v not in changed and v.can_change_unseen]
-            if unseen and torch.stack([v.differ() for v in unseen]).any():
+            differ = [v.differ() for v in unseen]
+            if differ and torch.stack([found.to(differ[0].device) for found in differ]).any():
                 changed += unseen
             for some in changed:
                 some.restore()

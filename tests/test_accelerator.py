@@ -4,6 +4,7 @@ from fnmatch import fnmatchcase
 
 import pytest
 import torch
+from torch import nn
 
 from ewc_lib import EWC, data, fisher_information
 from ewc_lib.continual import MultiHead, average_accuracy, learn, mlp, permuted
@@ -158,3 +159,25 @@ def test_the_peak_of_a_run_is_what_it_takes_of_the_memory_of_the_gpu():
     nothing = peak_bytes(lambda model, batches: None, there, 256, 1)
     assert nothing >= 256 * 784 * 4
     assert peak_bytes(take, there, 256, 1) - nothing == pytest.approx(2**28, rel=0.01)
+
+
+class Halves(nn.Module):
+    """A model of two parts, of which the second stays in main memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)).to("cuda")
+        self.second = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3))
+
+    def forward(self, x):
+        return self.second(self.first(x).tanh().cpu()).to("cuda")
+
+
+def test_a_model_on_two_devices_has_the_information_of_one_on_a_single_device():
+    torch.manual_seed(0)
+    model, x, y = Halves(), torch.randn(40, 4), torch.arange(40) % 3
+    found = fisher_information(model, (x.cuda(), y.cuda())).diagonal()
+    alone = nn.Sequential(*model.first, nn.Tanh(), *model.second).cpu()
+    expected = fisher_information(alone, (x, y)).diagonal()
+    for a, b in zip(found.values(), expected.values(), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-6)

@@ -190,8 +190,8 @@ class GradientCheck:
         """Multiply the observations of each tensor by their weights."""
         if not tensors:
             return []
-        weights = {t.dtype: self.weights.to(t) for t in tensors}
-        shaped = [weights[t.dtype].reshape(-1, *[1] * (t.dim() - 1)) for t in tensors]
+        weights = {(t.dtype, t.device): self.weights.to(t) for t in tensors}
+        shaped = [weights[t.dtype, t.device].reshape(-1, *[1] * (t.dim() - 1)) for t in tensors]
         return list(torch._foreach_mul(list(tensors), shaped))
 
     def any_axis(self, input: Tensor, plain: Tensor) -> BatchAxis | None:

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ewc_lib._parameters import Vector, zeros_of
 from ewc_lib.score.memory import sum_dtype
 
 T = TypeVar("T")
@@ -31,9 +32,9 @@ def of(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def read(*groups: list[Tensor]) -> list[list[float]]:
-    """Read numbers from the device, all at once."""
+    """Read numbers from the device, all at once; those on other devices are brought to one."""
     every = [number for group in groups for number in group]
-    numbers = iter(torch.stack(every).tolist() if every else [])
+    numbers = iter(torch.stack([n.to(every[0].device) for n in every]).tolist() if every else [])
     return [list(islice(numbers, len(group))) for group in groups]
 
 
@@ -49,16 +50,9 @@ def differences(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
     return list(torch._foreach_sub([*map(wide, a)], [*map(wide, b)]))
 
 
-def zeros(like: dict[str, Tensor]) -> dict[str, Tensor]:
+def zeros(like: dict[str, Tensor]) -> Vector:
     """Return sums to start with, in the shapes of some tensors and the precision of sums."""
-    kinds = {name: (sum_dtype(tensor), tensor.device) for name, tensor in like.items()}
-    found: dict[str, Tensor] = {}
-    for dtype, device in set(kinds.values()):
-        names = [name for name, kind in kinds.items() if kind == (dtype, device)]
-        sizes = [like[name].numel() for name in names]
-        parts = torch.zeros(sum(sizes), dtype=dtype, device=device).split(sizes)
-        found |= {n: part.view(like[n].shape) for n, part in zip(names, parts, strict=True)}
-    return found
+    return zeros_of({name: (t.shape, sum_dtype(t), t.device) for name, t in like.items()})
 
 
 def in_pieces(items: list[T], nbytes: Callable[[T], int], room: int) -> Iterator[list[T]]:

@@ -56,17 +56,6 @@ class ParameterSpace:
         """Return the space of one parameter."""
         return replace(self, parameters={name: self.parameters[name]})
 
-    def zeros_of_each(self) -> Vector:
-        """Return a sum to start with for each parameter, in its shape: parts of one tensor."""
-        found: Vector = {}
-        kinds = {name: (self.dtype_of(name), self.device_of(name)) for name in self.shapes}
-        for dtype, device in set(kinds.values()):
-            names = [name for name, kind in kinds.items() if kind == (dtype, device)]
-            sizes = [self.shapes[name].numel() for name in names]
-            parts = torch.zeros(sum(sizes), dtype=dtype, device=device).split(sizes)
-            found |= {n: part.view(self.shapes[n]) for n, part in zip(names, parts, strict=True)}
-        return {name: found[name] for name in self.shapes}
-
     def zeros(self, names: Iterable[str], *size: int) -> Tensor:
         """Return a sum to start with, for the given parameters."""
         names = list(names)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ewc_lib._parameters import Vector
+from ewc_lib._parameters import Vector, zeros_of
 from ewc_lib.fisher.structures import Diagonal
 from ewc_lib.fisher.sums.base import ParameterSpace, Sum
 from ewc_lib.score import memory
@@ -23,7 +23,9 @@ class DiagonalSum(Sum):
 
     def __init__(self, space: ParameterSpace) -> None:
         super().__init__(space)
-        self.sums = space.zeros_of_each()
+        self.sums = zeros_of(
+            {n: (shape, space.dtype_of(n), space.device_of(n)) for n, shape in space.shapes.items()}
+        )
         self._terms: dict[str, tuple[ParameterGradients, Tensor]] = {}
         self._squares_on: dict[torch.device, SquareSums] = {}
 
