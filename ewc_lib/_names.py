@@ -1,0 +1,30 @@
+"""The names of parameters, without what wrappers put around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+WRAPPERS = frozenset(
+    {"module", "_orig_mod", "base_layer", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+)
+"""Attributes in which DataParallel, compiled modules, adapters, sharded and recomputed modules
+keep the module that they wrap."""
+
+PEFT = "base_model.model."
+"""How the names of a model of the library peft begin."""
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a parameter has in a model without wrappers."""
+    parts = name.removeprefix(PEFT).split(".")
+    return ".".join(part for part in parts if part not in WRAPPERS)
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Return the plain name of each, or its own where two would be the same."""
+    names = list(names)
+    plain = [plain_name(name) for name in names]
+    twice = {name for name in plain if plain.count(name) > 1}
+    return {
+        name: name if short in twice else short for name, short in zip(names, plain, strict=True)
+    }
