@@ -33,6 +33,7 @@ from ewc_lib._arguments import check_strength
 from ewc_lib._foreach import each
 from ewc_lib._parameters import Vector
 from ewc_lib._selecting import Chooser, Selection, fixed
+from ewc_lib.attaching import Attachment, Form
 from ewc_lib.fisher.structures import Diagonal, Fisher, check_shapes
 from ewc_lib.fisher.structures.states import decode, encode, under
 
@@ -207,6 +208,66 @@ class QuadraticPenalty:
             scaled = self._scaled(distinct.pop() * self.strength)
             left = scaled.solve(displacement(parameters, self._anchor), damping=1.0)
         each("copy_", parameters, each("add", self._anchor, left))
+
+    def attach(self, optimizer: torch.optim.Optimizer, form: Form = "proximal") -> Attachment:
+        r"""Act in every step of an optimizer from now on, so that the training loop stays as it is.
+
+        The loop calls ``loss.backward()`` and ``optimizer.step()`` as it does without a penalty;
+        of the methods of this class only ``consolidate`` is left to call. What happens around
+        the step is right where the calls by hand have to be placed with care: once a step under
+        gradient accumulation; after a gradient scaler has taken its scale off, and not at all in
+        a step that it leaves out; with the learning rate that a scheduler has set for this step;
+        within the closure of a step that has one. Clipping, which comes before the step, clips
+        the gradient of the loss alone.
+
+        Parameters
+        ----------
+        optimizer
+            Any of ``torch.optim``, or in a wrapper that keeps it as ``optimizer``. With several,
+            attach to each.
+        form
+            ``"proximal"``: :meth:`proximal_step_` after the step, stable for every strength and
+            not rescaled by an adaptive optimizer. ``"gradient"``: :meth:`add_gradient_` before
+            it, as if the penalty were part of the loss.
+
+        Returns
+        -------
+        Attachment
+            ``remove()`` ends it, and so does the end of a ``with`` block.
+
+        Raises
+        ------
+        TypeError
+            If it is no optimizer of PyTorch.
+        ValueError
+            If this penalty is attached to it already, if it holds none of the parameters, or if
+            it has no learning rate for a proximal step; LBFGS takes the gradient only.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from ewc_lib import EWC
+        >>> model, x, y = torch.nn.Linear(3, 2), torch.randn(8, 3), torch.arange(8) % 2
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> ewc = EWC(model, strength=1e9)
+        >>> F, before = ewc.consolidate((x, y)), model.weight.detach().clone()
+        >>> with ewc.attach(optimizer):
+        ...     torch.nn.functional.cross_entropy(model(x), 1 - y).backward()
+        ...     optimizer.step()
+        >>> torch.allclose(model.weight, before, atol=1e-5)  # so strong that nothing moves
+        True
+        """
+        return Attachment(self, optimizer, form, self._parameters())
+
+    def _before(self, optimizer: torch.optim.Optimizer, form: Form) -> None:
+        self.before_step()
+        if form == "gradient":
+            self.add_gradient_()
+
+    def _after(self, optimizer: torch.optim.Optimizer, form: Form) -> None:
+        if form == "proximal":
+            self.proximal_step_(optimizer)
+        self.after_step()
 
     def before_task(self) -> None:
         """Begin a task, at the parameters that the model has now."""

@@ -11,6 +11,7 @@ from ewc_lib._anchored import displacement
 from ewc_lib._foreach import each
 from ewc_lib._parameters import Vector
 from ewc_lib._selecting import Selection
+from ewc_lib.attaching import Attachment, Form, unwrapped
 from ewc_lib.fisher.structures import check_shapes
 from ewc_lib.fisher.structures.states import under
 from ewc_lib.regularizers._importance import ImportancePenalty, copies
@@ -30,6 +31,14 @@ class PathPenalty(ImportancePenalty):
         self._memory: dict[str, Vector] = {}
         self._noted: tuple[Vector, Vector] | None = None
         self._n_steps = 0
+
+    def attach(self, optimizer: torch.optim.Optimizer, form: Form = "proximal") -> Attachment:
+        if isinstance(unwrapped(optimizer), torch.optim.LBFGS):
+            raise ValueError(
+                f"{type(self).__name__} adds up gradient times movement, step by step, and LBFGS "
+                "makes many steps in one"
+            )
+        return super().attach(optimizer, form)
 
     def before_task(self) -> None:
         self._noted = None

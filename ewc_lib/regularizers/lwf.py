@@ -81,6 +81,8 @@ class LwF(FunctionPenalty):
     True
     """
 
+    _needs_inputs = True
+
     def __init__(
         self, model: nn.Module, strength: float | None = None, temperature: float = 2.0
     ) -> None:

@@ -6,6 +6,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
+from torch.optim import Optimizer
+
+from ewc_lib.attaching import Attachment
 
 __all__ = ["Regularizer"]
 
@@ -16,9 +19,14 @@ class Regularizer(Protocol):
 
     A task is: :meth:`before_task`; then, for each step, ``loss.backward()``,
     :meth:`before_step`, :meth:`add_gradient_`, ``optimizer.step()``, :meth:`after_step`; and at
-    its end :meth:`consolidate`. :class:`ewc_lib.EWC` is one, and so are all classes of this
-    package.
+    its end :meth:`consolidate`. After :meth:`attach`, the optimizer's step calls what belongs
+    around it, and only :meth:`consolidate` is left. :class:`ewc_lib.EWC` is one, and so are all
+    classes of this package.
     """
+
+    def attach(self, optimizer: Optimizer) -> Attachment:
+        """Act in every step of an optimizer from now on."""
+        ...
 
     def before_task(self) -> None:
         """Begin a task, at the parameters that the model has now."""

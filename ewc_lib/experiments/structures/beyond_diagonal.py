@@ -35,6 +35,7 @@ from ewc_lib.experiments.runs.report import interval
 from ewc_lib.experiments.runs.store import Run, run_all
 from ewc_lib.experiments.runs.strengths import held_out
 from ewc_lib.fisher import Dense, MatrixFree, fisher_information
+from ewc_lib.regularizers._function import FunctionPenalty
 
 __all__ = [
     "METHODS",
@@ -128,7 +129,7 @@ def damped(fisher: Dense, share: float) -> Dense:
     return replace(fisher, matrix=matrix + share * matrix.diagonal().mean() * identity)
 
 
-class HeldPredictions:
+class HeldPredictions(FunctionPenalty):
     r"""Hold the predictions on the inputs of a task, which are kept.
 
     .. math:: \Omega(\theta) = \frac{\lambda}{N} \sum_n \mathrm{KL}\big(p(\cdot \mid x_n,
@@ -156,41 +157,31 @@ class HeldPredictions:
     """
 
     def __init__(self, model: nn.Module, strength: float) -> None:
-        self.model = model
-        self.strength = strength
-        self._inputs: Tensor | None = None
-        self._old = torch.zeros(())
+        super().__init__(model, strength)
+        self._inputs, self._old = torch.empty(0), torch.empty(0)
+
+    def before_step(self, inputs: Any = None) -> None:
+        """Do nothing: the inputs are those of the old task."""
 
     def consolidate(self, data: tuple[Tensor, Tensor]) -> None:
         """Keep the inputs of a task, and what the model says of them now."""
         self._inputs = data[0]
         with torch.no_grad():
             self._old = self.model(self._inputs)
+        self._n_tasks = 1
 
-    def penalty(self) -> Float[Tensor, ""]:
-        """Return the divergence times the strength; 0 before the first task."""
-        if self._inputs is None:
-            return torch.zeros(())
-        return self.strength * _divergence(self._old, self.model(self._inputs))
-
-    def add_gradient_(self) -> None:
-        """Add the gradient of the penalty to ``.grad``."""
-        if self._inputs is not None:
-            self.penalty().backward()
-
-    def before_task(self) -> None: ...
-
-    def before_step(self, inputs: Any = None) -> None: ...
-
-    def after_step(self) -> None: ...
+    def _loss(self) -> Float[Tensor, ""]:
+        return _divergence(self._old, self.model(self._inputs))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the inputs and outputs that are held."""
-        return {} if self._inputs is None else {"inputs": self._inputs, "outputs": self._old}
+        return {**self._state(), "inputs": self._inputs, "outputs": self._old}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        self._inputs, self._old = state.get("inputs"), state.get("outputs", torch.zeros(()))
+        self._check_state(state, "inputs", "outputs")
+        self._inputs, self._old = state["inputs"], state["outputs"]
+        self._load(state)
 
 
 def comparison(

@@ -1,0 +1,443 @@
+"""A regularizer that is attached to an optimizer, against the same calls by hand."""
+
+import copy
+import gc
+import pickle
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ewc_lib import EWC
+from ewc_lib.attaching import Attachment
+from ewc_lib.regularizers import L2, SI, LwF, Replay, RWalk
+from tests.regularizers.cases import (
+    FUNCTION,
+    METHODS,
+    QUADRATIC,
+    after_one_task,
+    copies,
+    gradients,
+    learn,
+    move,
+    sgd,
+    task,
+)
+from tests.scenarios import same
+
+RATE = 0.05
+
+
+def steps(model, optimizer, data, n=6, micro=1, step=None, on_loss=None):
+    """A training loop that knows of no penalty."""
+    x, y = data
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(n):
+        optimizer.zero_grad()
+        for _ in range(micro):
+            batch = torch.randint(len(x), (8,), generator=generator)
+            loss = F.cross_entropy(model(x[batch]), y[batch]) / micro
+            (loss if on_loss is None else on_loss(loss)).backward()
+        (optimizer.step if step is None else step)()
+
+
+def second_task(name, train, seed=1, **options):
+    """Return a network after its second task, and what held the first."""
+    model, regularizer = after_one_task(name, **options)
+    model.outputs = range(2, 4)
+    train(model, regularizer, task(seed, dtype=next(model.parameters()).dtype))
+    return model, regularizer
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("form", ["proximal", "gradient"])
+def test_an_attached_method_does_what_the_calls_by_hand_do(name, form):
+    if name in FUNCTION and form == "proximal":
+        pytest.skip("no proximal step")
+
+    def by_hand(model, regularizer, data):
+        learn(model, sgd(model), regularizer, data, steps=6, proximal=form == "proximal")
+
+    def attached(model, regularizer, data):
+        optimizer = sgd(model)
+        with regularizer.attach(optimizer, form):
+            steps(model, optimizer, data)
+        regularizer.consolidate(data)
+
+    (one, first), (other, second) = second_task(name, by_hand), second_task(name, attached)
+    assert same(copies(one), copies(other))
+    assert same(first.state_dict(), second.state_dict())
+
+
+@pytest.mark.parametrize("name", QUADRATIC)
+def test_a_proximal_step_is_what_a_method_does_unless_told_otherwise(name):
+    model, regularizer = after_one_task(name)
+    assert regularizer.attach(sgd(model)).form == "proximal"
+
+
+@pytest.mark.parametrize("name", ["EWC", "SI", "LwF"])
+def test_under_accumulation_it_acts_once_a_step(name):
+    """With four halves of a batch, a quarter each, as with the whole batch at once."""
+    form = "gradient" if name in FUNCTION else "proximal"
+
+    def train(micro):
+        def run(model, regularizer, data):
+            optimizer, (x, y) = sgd(model), data
+            with regularizer.attach(optimizer, form):
+                for _ in range(5):
+                    optimizer.zero_grad()
+                    for part in torch.arange(len(x)).chunk(micro):
+                        (F.cross_entropy(model(x[part]), y[part]) / micro).backward()
+                    optimizer.step()
+            regularizer.consolidate(data)
+
+        return run
+
+    whole, parts = (second_task(name, train(micro))[0] for micro in (1, 4))
+    for n, p in copies(whole).items():
+        torch.testing.assert_close(copies(parts)[n], p, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", ["plain", "foreach", "fused"])
+@pytest.mark.parametrize("method", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("name", ["EWC", "SI"])
+@pytest.mark.parametrize("form", ["proximal", "gradient"])
+def test_a_scaler_changes_nothing(name, form, method, kernel):
+    """Fused kernels take the scale off themselves, within the step."""
+    options = {} if kernel == "plain" else {kernel: True}
+
+    def train(scaled):
+        def run(model, regularizer, data):
+            optimizer = method(model.parameters(), lr=RATE, **options)
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, enabled=scaled)
+
+            def step():
+                scaler.step(optimizer)
+                scaler.update()
+
+            with regularizer.attach(optimizer, form):
+                steps(model, optimizer, data, step=step, on_loss=scaler.scale)
+            regularizer.consolidate(data)
+
+        return run
+
+    (one, first), (other, second) = (
+        second_task(name, train(scaled), dtype=torch.float32) for scaled in (False, True)
+    )
+    for n, p in copies(one).items():
+        torch.testing.assert_close(copies(other)[n], p, rtol=1e-5, atol=1e-6)
+    for key, value in first.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[key], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("unscaled_first", [False, True])
+@pytest.mark.parametrize(("name", "form"), [("EWC", "proximal"), ("EWC", "gradient"), ("SI", None)])
+def test_a_step_that_a_scaler_leaves_out_moves_nothing_and_is_not_noted(
+    name, form, unscaled_first, fused
+):
+    model, regularizer = after_one_task(name, dtype=torch.float32)
+    move(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    regularizer.attach(optimizer, form or "proximal")
+    x, y = task(1, dtype=torch.float32)
+    scaler.scale(F.cross_entropy(model(x), y)).backward()
+    next(model.parameters()).grad[0, 0] = torch.inf
+    before, state = copies(model), regularizer.state_dict()
+    if unscaled_first:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    assert same(copies(model), before)
+    assert same(regularizer.state_dict(), state)
+    assert regularizer.penalty().item() > 0.01  # it would have moved
+
+
+def test_clipping_clips_the_gradient_of_the_loss_alone():
+    model, ewc = after_one_task("EWC")
+    move(model)
+    optimizer = sgd(model)
+    ewc.attach(optimizer, "gradient")
+    x, y = task(1)
+    F.cross_entropy(model(x), y).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-6)
+    clipped, before = gradients(model), copies(model)
+    ewc.strength = 500.0
+    optimizer.step()
+    moved = {n: (p - before[n]).norm() for n, p in copies(model).items()}
+    assert sum(moved.values()) > 1000 * RATE * sum(g.norm() for g in clipped.values())
+
+
+def test_the_rate_is_the_one_that_a_scheduler_has_set_for_the_step():
+    def rates(attached):
+        model, ewc = after_one_task("EWC")
+        move(model)
+        optimizer = sgd(model, lr=1.0)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1)
+        if attached:
+            ewc.attach(optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            optimizer.step()
+            if not attached:
+                ewc.proximal_step_(optimizer)
+            scheduler.step()
+        return copies(model)
+
+    assert same(rates(True), rates(False))
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+@pytest.mark.parametrize("name", ["EWC", "SI", "LwF"])
+@pytest.mark.parametrize("form", ["proximal", "gradient"])
+def test_a_step_with_a_closure_is_that_without(name, form, by_name):
+    if name in FUNCTION and form == "proximal":
+        pytest.skip("no proximal step")
+
+    def train(with_closure):
+        def run(model, regularizer, data):
+            optimizer, (x, y) = sgd(model), data
+
+            def closure():
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                return loss
+
+            with regularizer.attach(optimizer, form):
+                for _ in range(4):
+                    if not with_closure:
+                        closure()
+                        optimizer.step()
+                    elif by_name:
+                        optimizer.step(closure=closure)
+                    else:
+                        optimizer.step(closure)
+            regularizer.consolidate(data)
+
+        return run
+
+    (one, first), (other, second) = (second_task(name, train(c)) for c in (True, False))
+    assert same(copies(one), copies(other))
+    assert same(first.state_dict(), second.state_dict())
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_lbfgs_finds_the_minimum_of_loss_and_penalty(search):
+    model, ewc = after_one_task("EWC")
+    x, y = task(1)
+    optimizer = torch.optim.LBFGS(
+        model.parameters(), 0.5 if search is None else 1.0, max_iter=400, line_search_fn=search
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    with ewc.attach(optimizer, "gradient"):
+        optimizer.step(closure)
+    whole = F.cross_entropy(model(x), y) + ewc.penalty()
+    slope = torch.autograd.grad(whole, list(model.parameters()))
+    assert max(g.abs().max() for g in slope) < 1e-5
+    assert ewc.penalty() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["EWC", "SI"])
+def test_lbfgs_is_refused_where_it_would_be_wrong(name):
+    model, regularizer = after_one_task(name)
+    optimizer = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(ValueError, match="LBFGS"):
+        regularizer.attach(optimizer)
+    if name == "SI":
+        with pytest.raises(ValueError, match="many steps in one"):
+            regularizer.attach(optimizer, "gradient")
+
+
+def test_an_optimizer_without_a_rate_has_no_proximal_step():
+    model, ewc = after_one_task("EWC")
+    optimizer = sgd(model)
+    optimizer.param_groups[0]["lr"] = None
+    with pytest.raises(ValueError, match="form='gradient'"):
+        ewc.attach(optimizer)
+
+
+def test_what_is_attached_twice_is_refused_until_it_is_removed():
+    model, ewc = after_one_task("EWC")
+    optimizer = sgd(model)
+    handle = ewc.attach(optimizer)
+    with pytest.raises(ValueError, match="attached to this optimizer already"):
+        ewc.attach(optimizer, "gradient")
+    L2(model, 1.0).attach(optimizer)  # another one may
+    handle.remove()
+    handle.remove()
+    move(model)
+    before = copies(model)
+    optimizer.zero_grad()
+    optimizer.step()  # L2 has no task yet
+    assert same(copies(model), before)
+    assert "EWC" in repr(ewc.attach(optimizer))
+
+
+@pytest.mark.parametrize("name", ["EWC", "LwF"])
+def test_an_optimizer_of_another_model_is_refused(name):
+    model, regularizer = after_one_task(name)
+    with pytest.raises(ValueError, match="holds none of the parameters"):
+        regularizer.attach(sgd(copy.deepcopy(model)))
+
+
+@pytest.mark.parametrize("wrong", [None, "adam", nn.Linear(1, 1)], ids=repr)
+def test_what_is_no_optimizer_is_refused(wrong):
+    with pytest.raises(TypeError, match=type(wrong).__name__):
+        after_one_task("EWC")[1].attach(wrong)
+
+
+def test_an_unknown_form_is_refused_and_a_function_has_no_proximal_step():
+    model, ewc = after_one_task("EWC")
+    with pytest.raises(ValueError, match="form must be one of"):
+        ewc.attach(sgd(model), "implicit")
+    with pytest.raises(ValueError, match="no proximal step"):
+        LwF(model).attach(sgd(model), "proximal")
+
+
+class Wrapper:
+    """Keeps an optimizer, as trainers do."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+
+def test_an_optimizer_in_wrappers_is_found():
+    model, ewc = after_one_task("EWC")
+    move(model)
+    outer = Wrapper(Wrapper(sgd(model)))
+    handle = ewc.attach(outer)
+    assert handle.optimizer is outer.optimizer.optimizer
+    before = ewc.penalty().item()
+    outer.step()
+    assert ewc.penalty().item() < before
+
+
+def test_a_state_or_a_copy_of_the_optimizer_is_free_of_it():
+    model, ewc = after_one_task("EWC")
+    optimizer = sgd(model)
+    ewc.attach(optimizer)
+    assert optimizer.state_dict().keys() == {"state", "param_groups"}
+    twin = pickle.loads(pickle.dumps(optimizer))
+    assert not twin._optimizer_step_post_hooks
+
+
+def test_an_optimizer_that_nobody_needs_is_freed():
+    model, ewc = after_one_task("EWC")
+    optimizer = sgd(model)
+    handle = ewc.attach(optimizer)
+    gone = weakref.ref(optimizer)
+    gc.disable()
+    try:
+        del optimizer
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert handle.optimizer is None
+    assert "None" in repr(handle)
+
+
+def test_an_error_within_the_block_removes_it():
+    model, ewc = after_one_task("EWC")
+    optimizer = sgd(model)
+    handle = ewc.attach(optimizer)
+    assert isinstance(handle, Attachment)
+
+    def fails():
+        with handle:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize("form", ["proximal", "gradient"])
+def test_a_compiled_step_is_the_same(form):
+    def train(wrap):
+        def run(model, regularizer, data):
+            optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(RATE))
+            regularizer.attach(optimizer, form)
+            steps(model, optimizer, data, step=wrap(optimizer.step))
+
+        return run
+
+    torch._dynamo.reset()
+    plain = second_task("EWC", train(lambda step: step))[0]
+    compiled = second_task("EWC", train(lambda step: torch.compile(step, backend="eager")))[0]
+    for n, p in copies(plain).items():
+        torch.testing.assert_close(copies(compiled)[n], p, rtol=1e-9, atol=1e-12)
+    assert (copies(plain)["net.0.weight"] - copies(after_one_task("EWC")[0])["net.0.weight"]).any()
+
+
+def test_learning_without_forgetting_sees_the_inputs_of_training_only():
+    model, lwf = after_one_task("LwF")
+    move(model)
+    optimizer = sgd(model)
+    lwf.attach(optimizer)
+    x, y = task(1)
+    with torch.no_grad():
+        model(torch.full_like(x, 9.0))
+    model.eval()(torch.full_like(x, 9.0))
+    F.cross_entropy(model.train()(x), y).backward()
+    task_alone = gradients(model)
+    lwf.before_step(x)
+    wanted = torch.autograd.grad(lwf.penalty(), list(model.parameters()))
+    optimizer.step()
+    for own, g, p in zip(task_alone.values(), wanted, model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, own + g)
+
+
+def test_replay_draws_once_a_step():
+    model, replay = after_one_task("replay")
+    by_hand = Replay(model, 3.0, capacity=3, batch_size=8)
+    by_hand.load_state_dict(replay.state_dict())
+    optimizer = sgd(model, lr=0.0)
+    replay.attach(optimizer)
+    x, _ = task(1)
+    for _ in range(2):
+        model(x).sum().backward()
+        model(x).sum().backward()
+        optimizer.step()
+        by_hand.before_step()
+    assert same(replay.state_dict(), by_hand.state_dict())
+
+
+@pytest.mark.parametrize("method", [SI, RWalk])
+def test_before_the_first_task_a_path_is_noted_already(method):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regularizer = method(model, strength=1.0)
+    regularizer.attach(optimizer)
+    steps(model, optimizer, task(dtype=torch.float32), n=12)
+    assert regularizer.consolidate(None).trace() > 0
+
+
+def test_a_pattern_of_two_lines_holds_the_first_task():
+    def forgotten(held):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        ewc = EWC(model, strength=3000.0 if held else 0.0)
+        ewc.attach(optimizer)
+        x, y = task(0, n=64, dtype=torch.float32)
+        y = (x[:, 0] > 0).long()
+        steps(model, optimizer, (x, y), n=100)
+        ewc.consolidate((x, y))
+        before = F.cross_entropy(model(x), y).item()
+        steps(model, optimizer, (x, 1 - y), n=100)
+        return F.cross_entropy(model(x), y).item() - before
+
+    assert forgotten(True) < 0.2 * forgotten(False)
