@@ -1,0 +1,197 @@
+"""Situations in which people have met wrong numbers or errors, as small programs of a user.
+
+Each compares with one observation at a time, or with the same calculation in full precision.
+"""
+
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributions import Independent, Normal, StudentT
+
+from ewc_lib import EWC, fisher_information
+from ewc_lib.fisher import Categorical
+from ewc_lib.regularizers import MAS, SI
+
+
+def classifier(inputs=4, classes=3, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(inputs, 8), nn.Tanh(), nn.Linear(8, classes))
+
+
+def observations(n=24, inputs=4, classes=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, inputs, generator=generator), torch.arange(n) % classes
+
+
+def language_model():
+    transformers = pytest.importorskip("transformers")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=40, n_positions=12)
+        ).eval()
+
+
+def squares_of_own_loss(model, batch, count):
+    """Square the gradient of the sum over tokens of the model's own loss, text by text."""
+    found = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for n in range(len(batch["labels"])):
+        one = {key: value[n : n + 1] for key, value in batch.items()}
+        model.zero_grad()
+        (model(**one).loss * count(one["labels"])).backward()
+        for name, p in model.named_parameters():
+            found[name] += p.grad.square() / len(batch["labels"])
+    return found
+
+
+def test_2_the_labels_of_a_collator_are_shifted_as_the_model_shifts_them():
+    model = language_model()
+    ids = torch.randint(40, (4, 10), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    batch = {"input_ids": ids, "labels": labels}
+    found = fisher_information(model, [batch], kind="empirical").diagonal()
+    wanted = squares_of_own_loss(model, batch, lambda labels: (labels[:, 1:] != -100).sum())
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_3_a_gradient_scaler_does_not_weaken_the_penalty_or_inflate_a_path(fused):
+    def trained(scaled):
+        model, (x, y) = classifier(), observations()
+        ewc, si = EWC(model, 5.0), SI(model, 5.0)
+        ewc.consolidate((x, y))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+        si.attach(optimizer)
+        ewc.attach(optimizer)
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+        for _ in range(5):
+            optimizer.zero_grad()
+            scaler.scale(F.cross_entropy(model(x), (y + 1) % 3)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return ewc.penalty().item(), si.consolidate(None).trace().item()
+
+    assert trained(True) == pytest.approx(trained(False), rel=1e-4)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "dense", "kronecker", "lowrank"])
+def test_3b_a_penalty_in_a_region_of_autocast_is_that_outside(structure):
+    model, data = classifier(), observations()
+    ewc = EWC(model, 5.0, structure=structure)
+    ewc.consolidate(data)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1
+    outside = ewc.penalty()
+    with torch.autocast("cpu", torch.bfloat16):
+        within = ewc.penalty()
+    assert torch.equal(within, outside)
+
+
+def test_7_outputs_under_masks_and_of_packed_sequences_have_a_sensitivity():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.GRU(4, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, x):
+            lengths = (x.abs().sum(-1) > 0).sum(1)
+            packed = nn.utils.rnn.pack_padded_sequence(
+                x, lengths, batch_first=True, enforce_sorted=False
+            )
+            return self.head(self.rnn(packed)[1][-1])
+
+    torch.manual_seed(0)
+    model, x = Tagger(), torch.randn(6, 5, 4)
+    x[3:, 3:] = 0
+    y = torch.zeros(6, dtype=torch.long)
+    found = MAS(model, 1.0).consolidate((x, y)).values
+    for name, p in model.named_parameters():
+        each = [torch.autograd.grad(model(one[None]).square().sum(), p)[0].abs() for one in x]
+        torch.testing.assert_close(found[name], sum(each) / 6, rtol=1e-4, atol=1e-5)
+
+
+def test_10_a_recurrent_network_goes_by_a_rule():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0][:, -1])
+
+    torch.manual_seed(0)
+    F_ = fisher_information(Reader(), (torch.randn(6, 5, 4), torch.arange(6) % 3))
+    assert set(F_.paths.values()) == {"rule"}
+
+
+def test_13b_a_part_of_sorted_data_is_drawn_at_random():
+    """Labels of the data, sorted by class, decide the empirical kind."""
+    model, (x, y) = classifier(), observations(n=600)
+    order = y.argsort()
+    data = x[order], y[order]
+    whole = fisher_information(model, data, kind="empirical").diagonal()["2.bias"]
+    part = fisher_information(model, data, kind="empirical", n_samples=200).diagonal()["2.bias"]
+    assert (part / whole - 1).abs().max() < 0.2
+
+
+class MeanAndSpread(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = classifier(classes=2)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("kind", ["exact", "sketch", "sampled", "empirical"])
+@pytest.mark.parametrize("family", [Normal, lambda m, s: StudentT(4.0, m, s)])
+def test_14_any_distribution_of_torch_has_a_fisher_information(kind, family):
+    def likelihood(output):
+        return family(output[:, 0], output[:, 1].exp())
+
+    model, (x, _) = MeanAndSpread(), observations()
+    y = x.sum(1)
+    F_ = fisher_information(model, (x, y), likelihood, kind=kind)
+    assert F_.trace() > 0
+
+
+def test_14_several_learned_spreads_are_no_zero():
+    def likelihood(output):
+        return Independent(Normal(output[:, :1], output[:, 1:].exp()), 1)
+
+    model, (x, _) = MeanAndSpread(), observations()
+    F_ = fisher_information(model, (x, x[:, :1]), likelihood).diagonal()
+    sigma = model(x)[:, 1].exp()
+    torch.testing.assert_close(
+        F_["net.2.bias"], torch.stack([(1 / sigma**2).mean(), torch.tensor(2.0)])
+    )
+
+
+def test_15_the_pixels_of_images_have_classes_on_the_axis_that_is_named():
+    model = nn.Conv2d(2, 3, 1)
+    x, y = torch.randn(4, 2, 5, 5), torch.randint(3, (4, 5, 5))
+    found = fisher_information(model, (x, y), Categorical(class_dim=1), kind="empirical")
+    wanted = 0
+    for image, labels in zip(x, y, strict=True):
+        loss = F.cross_entropy(model(image[None]), labels[None], reduction="sum")
+        wanted = wanted + torch.autograd.grad(loss, model.bias)[0].square() / 4
+    torch.testing.assert_close(found.diagonal()["bias"], wanted)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0])),
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+    ],
+    ids=["weights", "smoothing"],
+)
+def test_15_a_loss_without_a_likelihood_is_refused_by_name(criterion):
+    with pytest.raises(ValueError, match="not a log-likelihood"):
+        fisher_information(classifier(), observations(), criterion=criterion)
