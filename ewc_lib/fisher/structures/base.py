@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -18,8 +19,15 @@ from ewc_lib._parameters import Vector
 from ewc_lib.fisher.structures.states import decode, encode
 from ewc_lib.fisher.structures.vectors import V, check_shapes, in_form_of, named
 
+Join: TypeAlias = Callable[[Any, Any], Any]
+"""How two Fisher informations of the same parameters become one: their sum, or pooled."""
+
 PATHS = ("unused", "rule", "generic", "loop")
 """How a parameter can be computed; where several apply, the last is the one that is told."""
+
+
+class NotKept(ValueError):  # noqa: N818
+    """A structure cannot hold a part of what it holds."""
 
 
 class ReportRow(NamedTuple):
@@ -299,6 +307,40 @@ class Fisher(ABC):
     def _plus(self, other: Self) -> Self: ...
 
     @abstractmethod
+    def _renamed(self, names: Mapping[str, str]) -> Self:
+        """Give the parameters other names."""
+
+    @abstractmethod
+    def _embedded(self, shapes: dict[str, torch.Size]) -> Self:
+        """Return the same in a larger space: zero for what is new in it.
+
+        A parameter that is larger there has its old entries first along each axis.
+        """
+
+    @abstractmethod
+    def _congruent(self, scales: Mapping[str, float]) -> Fisher:
+        """Return the block of some parameters, rows and columns of each times a number.
+
+        Raise a :class:`NotKept` if that has another structure.
+        """
+
+    def _within(self, names: Iterable[str]) -> Fisher:
+        """Return the block of some parameters."""
+        kept = dict.fromkeys(names, 1.0)
+        return self if kept.keys() == self.shapes.keys() else self._congruent(kept)
+
+    def _united(
+        self, other: Self, shapes: dict[str, torch.Size], join: Join = operator.add
+    ) -> Self:
+        """Join two of which each may hold parameters that the other does not, in this order."""
+        found: Self = join(self._embedded(shapes), other._embedded(shapes))
+        return found
+
+    def _paths_of(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the paths of parameters; of those that are not held, nothing was computed."""
+        return {name: self.paths.get(name, "unused") for name in names}
+
+    @abstractmethod
     def _tensors(self) -> dict[str, Tensor]: ...
 
     @classmethod
@@ -327,16 +369,18 @@ class Fisher(ABC):
 
     def _check_like(self, other: Self) -> None:
         """Raise an error that names the difference, if these two cannot be combined."""
+        self._check_kind(other)
+        check_shapes(self.shapes, other.shapes)
+
+    def _check_kind(self, other: Self) -> None:
         if type(other) is not type(self):
             raise TypeError(f"cannot add a {type(other).__name__} to a {type(self).__name__}")
         if other.kind != self.kind:
             raise ValueError(f"cannot add a Fisher of kind {other.kind!r} to one of {self.kind!r}")
-        check_shapes(self.shapes, other.shapes)
 
     def _over_both(self, combined: Self, other: Self) -> Self:
-        paths = {
-            name: max(self.paths[name], other.paths[name], key=PATHS.index) for name in self.shapes
-        }
+        ours, theirs = (F._paths_of(combined.shapes) for F in (self, other))
+        paths = {name: max(path, theirs[name], key=PATHS.index) for name, path in ours.items()}
         known = [F.tolerance for F in (self, other) if F.tolerance is not None]
         return replace(
             combined,

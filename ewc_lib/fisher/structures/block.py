@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Self, TypeVar
@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ewc_lib._parameters import Vector, unravel
-from ewc_lib.fisher.structures.base import Fisher
+from ewc_lib.fisher.structures.base import Fisher, Join
+from ewc_lib.fisher.structures.dense import Dense
 from ewc_lib.fisher.structures.states import under
 
 T = TypeVar("T")
@@ -124,6 +125,32 @@ class BlockDiagonal(Fisher):
         blocks = tuple(map(join, self.blocks, other.blocks))
         return replace(self, n_samples=blocks[0].n_samples, blocks=blocks)
 
+    def _renamed(self, names: Mapping[str, str]) -> Self:
+        paths = {names[name]: path for name, path in self.paths.items()}
+        return replace(self, paths=paths, blocks=tuple(b._renamed(names) for b in self.blocks))
+
+    def _embedded(self, shapes: dict[str, torch.Size]) -> Self:
+        """Let blocks grow; a parameter that is in none of them has no place here."""
+        blocks = tuple(b._embedded({n: shapes[n] for n in b.shapes}) for b in self.blocks)
+        return replace(self, blocks=blocks)
+
+    def _congruent(self, scales: Mapping[str, float]) -> Self:
+        parts = [({n: scales[n] for n in b.shapes if n in scales}, b) for b in self.blocks]
+        blocks = tuple(block._congruent(kept) for kept, block in parts if kept)
+        paths = {name: path for name, path in self.paths.items() if name in scales}
+        return replace(self, paths=paths, blocks=blocks)
+
+    def _united(
+        self, other: Self, shapes: dict[str, torch.Size], join: Join = operator.add
+    ) -> Self:
+        """Join the blocks that share parameters, where their groups differ as one block."""
+        self._check_kind(other)
+        n = self.n_samples + other.n_samples
+        found = [_united(*sides, shapes, join) for sides in _sharing(self.blocks, other.blocks)]
+        blocks = tuple(replace(block, n_samples=n) for block in found)
+        united = replace(self, n_samples=n, paths=self._paths_of(shapes), blocks=blocks)
+        return self._over_both(united, other)
+
     def _check_like(self, other: Self) -> None:
         super()._check_like(other)
         ours, theirs = ([list(b.shapes) for b in one.blocks] for one in (self, other))
@@ -149,3 +176,48 @@ class BlockDiagonal(Fisher):
 
 def _part(v: Vector, block: Fisher) -> Vector:
     return {name: v[name] for name in block.shapes}
+
+
+def _sharing(
+    ours: Iterable[Fisher], theirs: Iterable[Fisher]
+) -> list[tuple[list[Fisher], list[Fisher]]]:
+    """Put those together, of two sides, that have parameters in common, also through others."""
+    groups: list[tuple[list[Fisher], list[Fisher]]] = [([block], []) for block in ours]
+    for block in theirs:
+        touched = [
+            g for g in groups if any(b.shapes.keys() & block.shapes.keys() for b in g[0] + g[1])
+        ]
+        left = [own for g in touched for own in g[0]]
+        right = [own for g in touched for own in g[1]]
+        groups = [g for g in groups if g not in touched] + [(left, [*right, block])]
+    return groups
+
+
+def _united(
+    ours: list[Fisher], theirs: list[Fisher], shapes: dict[str, torch.Size], join: Join
+) -> Fisher:
+    """Join the blocks of two sides to a single one."""
+    if not (ours and theirs):
+        return (ours + theirs)[0]
+    a, b = _whole(ours), _whole(theirs)
+    if type(a) is not type(b):
+        a, b = _dense(a), _dense(b)
+    own = {name: shape for name, shape in shapes.items() if name in {**a.shapes, **b.shapes}}
+    if a.shapes.keys() == b.shapes.keys():
+        own = a.shapes  # in the order that a block has
+    return a._united(b, own, join)
+
+
+def _whole(blocks: list[Fisher]) -> Fisher:
+    """Return one block of several."""
+    if len(blocks) == 1:
+        return blocks[0]
+    first = blocks[0]
+    paths = {name: path for block in blocks for name, path in block.paths.items()}
+    return _dense(BlockDiagonal(first.n_samples, first.kind, paths, tuple(blocks)))
+
+
+def _dense(block: Fisher) -> Fisher:
+    """Return the whole matrix of a block."""
+    about = block.n_samples, block.kind, block.paths
+    return Dense(*about, block.to_dense(), block.shapes, tolerance=block.tolerance)

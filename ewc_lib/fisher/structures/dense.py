@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ewc_lib._parameters import Vector
 from ewc_lib.fisher.structures.spectral import Spectral, without_rounding
+from ewc_lib.fisher.structures.vectors import entries, positions
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -53,6 +55,22 @@ class Dense(Spectral):
 
     def _product(self, v: Vector) -> Vector:
         return self._unpack(self.matrix @ self._packed(v))
+
+    def _embedded(self, shapes: dict[str, torch.Size]) -> Self:
+        if list(shapes.items()) == list(self.shapes.items()):
+            return self
+        size = sum(shape.numel() for shape in shapes.values())
+        place = positions(self.shapes, shapes).to(self.device)
+        matrix = self.matrix.new_zeros(size, size)
+        matrix[place[:, None], place] = self.matrix
+        return self._over(shapes, matrix=matrix)
+
+    def _congruent(self, scales: Mapping[str, float]) -> Self:
+        shapes = {name: shape for name, shape in self.shapes.items() if name in scales}
+        place = positions(shapes, self.shapes).to(self.device)
+        factor = entries(scales, shapes).to(self.matrix)
+        matrix = factor[:, None] * self.matrix[place[:, None], place] * factor
+        return self._over(shapes, matrix=matrix)
 
     def _times(self, factor: float) -> Self:
         return replace(self, matrix=factor * self.matrix)

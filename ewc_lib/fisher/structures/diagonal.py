@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from ewc_lib._foreach import each
 from ewc_lib._parameters import Vector, ravel
-from ewc_lib.fisher.structures.base import Fisher
-from ewc_lib.fisher.structures.vectors import divide
+from ewc_lib.fisher.structures.base import Fisher, Join
+from ewc_lib.fisher.structures.vectors import divide, padded
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -55,6 +56,42 @@ class Diagonal(Fisher):
 
     def _plus(self, other: Self) -> Self:
         return replace(self, values={k: d + other.values[k] for k, d in self.values.items()})
+
+    def _renamed(self, names: Mapping[str, str]) -> Self:
+        values = {names[name]: value for name, value in self.values.items()}
+        return replace(
+            self, paths={names[n]: path for n, path in self.paths.items()}, values=values
+        )
+
+    def _embedded(self, shapes: dict[str, torch.Size]) -> Self:
+        nothing = torch.zeros((), dtype=self.dtype, device=self.device)
+        values = {
+            name: padded(self.values[name], shape)
+            if name in self.values
+            else nothing.new_zeros(shape)
+            for name, shape in shapes.items()
+        }
+        return replace(self, paths=self._paths_of(shapes), values=values)
+
+    def _congruent(self, scales: Mapping[str, float]) -> Self:
+        values = {name: d * scales[name] ** 2 for name, d in self.values.items() if name in scales}
+        return replace(self, paths=self._paths_of(values), values=values)
+
+    def _united(
+        self, other: Self, shapes: dict[str, torch.Size], join: Join = operator.add
+    ) -> Self:
+        """Join what both hold; the others stay where they are, in their own precision."""
+        like = {**self.values, **other.values}
+        ours, theirs = (
+            replace(
+                one,
+                paths=one._paths_of(shapes),
+                values={n: one.values.get(n, torch.zeros_like(like[n])) for n in shapes},
+            )
+            for one in (self, other)
+        )
+        found: Self = join(ours, theirs)
+        return found
 
     def _tensors(self) -> dict[str, Tensor]:
         return {f"diagonal.{name}": d for name, d in self.values.items()}

@@ -10,6 +10,7 @@ have the groups as an axis in front.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
@@ -19,7 +20,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ewc_lib._parameters import Vector
+from ewc_lib.fisher.structures.base import NotKept
+from ewc_lib.fisher.structures.dense import Dense
 from ewc_lib.fisher.structures.spectral import Spectral, without_rounding
+from ewc_lib.fisher.structures.vectors import leading
 
 
 def matrix_size(shape: torch.Size, groups: int, transposed: bool) -> tuple[int, int]:
@@ -80,6 +84,32 @@ class Layer(Spectral):
     def _from_basis(self, x: Float[Tensor, "*groups O I"]) -> Float[Tensor, "*groups O I"]:
         outputs, inputs = self.bases
         return outputs @ x @ inputs.mT
+
+    def _places(self, shapes: dict[str, torch.Size]) -> tuple[Tensor, Tensor, torch.Size]:
+        """Return where outputs and inputs are in a layer that has grown, and its size."""
+        (weight, old), *biases = self.shapes.items()
+        new, groups = shapes[weight], self.size[:-2].numel()
+        if groups > 1 and new[0] != old[0]:
+            raise NotKept(
+                f"{weight!r} has grown from {tuple(old)} to {tuple(new)}, and with it which "
+                f"channels share one of its {groups} pairs of factors: forget it, or choose a "
+                "structure such as 'diagonal'"
+            )
+        first = torch.arange(old[0] // groups)
+        rest = torch.arange(new[1:].numel()).reshape(new[1:])[leading(old[1:])].reshape(-1)
+        rows, columns = (rest, first) if self.transposed else (first, rest)
+        outputs, inputs = matrix_size(new, groups, self.transposed)
+        if biases:
+            columns = torch.cat([columns, torch.tensor([inputs])])
+        size = torch.Size([*self.size[:-2], outputs, inputs + len(shapes) - 1])
+        return rows.to(self.device), columns.to(self.device), size
+
+    def _of_bias(self, matrices: Float[Tensor, "*groups O O"], scale: float) -> Dense:
+        """Return the block of the bias alone."""
+        _, (bias, shape) = self.shapes.items()
+        matrix = scale**2 * torch.block_diag(*matrices.reshape(-1, *matrices.shape[-2:]))
+        about = self.n_samples, self.kind, self._paths_of([bias])
+        return Dense(*about, matrix, {bias: shape}, tolerance=self.tolerance)
 
     def _in_order(self, matrices: Float[Tensor, "*groups OI OI"]) -> Float[Tensor, "P P"]:
         """Bring rows and columns from the order of :meth:`_pack` to that of the shapes."""
@@ -189,6 +219,27 @@ class Kronecker(Layer):
     def _product(self, v: Vector) -> Vector:
         return self._unpack(self.output_factor @ self._packed(v) @ self.input_factor)
 
+    def _embedded(self, shapes: dict[str, torch.Size]) -> Self:
+        if list(shapes.items()) == list(self.shapes.items()):
+            return self
+        rows, columns, size = self._places(shapes)
+        outputs = _placed(self.output_factor, rows, rows, size[-2], size[-2])
+        inputs = _placed(self.input_factor, columns, columns, size[-1], size[-1])
+        return self._over(shapes, output_factor=outputs, input_factor=inputs)
+
+    def _congruent(self, scales: Mapping[str, float]) -> Self | Dense:
+        weight, *biases = self.shapes
+        if weight not in scales:
+            constant = self.input_factor[..., -1:, -1:]
+            return self._of_bias(self.output_factor * constant, scales[biases[0]])
+        kept = {name: shape for name, shape in self.shapes.items() if name in scales}
+        n_inputs = self.size[-1] - len(biases)
+        widths = [n_inputs] + [1] * (len(kept) - 1)
+        factor = torch.cat([torch.full((n,), scales[k]) for n, k in zip(widths, kept, strict=True)])
+        factor, n = factor.to(self.input_factor), len(factor)
+        inputs = factor[:, None] * self.input_factor[..., :n, :n] * factor
+        return self._over(kept, input_factor=inputs)
+
     def _times(self, factor: float) -> Self:
         return replace(self, output_factor=factor * self.output_factor)
 
@@ -280,6 +331,30 @@ class EigenKronecker(Layer):
     def _product(self, v: Vector) -> Vector:
         return self._in_basis(v, lambda along: self.second_moments * along)
 
+    def _embedded(self, shapes: dict[str, torch.Size]) -> Self:
+        if list(shapes.items()) == list(self.shapes.items()):
+            return self
+        rows, columns, size = self._places(shapes)
+        return self._over(
+            shapes,
+            second_moments=_placed(self.second_moments, rows, columns, size[-2], size[-1]),
+            output_basis=_completed(self.output_basis, rows, size[-2]),
+            input_basis=_completed(self.input_basis, columns, size[-1]),
+        )
+
+    def _congruent(self, scales: Mapping[str, float]) -> Self | Dense:
+        weight, *biases = self.shapes
+        if weight not in scales:
+            moments = self.second_moments @ self.input_basis[..., -1, :, None].square()
+            matrices = self.output_basis * moments.mT @ self.output_basis.mT
+            return self._of_bias(matrices, scales[biases[0]])
+        if any(scales.get(bias) != scales[weight] for bias in biases):
+            raise NotKept(
+                f"{weight!r} and {biases[0]!r} share their eigenvectors, and the part of one "
+                "has others: take both, or choose structure='kronecker'"
+            )
+        return scales[weight] ** 2 * self
+
     def _times(self, factor: float) -> Self:
         return replace(self, second_moments=factor * self.second_moments)
 
@@ -300,6 +375,21 @@ def kron(
 ) -> Float[Tensor, "*groups OI OI"]:
     """Return the Kronecker product, that of each group."""
     return torch.einsum("...op,...ij->...oipj", B, A).flatten(-4, -3).flatten(-2)
+
+
+def _placed(values: Tensor, rows: Tensor, columns: Tensor, *size: int) -> Tensor:
+    """Return matrices in larger ones of zeros."""
+    larger = values.new_zeros(*values.shape[:-2], *size)
+    larger[..., rows[:, None], columns] = values
+    return larger
+
+
+def _completed(basis: Tensor, places: Tensor, size: int) -> Tensor:
+    """Return bases with a unit vector for each coordinate that is new."""
+    larger = torch.eye(size, dtype=basis.dtype, device=basis.device)
+    larger = larger.repeat(*basis.shape[:-2], 1, 1)
+    larger[..., places[:, None], places] = basis
+    return larger
 
 
 def _outer(x: Float[Tensor, "*groups O"], y: Float[Tensor, "*groups I"]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ewc_lib._parameters import Vector
 from ewc_lib.fisher.structures.spectral import Spectral, without_rounding
+from ewc_lib.fisher.structures.vectors import entries, positions
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -89,9 +91,34 @@ class LowRank(Spectral):
         return replace(self, eigenvalues=factor * self.eigenvalues)
 
     def _plus(self, other: Self) -> Self:
-        basis, triangle = torch.linalg.qr(torch.cat([self.directions, other.directions], 1))
         both = torch.cat([self.eigenvalues, other.eigenvalues])
-        eigenvalues, rotation = torch.linalg.eigh(triangle * both @ triangle.mT)
-        scale = both.abs().max() if both.numel() else None
+        return self._spanned(torch.cat([self.directions, other.directions], 1), both, self.shapes)
+
+    def _embedded(self, shapes: dict[str, torch.Size]) -> Self:
+        if list(shapes.items()) == list(self.shapes.items()):
+            return self
+        size = sum(shape.numel() for shape in shapes.values())
+        directions = self.directions.new_zeros(size, self.directions.shape[1])
+        directions[positions(self.shapes, shapes).to(self.device)] = self.directions
+        return self._over(shapes, directions=directions)
+
+    def _congruent(self, scales: Mapping[str, float]) -> Self:
+        shapes = {name: shape for name, shape in self.shapes.items() if name in scales}
+        place = positions(shapes, self.shapes).to(self.device)
+        factor = entries(scales, shapes).to(self.directions)
+        return self._spanned(factor[:, None] * self.directions[place], self.eigenvalues, shapes)
+
+    def _spanned(
+        self,
+        columns: Float[Tensor, "P k"],
+        weights: Float[Tensor, " k"],
+        shapes: dict[str, torch.Size],
+    ) -> Self:
+        """Return the sum of the weighted outer products of columns with themselves."""
+        basis, triangle = torch.linalg.qr(columns)
+        eigenvalues, rotation = torch.linalg.eigh(triangle * weights @ triangle.mT)
+        scale = weights.abs().max() if weights.numel() else None
         kept = without_rounding(eigenvalues, len(basis), scale) != 0
-        return replace(self, directions=basis @ rotation[:, kept], eigenvalues=eigenvalues[kept])
+        return self._over(
+            shapes, directions=basis @ rotation[:, kept], eigenvalues=eigenvalues[kept]
+        )

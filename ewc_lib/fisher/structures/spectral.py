@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -82,6 +82,16 @@ class Spectral(Fisher):
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
         changed: dict[str, Any] = {name: change(getattr(self, name)) for name in self._TENSORS}
         return replace(self, **changed)
+
+    def _renamed(self, names: Mapping[str, str]) -> Self:
+        shapes = {names[name]: shape for name, shape in self.shapes.items()}
+        renamed: dict[str, Any] = {"parameter_shapes": shapes}
+        return replace(self, paths={names[n]: path for n, path in self.paths.items()}, **renamed)
+
+    def _over(self, shapes: dict[str, torch.Size], **tensors: Tensor) -> Self:
+        """Return a matrix over other parameters."""
+        own: dict[str, Any] = {"parameter_shapes": shapes, **tensors}
+        return replace(self, paths=self._paths_of(shapes), **own)
 
     def _tensors(self) -> dict[str, Tensor]:
         shapes = {f"shape.{name}": torch.tensor(tuple(s)) for name, s in self.shapes.items()}

@@ -42,6 +42,33 @@ def in_form_of(v: V, found: Vector, shapes: dict[str, torch.Size]) -> V:
     return found
 
 
+def leading(shape: torch.Size) -> tuple[slice, ...]:
+    """Return where the entries of a tensor are in one that has grown: first along each axis."""
+    return tuple(slice(length) for length in shape)
+
+
+def padded(value: Tensor, shape: torch.Size) -> Tensor:
+    """Return a tensor in a larger one, with zeros behind it along each axis."""
+    if value.shape == shape:
+        return value
+    larger = value.new_zeros(shape)
+    larger[leading(value.shape)] = value
+    return larger
+
+
+def positions(inner: dict[str, torch.Size], outer: dict[str, torch.Size]) -> Tensor:
+    """Return where the entries of some parameters are in a flat vector of more or larger ones."""
+    size = sum(shape.numel() for shape in outer.values())
+    places = unravel(torch.arange(size), outer)
+    return torch.cat([places[name][leading(shape)].reshape(-1) for name, shape in inner.items()])
+
+
+def entries(scales: Mapping[str, float], shapes: dict[str, torch.Size]) -> Tensor:
+    """Return a number for each parameter as one for each entry of a flat vector."""
+    numbers = torch.tensor([scales[name] for name in shapes], dtype=torch.float64)
+    return numbers.repeat_interleave(torch.tensor([s.numel() for s in shapes.values()]))
+
+
 def check_shapes(expected: dict[str, torch.Size], given: dict[str, torch.Size]) -> None:
     """Raise a ValueError that lists every name or shape that differs."""
     if expected == given:
