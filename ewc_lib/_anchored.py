@@ -15,23 +15,7 @@ from torch import Tensor, nn
 
 from ewc_lib._foreach import at_once, copy_back_, each, in_dtypes_of, inner, side_by_side
 from ewc_lib._parameters import Vector
-from ewc_lib.fisher.structures import Diagonal, Fisher, check_shapes
-
-
-def check_held(model: nn.Module, parameters: Mapping[str, Tensor], anchor: Vector) -> None:
-    """Raise a ValueError unless the trainable parameters are those of the anchor, with values."""
-    others = {name: p for name, p in model.named_parameters() if name not in parameters}
-    frozen = [name for name, p in others.items() if name in anchor and not p.requires_grad]
-    if frozen:
-        raise ValueError(
-            f"the penalty holds the parameters {frozen}, which do not require grad any more; "
-            "let them, and give them a learning rate of 0 instead"
-        )
-    shapes = {name: value.shape for name, value in anchor.items()}
-    check_shapes(shapes, {name: p.shape for name, p in parameters.items()})
-    for name, parameter in parameters.items():
-        if parameter.is_meta:  # to follow it there would lose what was consolidated
-            raise ValueError(f"parameter {name!r} is on the meta device: it has no values")
+from ewc_lib.fisher.structures import Diagonal, Fisher
 
 
 def displacement(parameters: Mapping[str, Tensor], anchor: Vector) -> Vector:
@@ -129,25 +113,29 @@ class Sweep(NamedTuple):
 
 
 def add_pull_(
-    precision: Fisher, anchor: Vector, parameters: Mapping[str, nn.Parameter], strength: float
+    precision: Fisher,
+    anchor: Vector,
+    parameters: Mapping[str, Tensor],
+    moving: Mapping[str, nn.Parameter],
+    strength: float,
 ) -> None:
-    r"""Add :math:`\lambda A (\theta - m)` to ``.grad``, in place where there is one."""
-    moved = displacement(parameters, anchor)
+    r"""Add :math:`\lambda A (\theta - m)` to the ``.grad`` of some, in place where there is one."""
     swept = isinstance(precision, Diagonal)
+    moved = displacement(moving if swept else parameters, anchor)
     pull = moved if swept else precision._product(moved)
-    if there := _gradients(parameters):
+    if there := _gradients(moving):
         sums = in_dtypes_of(pull, there)
         if isinstance(precision, Diagonal):
             each("addcmul_", sums, precision.values, moved, value=strength)
         else:
             each("add_", sums, pull, alpha=strength)
         copy_back_(there, sums)
-    if new := {name: pull[name] for name in parameters if name not in there}:
+    if new := {name: pull[name] for name in moving if name not in there}:
         if isinstance(precision, Diagonal):
             new = each("mul", new, precision.values)
-        for name, value in in_dtypes_of(parameters, each("mul", new, strength)).items():
-            wanted = getattr(parameters[name], "grad_dtype", None)  # since PyTorch 2.10
-            parameters[name].grad = value.to(wanted or value.dtype)
+        for name, value in in_dtypes_of(moving, each("mul", new, strength)).items():
+            wanted = getattr(moving[name], "grad_dtype", None)  # since PyTorch 2.10
+            moving[name].grad = value.to(wanted or value.dtype)
 
 
 def _gradients(parameters: Mapping[str, nn.Parameter]) -> Vector:
@@ -170,7 +158,7 @@ def shares(
     """
     found: Vector = {}
     for rate in set(rates.values()):
-        own = {name: value for name, value in precision.values.items() if rates[name] == rate}
+        own = {name: value for name, value in precision.values.items() if rates.get(name) == rate}
         found.update(each("mul", own, rate * strength))
     each("reciprocal_", found)
     each("add_", found, 1.0)
@@ -189,7 +177,9 @@ def in_layout_of(like: Mapping[str, Tensor], values: Vector) -> Vector:
     """Lay tensors out in memory as others are, so that one sweep takes both."""
     return {
         name: value
-        if value.stride() == like[name].stride()
+        if name not in like
+        or value.shape != like[name].shape
+        or value.stride() == like[name].stride()
         else torch.empty_like(like[name], dtype=value.dtype, device=value.device).copy_(value)
         for name, value in values.items()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 WRAPPERS = frozenset(
@@ -22,9 +23,6 @@ def plain_name(name: str) -> str:
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
     """Return the plain name of each, or its own where two would be the same."""
-    names = list(names)
-    plain = [plain_name(name) for name in names]
-    twice = {name for name in plain if plain.count(name) > 1}
-    return {
-        name: name if short in twice else short for name, short in zip(names, plain, strict=True)
-    }
+    plain = {name: plain_name(name) for name in names}
+    times = Counter(plain.values())
+    return {name: short if times[short] == 1 else name for name, short in plain.items()}

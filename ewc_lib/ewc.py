@@ -198,6 +198,7 @@ class EWC(QuadraticPenalty):
             If it is zero everywhere, so that nothing would be protected.
         """
         self._check_room()
+        chosen = list(self._of_task())
         if generator is None:  # the random errors of two tasks are not to be the same
             device = next(self.model.parameters()).device
             generator = torch.Generator(device).manual_seed(self.n_tasks)
@@ -208,7 +209,7 @@ class EWC(QuadraticPenalty):
             criterion=self.criterion,
             kind=self.kind,
             structure=self.structure,
-            params=self.params,
+            params=chosen,
             n_samples=self.n_samples if n_samples is None else n_samples,
             draws=self.draws,
             rank=self.rank,
@@ -219,7 +220,7 @@ class EWC(QuadraticPenalty):
             dtype=self.dtype,
             device=self.device,
         )
-        self._remember(fisher)
+        self._remember(self._plain(fisher))
         return fisher
 
     def remember(self, fisher: Fisher) -> None:
@@ -257,6 +258,7 @@ class EWC(QuadraticPenalty):
         1
         """
         self._check_room()
+        fisher = self._plain(fisher)
         self._check_own(fisher)
         self._remember(fisher)
 
@@ -273,8 +275,7 @@ class EWC(QuadraticPenalty):
             if self.mode == "separate" or self.precision is None:
                 self._merge(fisher)
             else:
-                self._follow(fisher.device)
-                self._replace(self.decay * self.precision + fisher)
+                self._replace(self._joined(fisher, self.decay))
 
     def bayesian_strength(self, n_b: int, n_a: int | None = None) -> float:
         r"""Return the strength that Bayes' rule implies, :math:`N_A / N_B`.
@@ -326,4 +327,8 @@ class EWC(QuadraticPenalty):
             raise ValueError(f"this EWC holds a {wanted.__name__}, got a {type(fisher).__name__}")
         if fisher.kind != self.kind:
             raise ValueError(f"this EWC is of kind {self.kind!r}, got a Fisher of {fisher.kind!r}")
-        check_shapes({n: p.shape for n, p in self._parameters().items()}, fisher.shapes)
+        self._of_task()
+        every, chosen = self._choose.every(self.model), self._parameters()
+        frozen = {n for n in fisher.shapes if n in self._anchor and not every[n].requires_grad}
+        expected = {n: p.shape for n, p in every.items() if n in chosen or n in frozen}
+        check_shapes(expected, fisher.shapes)

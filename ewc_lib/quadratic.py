@@ -10,32 +10,28 @@ Fisher information for the precision; other methods take other importances and s
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from operator import is_
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ewc_lib._anchored import (
-    Sweep,
-    add_pull_,
-    check_held,
-    displacement,
-    go_,
-    in_layout_of,
-    shares,
-    squared_distance,
-)
+from ewc_lib._anchored import in_layout_of
 from ewc_lib._arguments import check_strength
 from ewc_lib._foreach import each
+from ewc_lib._held import Held, held_ones, names_like
+from ewc_lib._names import plain_name
 from ewc_lib._parameters import Vector
-from ewc_lib._selecting import Chooser, Selection, fixed
+from ewc_lib._selecting import Chooser, Selection, fixed, select_parameters
 from ewc_lib.attaching import Attachment, Form
 from ewc_lib.fisher.structures import Diagonal, Fisher, check_shapes
+from ewc_lib.fisher.structures.base import Join
 from ewc_lib.fisher.structures.states import decode, encode, under
+from ewc_lib.fisher.structures.vectors import grown
 
 __all__ = ["QuadraticPenalty"]
 
@@ -80,10 +76,8 @@ class QuadraticPenalty:
         self._anchor: Vector = {}
         self._offset = torch.zeros(())
         self._n_tasks = 0
-        self._kept_held: tuple[Any, ...] = (None,) * 5
-        self._kept_shares: tuple[Fisher | None, Any, Vector] = None, None, {}
-        self._kept_scaled: tuple[Fisher, float, Fisher] | None = None
-        self._parameters()
+        self._kept_held: tuple[Any, Held] | None = None
+        select_parameters(model, self.params)
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value!r}" for name, value in self._shown().items())
@@ -131,15 +125,14 @@ class QuadraticPenalty:
         Raises
         ------
         ValueError
-            If the parameters no longer have the names and shapes of the consolidated ones, or
-            do not require grad any more, or have no values.
+            If the model has a held parameter no more, or a smaller one (:meth:`forget`), or if
+            one has no values.
         """
         if self._precision is None:
             return torch.zeros((), device=next(self.model.parameters()).device)
-        parameters, _ = self._held()
-        assert self._precision is not None
+        held = self._held()
         with self._uncast():
-            distance = squared_distance(self._precision, self._anchor, parameters)
+            distance = held.squared_distance()
         return 0.5 * self.strength * (distance + self._offset)
 
     @torch.no_grad()
@@ -150,13 +143,15 @@ class QuadraticPenalty:
         builds no graph. A sparse gradient becomes dense, as it would there. With a gradient
         scaler, ``scaler.unscale_(optimizer)`` comes first.
         """
+        self._add_gradient(None)
+
+    def _add_gradient(self, names: Collection[str] | None) -> None:
+        """Add the gradient to that of some parameters that require grad, None for all."""
         if self._precision is None:
             return
-        parameters, sweep = self._held()
-        assert self._precision is not None
-        if sweep is None or not sweep.add_pull_(self.strength):
-            with self._uncast():
-                add_pull_(self._precision, self._anchor, parameters, self.strength)
+        held = self._held()
+        with self._uncast():
+            (held if names is None else held.part(names)).add_pull_(self.strength)
 
     @torch.no_grad()
     def proximal_step_(self, optimizer: torch.optim.Optimizer) -> None:
@@ -173,16 +168,20 @@ class QuadraticPenalty:
         :math:`\mu`, the gradient of the loss accumulates and the penalty does not: for the same
         balance multiply the strength by :math:`1/(1-\mu)`.
 
+        It moves the parameters that this optimizer holds and that require grad; all others are
+        constants in it. With several optimizers, call it for each, after its step. Where the
+        rates differ, :math:`\eta` is the diagonal matrix of them.
+
         Parameters
         ----------
         optimizer
-            It has to hold all the parameters that the penalty holds.
+            It has to hold at least one of the parameters that the penalty holds.
 
         Raises
         ------
         ValueError
-            If the optimizer lacks one of the parameters, or if its learning rates differ and
-            the precision is not diagonal.
+            If the optimizer holds none of them, though some require grad; and as
+            :meth:`penalty`.
 
         References
         ----------
@@ -190,24 +189,51 @@ class QuadraticPenalty:
         """
         if self._precision is None or self.strength == 0:
             return
-        parameters, sweep = self._held()
-        rates = _rates(optimizer, parameters)
-        if isinstance(self._precision, Diagonal):
-            found = self._shares(self._precision, rates)
-            if sweep is None:
-                go_(parameters, self._anchor, found)
-            else:
-                sweep.go_([found[name] for name in parameters])
-            return
-        if len(distinct := set(rates.values())) > 1:
-            raise ValueError(
-                f"the optimizer has the learning rates {sorted(distinct)}; a proximal step with "
-                f"a precision that is not diagonal needs a single one"
-            )
-        with self._uncast():
-            scaled = self._scaled(distinct.pop() * self.strength)
-            left = scaled.solve(displacement(parameters, self._anchor), damping=1.0)
-        each("copy_", parameters, each("add", self._anchor, left))
+        held = self._held()
+        if rates := _rates(optimizer, held):
+            with self._uncast():
+                held.part(rates).go_(self.strength, rates)
+
+    def forget(self, pattern: str | Iterable[str]) -> None:
+        r"""Drop parameters from the penalty, which then are free until the next task is finished.
+
+        What remains is the penalty of the others with the dropped ones at their anchor. Do so
+        with parameters that the model has no more, or has smaller ones of; until then the
+        penalty raises a ValueError. Do so too where a layer was replaced by a new one of the
+        same shape, as a fresh head: it has the name of the old one, so that it would be held
+        where that was.
+
+        Parameters
+        ----------
+        pattern
+            A name, a glob pattern such as ``"head.*"``, or several. Names are those of
+            :attr:`anchor`, without what wrappers such as ``DataParallel`` put around them.
+
+        Raises
+        ------
+        ValueError
+            If one matches nothing that is held, or if the structure cannot hold what remains.
+            Nothing has changed then.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from ewc_lib import EWC
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+        >>> ewc = EWC(model, strength=10.0)
+        >>> F = ewc.consolidate((torch.randn(8, 3), torch.arange(8) % 2))
+        >>> model[1] = torch.nn.Linear(4, 2)  # a head of its own for the second task
+        >>> ewc.forget("1.*")
+        >>> list(ewc.anchor)
+        ['0.weight', '0.bias']
+        """
+        dropped = names_like(pattern, self._anchor)
+        left = {name: value for name, value in self._anchor.items() if name not in dropped}
+        if self._precision is None or not left:
+            self._keep(None, {})
+            self._offset, self._n_tasks = torch.zeros_like(self._offset), 0
+        else:
+            self._keep(self._precision._within(left), left)
 
     def attach(self, optimizer: torch.optim.Optimizer, form: Form = "proximal") -> Attachment:
         r"""Act in every step of an optimizer from now on, so that the training loop stays as it is.
@@ -334,44 +360,60 @@ class QuadraticPenalty:
         return "diagonal"
 
     def _parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trainable parameters that are chosen, by plain names; there may be none."""
         return self._choose(self.model, self.params)
 
-    def _shares(self, precision: Diagonal, rates: dict[str, float]) -> Vector:
-        """Return how far to go towards the anchor; they stay the same from step to step."""
-        if torch.compiler.is_compiling():  # what is fused into the step costs less than to keep it
-            return shares(precision, self._anchor, self.strength, rates)
-        known, settings, found = self._kept_shares
-        if known is not precision or settings != (self.strength, rates):
-            found = shares(precision, self._anchor, self.strength, rates)
-            self._kept_shares = precision, (self.strength, rates), found
-        return found
+    def _of_task(self) -> dict[str, nn.Parameter]:
+        """Return what the next task is to hold, by the names that it has in the model.
 
-    def _scaled(self, factor: float) -> Fisher:
-        """Return the precision times a number; it stays the same, with its eigenvectors."""
-        assert self._precision is not None
-        kept = self._kept_scaled
-        if kept is None or kept[0] is not self._precision or kept[1] != factor:
-            kept = self._kept_scaled = self._precision, factor, factor * self._precision
-        return kept[2]
-
-    def _held(self) -> tuple[dict[str, nn.Parameter], Sweep | None]:
-        """Return the parameters, after everything else has followed them, and all side by side.
-
-        Raise a ValueError if they are others than those of the anchor.
+        Raise a ValueError if there is nothing, or if something that is held has gone.
         """
-        parameters = self._parameters()
-        forms = [(p.shape, p.dtype, p.device) for p in parameters.values()]
-        *held, forms_then, sweep = self._kept_held
-        now = parameters, self._anchor, self._precision
-        if forms == forms_then and all(map(is_, held, now)):
-            return parameters, sweep
-        check_held(self.model, parameters, self._anchor)
+        if self._precision is not None:
+            self._held()
+        chosen = self._parameters()
+        if not chosen:
+            return select_parameters(self.model, self.params)  # says why
+        named = {short: name for name, short in self._choose.plain(self.model).items()}
+        return {named[short]: parameter for short, parameter in chosen.items()}
+
+    def _plain_names(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the plain names of parameters of the model, or of one that is wrapped."""
+        known = self._choose.plain(self.model)
+        own = set(known.values())
+        return {n: known.get(n, n if n in own else plain_name(n)) for n in names}
+
+    def _plain(self, fisher: Fisher) -> Fisher:
+        """Return a Fisher information with plain names."""
+        names = self._plain_names(fisher.shapes)
+        return fisher if all(map(operator.eq, names, names.values())) else fisher._renamed(names)
+
+    def _held(self) -> Held:
+        """Return what is held, after everything else has followed the model.
+
+        Raise a ValueError if that cannot be.
+        """
+        every = self._choose.every(self.model)
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self._kept_held is not None:
+            seen, held = self._kept_held
+            if every is seen and held.is_of(self._precision, self._anchor):
+                return held
+        parameters = held_ones(every, self._anchor)
         self._follow(next(iter(parameters.values())).device)
-        if torch.compiler.is_compiling() or not isinstance(self._precision, Diagonal):
-            return parameters, None
-        sweep = Sweep.of(parameters, self._anchor, self._precision.values)
-        self._kept_held = parameters, self._anchor, self._precision, forms, sweep
-        return parameters, sweep
+        self._grow(parameters)
+        assert self._precision is not None
+        held = Held(self._precision, self._anchor, parameters)
+        if not compiling:
+            self._kept_held = every, held
+        return held
+
+    def _grow(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Give what has grown a precision of zero where it is new."""
+        assert self._precision is not None
+        shapes = {name: p.shape for name, p in parameters.items()}
+        if any(shape != self._anchor[name].shape for name, shape in shapes.items()):
+            anchor = {name: grown(value, parameters[name]) for name, value in self._anchor.items()}
+            self._keep(self._precision._embedded(shapes), anchor)
 
     def _uncast(self) -> AbstractContextManager[Any]:
         """Let no region of autocast round a product with a matrix."""
@@ -388,35 +430,52 @@ class QuadraticPenalty:
 
     def _optimum(self, precision: Fisher) -> Vector:
         """Copy the present parameters, where a precision is and in its dtypes."""
-        like, found = precision.diagonal(), {}
-        for name, parameter in self._parameters().items():
-            device, dtype = like[name].device, like[name].dtype
+        every, found = self._choose.every(self.model), {}
+        for name, like in precision.diagonal().items():
+            parameter, dtype = every[name], like.dtype
             dtype = dtype.to_complex() if parameter.is_complex() else dtype
-            found[name] = parameter.detach().to(device, dtype, copy=True)
+            found[name] = parameter.detach().to(like.device, dtype, copy=True)
         return found
 
     def _merge(self, precision: Fisher) -> None:
         r"""Add the quadratic of one more task around the present parameters, exactly.
 
         The sum of two quadratics is one quadratic (:eq:`eq-ewc-merge`), with :math:`A + F`,
-        the centre :math:`m' = m + (A + F)^{-1} F (t - m)` and a constant.
+        the centre :math:`m' = m + (A + F)^{-1} F (t - m)` and a constant. What only one of the
+        two holds has the precision zero in the other.
         """
-        optimum = self._optimum(precision)
         if self._precision is None:
             self._replace(precision)
             return
-        self._follow(precision.device)
-        old, anchor = self._precision, self._anchor
-        merged = old + precision
-        shift = merged.solve(precision @ each("sub", optimum, anchor))
-        centre = each("add", anchor, shift)
+        merged, optimum = self._joined(precision), self._optimum(precision)
+        old = self._precision
+        both = {**optimum, **self._anchor}
+        anchor = {name: both[name] for name in merged.shapes}
+        pull = precision @ {name: t - anchor[name] for name, t in optimum.items()}
+        nothing = {name: torch.zeros_like(m) for name, m in anchor.items() if name not in pull}
+        centre = each("add", anchor, merged.solve({**nothing, **pull}))
         self._offset = (
             self._offset
-            + old.quadratic(each("sub", centre, anchor))
-            + precision.quadratic(each("sub", optimum, centre))
+            + old.quadratic({name: centre[name] - m for name, m in self._anchor.items()})
+            + precision.quadratic({name: t - centre[name] for name, t in optimum.items()})
         )
         self._keep(merged, centre)
         self._n_tasks += 1
+
+    def _joined(self, task: Fisher, decay: float = 1.0, join: Join = operator.add) -> Fisher:
+        """Join the precision so far with that of a task."""
+        if self._precision is None:
+            return task
+        self._held()
+        self._follow(task.device)
+        old = self._precision if decay == 1 else decay * self._precision
+        return self._in_order(old, task, join)
+
+    def _in_order(self, old: Fisher, task: Fisher, join: Join = operator.add) -> Fisher:
+        """Join two precisions, their parameters in the order of the model."""
+        known = old.shapes.keys() | task.shapes.keys()
+        every = self._choose.every(self.model)
+        return old._united(task, {n: p.shape for n, p in every.items() if n in known}, join)
 
     def _replace(self, precision: Fisher) -> None:
         """Take this precision around the present parameters instead of what was there."""
@@ -427,18 +486,22 @@ class QuadraticPenalty:
     def _keep(self, precision: Fisher | None, anchor: Vector) -> None:
         """Keep both in the memory layout of the parameters, so that one sweep takes all."""
         if isinstance(precision, Diagonal):
-            parameters = self._parameters()
-            anchor = in_layout_of(parameters, anchor)
-            precision = replace(precision, values=in_layout_of(parameters, precision.values))
+            every = self._choose.every(self.model)
+            anchor = in_layout_of(every, anchor)
+            precision = replace(precision, values=in_layout_of(every, precision.values))
         self._precision, self._anchor = precision, anchor
-        self._kept_held, self._kept_shares = (None,) * 5, (None, None, {})  # free what was held
+        self._kept_held = None  # free what was held
 
 
-def _rates(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
-) -> dict[str, float]:
-    """Return the learning rate of each parameter."""
+def _rates(optimizer: torch.optim.Optimizer, held: Held) -> dict[str, float]:
+    """Return the learning rate of each parameter that the optimizer can move.
+
+    Raise a ValueError if it holds none, though there are such.
+    """
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    if lost := [name for name, p in parameters.items() if id(p) not in rates]:
-        raise ValueError(f"the optimizer does not hold the parameters {lost}")
-    return {name: float(rates[id(p)]) for name, p in parameters.items()}
+    found = {n: float(rates[id(p)]) for n, p in held.moving.items() if id(p) in rates}
+    if not found and held.moving and not any(id(p) in rates for p in held.parameters.values()):
+        raise ValueError(
+            f"the optimizer holds none of the parameters of the penalty, {list(held.moving)}"
+        )
+    return found

@@ -430,12 +430,18 @@ def test_frozen_parameters_are_left_out():
     assert model[0].weight.grad is None
 
 
-def test_a_model_that_has_changed_its_shape_is_refused_by_name():
+def test_a_model_that_is_smaller_is_refused_by_name_and_told_the_way_out():
     model, ewc, _ = consolidated()
-    model[2] = nn.Linear(4, 5).double()
-    for use in (ewc.penalty, ewc.add_gradient_):
-        with pytest.raises(ValueError, match=r"'2.weight' has shape \(5, 4\) instead of \(3, 4\)"):
+    model[2] = nn.Linear(4, 2).double()
+    for use in (ewc.penalty, ewc.add_gradient_, lambda: ewc.consolidate(task())):
+        with pytest.raises(
+            ValueError, match=r"'2.weight' has shape \(2, 4\).*holds \(3, 4\)"
+        ) as why:
             use()
+        assert 'ewc.forget("2.weight")' in str(why.value)
+    ewc.forget("2.*")
+    assert list(ewc.anchor) == ["0.weight", "0.bias"]
+    ewc.penalty().backward()
 
 
 def test_a_model_without_values_is_refused_and_nothing_is_lost():
@@ -455,14 +461,22 @@ def test_a_model_without_values_is_refused_and_nothing_is_lost():
     assert same(ewc.penalty(), penalty)
 
 
-def test_a_parameter_that_was_frozen_since_is_refused_as_such():
-    model, ewc, _ = consolidated()
+@pytest.mark.parametrize("structure", ["diagonal", "dense", "module", "kronecker"])
+def test_a_parameter_that_was_frozen_since_is_a_constant(structure):
+    model, ewc, _ = consolidated(structure=structure)
+    for p in model.parameters():
+        p.data += 0.1
+    before = ewc.penalty().item()
+    everywhere = torch.autograd.grad(ewc.penalty(), list(model.parameters()))
     model[0].requires_grad_(False)
-    for use in (ewc.penalty, ewc.add_gradient_):
-        with pytest.raises(ValueError, match=r"\['0\.weight', '0\.bias'\].* not require grad any"):
-            use()
-    model[0].requires_grad_(True)
+    assert ewc.penalty().item() == before
     ewc.penalty().backward()
+    first = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    ewc.add_gradient_()
+    assert first[:2] == [None, None] == [p.grad for p in model[0].parameters()]
+    for p, g, whole in zip(model[2].parameters(), first[2:], everywhere[2:], strict=True):
+        torch.testing.assert_close(g, whole)
+        torch.testing.assert_close(p.grad, 2 * whole)
 
 
 def test_everything_moves_to_another_device():

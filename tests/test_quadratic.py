@@ -284,16 +284,90 @@ def test_every_structure_has_the_closed_form(structure):
     assert (found - start).norm() > 1e-3
 
 
-def test_different_learning_rates_need_a_diagonal():
-    model, penalty, _ = held(lambda m: dense(m, singular()), 1.0)
-    before = parameters(model).clone()
-    groups = [{"params": [model.a], "lr": 0.1}, {"params": [model.b], "lr": 0.2}]
-    with pytest.raises(ValueError, match=r"learning rates \[0.1, 0.2\].*needs a single one"):
-        penalty.proximal_step_(torch.optim.SGD(groups, lr=1.0))
-    assert torch.equal(parameters(model), before)
-    groups[1]["lr"] = 0.1
-    penalty.proximal_step_(torch.optim.SGD(groups, lr=1.0))
-    assert not torch.equal(parameters(model), before)
+def minimised(matrix, strength, rates, start, anchor):
+    """Where the penalty plus the distance from the start is smallest; a rate of 0 holds still."""
+    moves = rates > 0
+    distance = torch.diag(1 / rates[moves])
+    left = distance + strength * matrix[moves][:, moves]
+    moved = start - anchor
+    right = distance @ moved[moves] - strength * matrix[moves][:, ~moves] @ moved[~moves]
+    found = start.clone()
+    found[moves] = anchor[moves] + torch.linalg.solve(left, right)
+    return found
+
+
+def network(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3)).double()
+
+
+def after_a_task(structure, strength=5.0):
+    """A network away from where a penalty of a structure holds it, with that place."""
+    model = network()
+    ewc = EWC(model, strength, structure=structure)
+    ewc.consolidate((random(12, 3), torch.arange(12) % 3))
+    anchor = flat(model).clone()
+    with torch.no_grad():
+        for seed, p in enumerate(model.parameters()):
+            p += random(*p.shape, seed=seed)
+    return model, ewc, anchor
+
+
+def flat(model):
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def rates_of(model, rates):
+    pairs = zip(model.parameters(), rates, strict=True)
+    return torch.cat([torch.full((p.numel(),), rate, dtype=DOUBLE) for p, rate in pairs])
+
+
+EVERY = ["diagonal", "block", "module", "dense", "lowrank", "kronecker", "eigenkronecker"]
+
+
+@pytest.mark.parametrize("structure", EVERY)
+@pytest.mark.parametrize(
+    "rates", [(0.1, 0.2, 0.1, 0.2), (0.3, 0.3, 1e-3, 1e-3), (0.0, 0.1, 0.5, 0.0), (1.0, 0, 0, 0)]
+)
+def test_each_parameter_group_has_its_own_rate_in_every_structure(structure, rates):
+    model, ewc, anchor = after_a_task(structure)
+    start, matrix = flat(model), ewc.precision.to_dense()
+    groups = [
+        {"params": [p], "lr": rate} for p, rate in zip(model.parameters(), rates, strict=True)
+    ]
+    ewc.proximal_step_(torch.optim.SGD(groups, lr=1.0))
+    expected = minimised(matrix, 5.0, rates_of(model, rates), start, anchor)
+    torch.testing.assert_close(flat(model), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("structure", EVERY)
+@pytest.mark.parametrize("lacking", ["not held by the optimizer", "frozen"])
+def test_what_an_optimizer_lacks_or_is_frozen_is_a_constant(structure, lacking):
+    model, ewc, anchor = after_a_task(structure)
+    start, matrix, rates = flat(model), ewc.precision.to_dense(), (0.0, 0.2, 0.2, 0.2)
+    if lacking == "frozen":
+        model[0].weight.requires_grad_(False)
+    own = list(model.parameters())[lacking != "frozen" :]
+    ewc.proximal_step_(torch.optim.SGD(own, lr=0.2))
+    expected = minimised(matrix, 5.0, rates_of(model, rates), start, anchor)
+    torch.testing.assert_close(flat(model), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "block", "module"])
+def test_steps_of_two_optimizers_are_the_step_of_one_where_nothing_couples_their_parameters(
+    structure,
+):
+    def run(split):
+        model, ewc, _ = after_a_task(structure)
+        parts = [model[0], model[2]] if split else [model]
+        optimizers = [torch.optim.SGD(part.parameters(), lr=0.2) for part in parts]
+        for _ in range(3):
+            for optimizer in optimizers:
+                ewc.proximal_step_(optimizer)
+        return flat(model)
+
+    torch.testing.assert_close(run(split=True), run(split=False), **TIGHT)
 
 
 @pytest.mark.parametrize("make", [lambda m: diagonal(m, spread()), lambda m: dense(m, singular())])
@@ -308,12 +382,17 @@ def test_a_learning_rate_of_zero_moves_nothing(make):
 
 
 @pytest.mark.parametrize("make", [lambda m: diagonal(m, spread()), lambda m: dense(m, singular())])
-def test_parameters_that_the_optimizer_lacks_are_named_and_nothing_moves(make):
+def test_an_optimizer_that_holds_nothing_of_the_penalty_is_refused_and_nothing_moves(make):
     model, penalty, _ = held(make, 1.0)
-    before = parameters(model).clone()
-    with pytest.raises(ValueError, match=r"does not hold the parameters \['b'\]"):
-        penalty.proximal_step_(torch.optim.SGD([model.a], lr=0.1))
+    before, other = parameters(model).clone(), torch.optim.SGD([nn.Parameter(random(2))], lr=0.1)
+    with pytest.raises(ValueError, match=r"none of the parameters of the penalty, \['a', 'b'\]"):
+        penalty.proximal_step_(other)
+    model.requires_grad_(False)  # then there is nothing to move
+    penalty.proximal_step_(other)
+    penalty.add_gradient_()
+    assert penalty.penalty() > 0
     assert torch.equal(parameters(model), before)
+    assert model.a.grad is None
 
 
 @each_optimizer

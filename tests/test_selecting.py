@@ -239,11 +239,13 @@ def asked(monkeypatch):
     """The choices that were really made."""
     made = []
 
-    def counted(model, params=None):
-        made.append(params)
-        return select_parameters(model, params)
+    choose = _selecting._chosen
 
-    monkeypatch.setattr(_selecting, "select_parameters", counted)
+    def counted(model, params):
+        made.append(params)
+        return choose(model, params)
+
+    monkeypatch.setattr(_selecting, "_chosen", counted)
     return made
 
 
@@ -280,15 +282,58 @@ def test_a_predicate_is_asked_every_time(asked):
     assert len(asked) == 2
 
 
-def test_a_choice_that_cannot_be_made_is_an_error_every_time(asked):
+def test_what_was_chosen_and_is_frozen_or_has_gone_is_left_out():
     model, choose = network(), Chooser()
-    choose(model, ["head.*"])
+    params = ["head.*", "body.0.bias"]
+    choose(model, params)
     model.head.requires_grad_(False)
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"no trainable parameter is named 'head\.\*'"):
-            choose(model, ["head.*"])
+    assert list(choose(model, params)) == ["body.0.bias"]
+    del model.body[0]
+    assert list(choose(model, params)) == []
     model.head.requires_grad_(True)
-    assert list(choose(model, ["head.*"])) == ["head.weight", "head.bias"]
+    assert list(choose(model, params)) == ["head.weight", "head.bias"]
+
+
+def test_a_module_stands_for_what_it_gets_later():
+    model = network()
+    params = fixed(model, model.body)
+    model.body.append(nn.Linear(3, 3))
+    assert list(select_parameters(model, params)) == [*ALL[:4], "body.3.weight", "body.3.bias"]
+
+
+WRAPPED = {
+    "in parallel": nn.DataParallel,
+    "compiled": torch.compile,
+    "both": lambda model: nn.DataParallel(torch.compile(model)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+@pytest.mark.parametrize("params", ["head.*", "head.weight", ["body.0.bias", "h*.bias"]])
+def test_names_with_and_without_those_of_wrappers_choose_the_same(wrap, params):
+    model = network()
+    wrapped = wrap(model)
+    plain, full = select_parameters(model, params), select_parameters(wrapped, params)
+    assert [id(p) for p in full.values()] == [id(p) for p in plain.values()]
+    for given in (list(full), [name.replace("head.", "head.*") for name in full]):
+        assert set(map(id, plain.values())) <= set(
+            map(id, select_parameters(model, given).values())
+        )
+    choose = Chooser()
+    assert list(choose(wrapped, params)) == list(plain)
+    assert list(choose.every(wrapped)) == list(choose.every(model))
+
+
+def test_every_parameter_is_known_by_each_of_its_names_and_found_again_only_after_a_change():
+    model, choose = network(), Chooser()
+    tie(model)
+    model.head.requires_grad_(False)
+    every = choose.every(model)
+    assert list(every) == ALL
+    assert every["body.2.bias"] is every["body.0.bias"]
+    assert choose.every(model) is every
+    model.head.requires_grad_(True)
+    assert choose.every(model) is not every
 
 
 @pytest.mark.parametrize("params", [None, ["body.*"]])

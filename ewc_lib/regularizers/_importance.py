@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ewc_lib._foreach import each
 from ewc_lib._parameters import Vector
-from ewc_lib.fisher.structures import Diagonal
+from ewc_lib.fisher.structures import Diagonal, Fisher
 from ewc_lib.quadratic import QuadraticPenalty
 from ewc_lib.score.memory import sum_dtype
 
@@ -27,16 +27,27 @@ class ImportancePenalty(QuadraticPenalty):
         return self.importance
 
     def _diagonal(self, values: Vector, n_samples: int, why_zero: str) -> Diagonal:
-        """Return the importance of one task; the caller's caller is warned if it is zero."""
+        """Return the importance of one task; the caller's caller is warned if it is zero.
+
+        Raise a ValueError if there is nothing to hold.
+        """
+        self._of_task()
         found = Diagonal(n_samples, self.importance, dict.fromkeys(values, "rule"), values)
         warn_if_zero(found.trace(), self.importance, why_zero, stacklevel=4)
         return found
 
     def _accumulate(self, task: Diagonal) -> None:
         """Add the importance of a task, around the present parameters."""
-        if self.precision is not None:
-            self._follow(task.device)
-        self._replace(task if self.precision is None else self.precision + task)
+        self._replace(self._joined(task))
+
+    def _exchange(self, task: Diagonal) -> None:
+        """Take an importance around the present parameters; what it lacks keeps its old one."""
+        precision: Fisher = task
+        if self._precision is not None:
+            self._held()
+            if others := [name for name in self._precision.shapes if name not in task.values]:
+                precision = self._in_order(self._precision._within(others), task)
+        self._replace(precision)
 
     def _zeros(self) -> Vector:
         """Return one zero for each parameter, in float32 where the parameter has half of it."""

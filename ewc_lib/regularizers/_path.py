@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ewc_lib._selecting import Selection
 from ewc_lib.attaching import Attachment, Form, unwrapped
 from ewc_lib.fisher.structures import check_shapes
 from ewc_lib.fisher.structures.states import under
+from ewc_lib.fisher.structures.vectors import grown, has_room
 from ewc_lib.regularizers._importance import ImportancePenalty, copies
 
 NO_STEPS = "Call before_step and after_step in every step of a task."
@@ -48,8 +50,11 @@ class PathPenalty(ImportancePenalty):
     def before_step(self, inputs: Any = None) -> None:
         if self._n_steps == 0:
             self._begin()
-        gradients = {name: _gradient(p) for name, p in self._parameters().items()}
-        self._noted = self._copy(), copies(gradients)
+        parameters, start = self._parameters(), self._memory["start"]
+        now = self._copy()
+        if any(n not in start or start[n].shape != p.shape for n, p in parameters.items()):
+            self._memory["start"] = self._recall("start", now)
+        self._noted = now, copies({name: _gradient(p) for name, p in parameters.items()})
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -69,10 +74,22 @@ class PathPenalty(ImportancePenalty):
         """Take one step into account."""
         raise NotImplementedError
 
-    def _recall(self, quantity: str) -> Vector:
-        """Return a remembered quantity where the model is now; zero if there is none."""
-        values = self._memory.get(quantity) or self._zeros()
-        return {name: values[name].to(p.device) for name, p in self._detached()}
+    def _recall(self, quantity: str, new: Vector | None = None) -> Vector:
+        """Return a remembered quantity of the parameters as they are in the model now.
+
+        Where nothing is remembered, because a parameter is new or has grown, it is another one;
+        by default zero.
+        """
+        values = self._memory.get(quantity, {})
+        found = {name: values[name].to(p.device) for name, p in self._detached() if name in values}
+        changed = [n for n, p in self._detached() if n not in found or found[n].shape != p.shape]
+        if changed:
+            new = self._zeros() if new is None else new
+            for name in changed:
+                old = found.get(name, new[name])
+                fits = has_room(new[name].shape, old.shape)
+                found[name] = grown(old, new[name]) if fits else new[name]
+        return {name: found[name] for name, _ in self._detached()}
 
     def _add(self, quantity: str, values: Vector, factor: float = 1.0) -> None:
         """Add to a remembered quantity."""
@@ -80,7 +97,17 @@ class PathPenalty(ImportancePenalty):
             total = each("add_", self._recall(quantity), values, alpha=factor)
         else:
             total = each("mul", values, factor)
-        self._memory[quantity] = total
+        self._memory[quantity] = {**self._memory.get(quantity, {}), **total}
+
+    def forget(self, pattern: str | Iterable[str]) -> None:
+        before = list(self._anchor)
+        super().forget(pattern)
+        gone = [name for name in before if name not in self._anchor]
+        self._memory = {
+            quantity: {name: value for name, value in values.items() if name not in gone}
+            for quantity, values in self._memory.items()
+        }
+        self._noted = None
 
     def state_dict(self) -> dict[str, Tensor]:
         memory = {

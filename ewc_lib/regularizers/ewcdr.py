@@ -105,17 +105,19 @@ class EWCDR(ImportancePenalty):
         RuntimeWarning
             If it is zero everywhere, so that nothing of this task would be protected.
         """
+        chosen = self._of_task()
         squares = fisher_information(
             _Reversed(self.model),
             data,
             "categorical",
             kind="empirical",
-            params=[PREFIX + name for name in self._parameters()],
+            params=[PREFIX + name for name in chosen],
             n_samples=n_samples,
             generator=generator,
             progress=progress,
         )
-        values = {key.removeprefix(PREFIX): v for key, v in squares.diagonal().items()}
+        plain = self._plain_names(chosen)
+        values = {plain[k.removeprefix(PREFIX)]: v for k, v in squares.diagonal().items()}
         task = self._diagonal(values, squares.n_samples, "Do the parameters reach the outputs?")
         self._merge(task)
         return task

@@ -124,13 +124,14 @@ class KroneckerLaplace(QuadraticPenalty):
         RuntimeWarning
             If it is zero everywhere, so that nothing of this task would be protected.
         """
+        chosen = list(self._of_task())
         fisher = fisher_information(
             self.model,
             data,
             self.likelihood,
             kind=self.kind,
             structure="kronecker",
-            params=self.params,
+            params=chosen,
             n_samples=n_samples,
             generator=generator,
             progress=progress,
@@ -141,9 +142,9 @@ class KroneckerLaplace(QuadraticPenalty):
             "Is the model so confident that its probabilities are exactly 0 and 1?",
             stacklevel=3,
         )
-        mean = fisher
-        if self.precision is not None:
-            self._follow(fisher.device)
-            mean = (self.precision * (1 / self.n_tasks)).pool(fisher)
-        self._replace((self.n_tasks + 1) * mean)
+        self._replace(self._joined(self._plain(fisher), join=self._averaged))
         return fisher
+
+    def _averaged(self, old: Fisher, task: Fisher) -> Fisher:
+        """Average the factors of one more task into those of all before, in their scale."""
+        return (self.n_tasks + 1) * (old / self.n_tasks).pool(task)

@@ -70,5 +70,5 @@ class L2(ImportancePenalty):
         """
         ones = {name: torch.ones_like(zero) for name, zero in self._zeros().items()}
         identity = self._diagonal(ones, 0, "")
-        self._replace(identity)
+        self._exchange(identity)
         return identity

@@ -94,6 +94,7 @@ class MAS(ImportancePenalty):
         RuntimeWarning
             If it is zero everywhere, so that nothing of this task would be protected.
         """
+        chosen = list(self._of_task())
         total, n = self._zeros(), 0
         check_whole(n_samples=n_samples)
         device = next(iter(total.values())).device
@@ -102,14 +103,15 @@ class MAS(ImportancePenalty):
             self.model,
             data,
             direction=of_squared_length,
-            params=list(total),
+            params=chosen,
             n_samples=n_samples,
             max_bytes=memory.budget(device).rows,
         )
+        plain = self._plain_names(chosen)
         with untouched(self.model):  # also by what draws the data
             for gradients in found:
                 for name, g in gradients.items():
-                    total[name] += g.abs().sum(0)
+                    total[plain[name]] += g.abs().sum(0)
                 n += len(g)
         values = {name: value / n for name, value in total.items()}
         task = self._diagonal(values, n, "Are the outputs of the model always zero?")

@@ -128,7 +128,7 @@ class RWalk(PathPenalty):
     def _close_interval(self, n: int) -> None:
         """Update the moving average and the score of the task by the last ``n`` steps."""
         newest = each("div", self._recall("squares"), n)
-        old = self._recall("F") if "F" in self._memory else newest
+        old = self._recall("F", newest)
         F = each("add", each("mul", newest, self.alpha), each("mul", old, 1 - self.alpha))
         end, gain = self._copy(), each("clamp_min", self._recall("path"), 0.0)
         moved = each("sub", end, self._recall("start"))
@@ -161,14 +161,16 @@ class RWalk(PathPenalty):
         if left := self._n_steps % self.interval:
             self._close_interval(left)
         F, task = self._recall("F"), self._recall("task")
-        old = self._recall("scores") if "scores" in self._memory else task
+        old = self._recall("scores", task)
         scores = {name: (old[name] + score) / 2 for name, score in task.items()}
         self._diagonal(task, self._n_steps, NO_STEPS)  # warns where nothing of this task is in it
         normed, path = _normed(F), _normed(scores)
         values = {name: f + path[name] for name, f in normed.items()}
         importance = Diagonal(self._n_steps, self.importance, dict.fromkeys(values, "rule"), values)
-        self._replace(importance)
-        self._memory, self._n_steps = {"F": F, "scores": scores}, 0
+        self._exchange(importance)
+        lasting = {"F": F, "scores": scores}
+        self._memory = {k: {**self._memory.get(k, {}), **v} for k, v in lasting.items()}
+        self._n_steps = 0
         return importance
 
 

@@ -233,10 +233,10 @@ class Kronecker(Layer):
             constant = self.input_factor[..., -1:, -1:]
             return self._of_bias(self.output_factor * constant, scales[biases[0]])
         kept = {name: shape for name, shape in self.shapes.items() if name in scales}
-        n_inputs = self.size[-1] - len(biases)
-        widths = [n_inputs] + [1] * (len(kept) - 1)
-        factor = torch.cat([torch.full((n,), scales[k]) for n, k in zip(widths, kept, strict=True)])
-        factor, n = factor.to(self.input_factor), len(factor)
+        numbers = torch.tensor([scales[name] for name in kept], dtype=torch.float64)
+        widths = [self.size[-1] - len(biases), 1][: len(kept)]
+        factor = numbers.repeat_interleave(torch.tensor(widths)).to(self.input_factor)
+        n = len(factor)
         inputs = factor[:, None] * self.input_factor[..., :n, :n] * factor
         return self._over(kept, input_factor=inputs)
 

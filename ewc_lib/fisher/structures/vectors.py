@@ -47,11 +47,25 @@ def leading(shape: torch.Size) -> tuple[slice, ...]:
     return tuple(slice(length) for length in shape)
 
 
+def has_room(larger: torch.Size, smaller: torch.Size) -> bool:
+    """Tell whether a tensor has grown along its axes, if at all."""
+    return len(larger) == len(smaller) and all(a >= b for a, b in zip(larger, smaller, strict=True))
+
+
 def padded(value: Tensor, shape: torch.Size) -> Tensor:
     """Return a tensor in a larger one, with zeros behind it along each axis."""
     if value.shape == shape:
         return value
     larger = value.new_zeros(shape)
+    larger[leading(value.shape)] = value
+    return larger
+
+
+def grown(value: Tensor, into: Tensor) -> Tensor:
+    """Return a tensor with its old entries, and behind them along each axis those of another."""
+    if value.shape == into.shape:
+        return value
+    larger = into.detach().to(value.device, value.dtype, copy=True)
     larger[leading(value.shape)] = value
     return larger
 

@@ -1,0 +1,230 @@
+"""The parameters that a penalty holds, in a model that may have changed since.
+
+What is frozen is a constant. What has grown holds its old entries, which come first along each
+axis. What has gone, or is smaller, has to be forgotten by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ewc_lib._anchored import Sweep, add_pull_, displacement, go_, shares, squared_distance
+from ewc_lib._foreach import each
+from ewc_lib._names import plain_name
+from ewc_lib._parameters import Vector, ravel, unravel
+from ewc_lib.fisher.iterative import conjugate_gradients
+from ewc_lib.fisher.structures import Diagonal, Fisher
+from ewc_lib.fisher.structures.base import NotKept
+from ewc_lib.fisher.structures.vectors import has_room
+
+MOST_PRODUCTS = 1000
+"""Of conjugate gradients, where a structure cannot be solved for some of its parameters."""
+
+
+class Held:
+    """Parameters with their anchor and precision, and those of them that a step may move.
+
+    Attributes
+    ----------
+    parameters
+        All that are held, by plain names.
+    moving
+        Those that require grad, or some of them; all others are constants.
+    """
+
+    def __init__(
+        self,
+        precision: Fisher,
+        anchor: Vector,
+        parameters: dict[str, nn.Parameter],
+        moving: dict[str, nn.Parameter] | None = None,
+    ) -> None:
+        self.precision, self.anchor, self.parameters = precision, anchor, parameters
+        if moving is None:
+            moving = {name: p for name, p in parameters.items() if p.requires_grad}
+        self.moving = moving
+        self._forms = _forms(parameters)
+        self._sweep: Sweep | None = None
+        if isinstance(precision, Diagonal) and not torch.compiler.is_compiling():
+            self._sweep = Sweep.of(moving, anchor, precision.values) if moving else None
+        self._parts: dict[tuple[str, ...], Held] = {}
+        self._kept: tuple[Any, Any] = None, None
+
+    def is_of(self, precision: Fisher | None, anchor: Vector) -> bool:
+        """Tell whether anchor and precision are these, and the parameters as they were."""
+        same = precision is self.precision and anchor is self.anchor
+        return same and _forms(self.parameters) == self._forms
+
+    def part(self, names: Collection[str]) -> Held:
+        """Return the same with fewer parameters that a step may move."""
+        if len(names) == len(self.moving):
+            return self
+        found = self._parts.get(tuple(names))
+        if found is None:
+            moving = {name: self.moving[name] for name in names}
+            found = Held(self.precision, self.anchor, self.parameters, moving)
+            if not torch.compiler.is_compiling():
+                self._parts[tuple(names)] = found
+        return found
+
+    def squared_distance(self) -> Tensor:
+        """Return that from the anchor, differentiable."""
+        return squared_distance(self.precision, self.anchor, self.parameters)
+
+    def add_pull_(self, strength: float) -> None:
+        """Add the gradient of the penalty to that of what moves."""
+        if self._sweep is None or not self._sweep.add_pull_(strength):
+            add_pull_(self.precision, self.anchor, self.parameters, self.moving, strength)
+
+    def go_(self, strength: float, rates: dict[str, float]) -> None:
+        """Take the proximal step, each parameter that moves with its rate."""
+        if isinstance(self.precision, Diagonal):
+            found = self._shares(self.precision, strength, rates)
+            if self._sweep is None:
+                go_(self.moving, self.anchor, found)
+            else:
+                self._sweep.go_([found[name] for name in self.moving])
+        elif moving := {name: rate for name, rate in rates.items() if rate > 0}:
+            top = max(moving.values())
+            scales = {name: (rate / top) ** 0.5 for name, rate in moving.items()}
+            left = self._left(top * strength, scales)
+            places = each("add", {name: self.anchor[name] for name in left}, left)
+            each("copy_", {name: self.moving[name] for name in left}, places)
+
+    def _shares(self, precision: Diagonal, strength: float, rates: dict[str, float]) -> Vector:
+        """Return how far to go towards the anchor; they stay the same from step to step."""
+        if torch.compiler.is_compiling():  # what is fused into the step costs less than to keep it
+            return shares(precision, self.anchor, strength, rates)
+        if self._kept[0] != (strength, rates):
+            self._kept = (strength, rates), shares(precision, self.anchor, strength, rates)
+        found: Vector = self._kept[1]
+        return found
+
+    def _left(self, factor: float, scales: dict[str, float]) -> Vector:
+        r"""Return what is left of the displacements :math:`d` after a proximal step.
+
+        With :math:`S` the roots of the rates relative to the largest of them, which is in the
+        factor :math:`f`, and with the constants :math:`c`, it is :math:`S u`, where
+
+        .. math:: (I + f S A S)\, u = S^{-1} d - f S A c
+        """
+        moved = displacement(self.parameters, self.anchor)
+        start = {name: moved[name] / scale for name, scale in scales.items()}
+        if len(start) < len(moved):
+            rest = {n: torch.zeros_like(d) if n in scales else d for n, d in moved.items()}
+            pull = self.precision._product(rest)
+            start = {name: d - factor * scales[name] * pull[name] for name, d in start.items()}
+        system = self._system(factor, scales)
+        if system is None:
+            left = _by_products(self.precision, factor, scales, start)
+        else:
+            left = system.solve(start, damping=1.0)
+        return {name: scale * left[name] for name, scale in scales.items()}
+
+    def _system(self, factor: float, scales: dict[str, float]) -> Fisher | None:
+        """Return the precision of what moves; it stays the same, with its eigenvectors."""
+        if self._kept[0] != (factor, scales):
+            self._kept = (factor, scales), _scaled(self.precision, factor, scales)
+        found: Fisher | None = self._kept[1]
+        return found
+
+
+def _scaled(precision: Fisher, factor: float, scales: dict[str, float]) -> Fisher | None:
+    """Return :math:`f S A S` of some parameters, or None if the structure cannot hold it."""
+    try:
+        alike = set(scales.values()) == {1.0}
+        return factor * (precision._within(scales) if alike else precision._congruent(scales))
+    except NotKept:
+        return None
+
+
+def _by_products(
+    precision: Fisher, factor: float, scales: dict[str, float], start: Vector
+) -> Vector:
+    """Solve for what moves by products alone, to the rounding error."""
+    shapes = {name: value.shape for name, value in start.items()}
+    nothing = {n: next(iter(start.values())).new_zeros(s) for n, s in precision.shapes.items()}
+
+    def product(flat: Tensor) -> Tensor:
+        x = {name: scales[name] * part for name, part in unravel(flat, shapes).items()}
+        pull = precision._product({**nothing, **x})
+        return flat + factor * ravel({name: scales[name] * pull[name] for name in shapes})[0]
+
+    b = ravel(start)[0]
+    tolerance = 4 * torch.finfo(b.dtype).eps
+    return unravel(conjugate_gradients(product, b, tolerance, MOST_PRODUCTS).value, shapes)
+
+
+def _forms(parameters: Mapping[str, Tensor]) -> list[tuple[Any, ...]]:
+    return [(p.shape, p.dtype, p.device) for p in parameters.values()]
+
+
+def held_ones(every: Mapping[str, nn.Parameter], anchor: Vector) -> dict[str, nn.Parameter]:
+    """Return the parameters of an anchor.
+
+    Raise a ValueError if one has gone, or is the same as another now, or has another shape than
+    it could have grown to, or has no values.
+    """
+    if gone := [name for name in anchor if name not in every]:
+        raise ValueError(
+            f"the model has no parameter {_listed(gone)} any more, but the penalty holds it; "
+            f"{_way_out(gone, anchor)}"
+        )
+    found = {name: p for name, p in every.items() if name in anchor}
+    first: dict[int, str] = {}
+    for name, parameter in found.items():
+        before, now = anchor[name].shape, parameter.shape
+        if not has_room(now, before):
+            raise ValueError(
+                f"{name!r} has shape {tuple(now)}, but the penalty holds {tuple(before)} of it: "
+                f"it may grow along its axes, and no more; {_way_out([name], anchor)}"
+            )
+        if parameter.is_meta:  # to follow it there would lose what was consolidated
+            raise ValueError(f"parameter {name!r} is on the meta device: it has no values")
+        if first.setdefault(id(parameter), name) != name:
+            raise ValueError(
+                f"{name!r} is the same parameter as {first[id(parameter)]!r} now, but the penalty "
+                f"holds both; {_way_out([name], anchor)}"
+            )
+    return found
+
+
+def names_like(pattern: str | Iterable[str], names: Collection[str]) -> list[str]:
+    """Return the names that patterns match; raise a ValueError if one matches nothing."""
+    found: list[str] = []
+    for wanted in [pattern] if isinstance(pattern, str) else pattern:
+        own = [n for n in names if n == wanted or fnmatchcase(n, wanted)]
+        own = own or [n for n in names if fnmatchcase(n, plain_name(wanted))]
+        if not own:
+            raise ValueError(f"the penalty holds no parameter {wanted!r}{_hint(wanted, names)}")
+        found += own
+    return [name for name in names if name in found]
+
+
+def _hint(wanted: str, names: Collection[str]) -> str:
+    if any(name.startswith(f"{wanted}.") for name in names):
+        return f"; those of the module are '{wanted}.*'"
+    near = difflib.get_close_matches(wanted, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; it holds {_listed(names)}"
+
+
+def _way_out(names: list[str], held: Collection[str]) -> str:
+    """Say how to forget parameters, by one pattern if that matches no other."""
+    modules = {name.rpartition(".")[0] for name in names}
+    pattern = f"{modules.pop()}.*"
+    others = [name for name in held if fnmatchcase(name, pattern) and name not in names]
+    what: Any = names if modules or others or pattern == ".*" else pattern
+    return f"ewc.forget({json.dumps(names[0] if len(names) == 1 else what)}) drops what it knows"
+
+
+def _listed(names: Collection[str]) -> str:
+    """Name some of many."""
+    shown = ", ".join(map(repr, list(names)[:6]))
+    return f"{shown} and {len(names) - 6} others" if len(names) > 6 else shown or "nothing"
