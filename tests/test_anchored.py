@@ -533,6 +533,7 @@ def test_a_compiled_step_follows_a_model_that_has_changed(change, form):
         step = FORMS[form][0]
         if compiled:
             step = torch.compile(step, backend=BACKEND, fullgraph=True)
+        set_gradients(model)
         step(ewc, sgd(model))
         if change == "frozen":
             model[2].requires_grad_(False)
@@ -540,11 +541,14 @@ def test_a_compiled_step_follows_a_model_that_has_changed(change, form):
             larger = torch.ones(4, 3, dtype=DOUBLE)
             larger[:3] = model[4].weight.detach()
             model[4].weight = nn.Parameter(larger)
+            model[4].bias = nn.Parameter(torch.ones(4, dtype=DOUBLE))
         optimizer = sgd(model)
         if change == "one rate each":
             optimizer = torch.optim.SGD(
                 [{"params": [p], "lr": 0.1 * i} for i, p in enumerate(model.parameters())]
             )
+        model.zero_grad()
+        F.cross_entropy(model(task(9)[0])[:, :3], task(9)[1]).backward()
         return step(ewc, optimizer), gradients(model), list(model.parameters())
 
     torch.testing.assert_close(run(compiled=True), run(compiled=False))

@@ -24,6 +24,7 @@ from ewc_lib.fisher import (
     LowRank,
 )
 from ewc_lib.fisher.structures import check_shapes
+from ewc_lib.fisher.structures.base import NotKept
 from ewc_lib.fisher.structures.states import encode
 from tests.scenarios import PROPERTY, SCENARIOS, estimate, same
 
@@ -1051,3 +1052,186 @@ def test_a_vector_in_another_form_is_refused_with_the_forms_that_there_are(make)
 def test_blocks_that_do_not_belong_together_are_refused(given_blocks, message):
     with pytest.raises(ValueError, match=message):
         BlockDiagonal(20, "exact", paths(SHAPES), tuple(make() for make in given_blocks))
+
+
+# Other parameters
+
+
+def larger(F, by=1):
+    """The shapes of a model that has grown along every axis, but for a number."""
+    return {name: torch.Size(n + by for n in shape) for name, shape in F.shapes.items()}
+
+
+def in_larger(F, shapes):
+    """The whole matrix with zeros for what is new, entry by entry."""
+    places = {}
+    for name, shape in shapes.items():
+        for index in np.ndindex(*shape):
+            places[name, index] = len(places)
+    old = [places[n, i] for n, shape in F.shapes.items() for i in np.ndindex(*shape)]
+    matrix = torch.zeros(len(places), len(places), dtype=DOUBLE)
+    matrix[torch.tensor(old)[:, None], torch.tensor(old)] = F.to_dense()
+    return matrix
+
+
+UNGROUPED = {
+    name: make
+    for name, make in MAKERS.items()
+    if not any(name.endswith(f"ronecker {layer}") for layer in IN_GROUPS)
+}
+
+
+@pytest.mark.parametrize("make", UNGROUPED.values(), ids=UNGROUPED)
+@either
+def test_what_has_grown_has_its_old_entries_first_and_zeros_behind_them(make, singular):
+    F = make(singular=singular)
+    shapes = larger(F)
+    if any(len(name.split(".")[-1]) == 1 for name in shapes):  # a layer, whose bias is its outputs
+        outputs = {n[:-1]: _outputs(F, n) + 1 for n in F.shapes if n.endswith("w")}
+        shapes |= {n: torch.Size([outputs[n[:-1]]]) for n in F.shapes if n.endswith("b")}
+    grown = F._embedded(shapes)
+    assert grown.shapes == shapes
+    close(grown.to_dense(), in_larger(F, shapes))
+    v = vector(grown)
+    close(flat(grown, grown @ v), in_larger(F, shapes) @ flat(grown, v))
+    close(flat(grown, grown.solve(v, 0.3)), _damped(grown, 0.3) @ flat(grown, v))
+    assert grown.paths == F.paths
+    assert F._embedded(dict(F.shapes)).to_dense().equal(F.to_dense())
+
+
+def _damped(F, damping):
+    return torch.linalg.inv(F.to_dense() + damping * identity(F))
+
+
+def _outputs(F, name):
+    """The outputs of the layer of a weight."""
+    layer = next((b for b in getattr(F, "blocks", [F]) if name in b.shapes), F)
+    shape = layer.shapes[name]
+    return shape[1] if getattr(layer, "transposed", False) else shape[0]
+
+
+@pytest.mark.parametrize("layer", ["grouped", "transposed and grouped"])
+@pytest.mark.parametrize("make", [kronecker, eigenkronecker])
+def test_channels_in_groups_may_grow_inwards_but_not_in_their_number(make, layer):
+    F = make(layer=layer)
+    weight, *biases = F.shapes
+    inwards = {weight: torch.Size([F.shapes[weight][0], *(n + 1 for n in F.shapes[weight][1:])])}
+    if layer == "grouped":
+        inwards |= {bias: F.shapes[bias] for bias in biases}
+        close(F._embedded(inwards).to_dense(), in_larger(F, inwards))
+    more = {weight: torch.Size([2 * F.shapes[weight][0], *F.shapes[weight][1:]])}
+    with pytest.raises(NotKept, match=r"'w' has grown from \(4, .* groups|pairs of factors"):
+        F._embedded(more)
+
+
+SCALES = (0.5, 2.0, 3.0)
+
+
+@every
+@pytest.mark.parametrize("which", [slice(1), slice(1, None), slice(None)], ids=str)
+def test_a_part_is_the_block_of_its_parameters_times_their_scales(make, which):
+    F = make()
+    names = list(F.shapes)[which]
+    if not names:
+        pytest.skip("one parameter only")
+    for numbers in (SCALES, [1.0] * 3, [2.0] * 3):
+        scales = dict(zip(names, numbers, strict=False)) | dict.fromkeys(names[3:], 2.0)
+        v = {n: torch.full(s, scales.get(n, 0.0), dtype=DOUBLE) for n, s in F.shapes.items()}
+        whole = flat(F, v)[:, None] * F.to_dense() * flat(F, v)
+        own = flat(F, v) != 0
+        if _parts_eigenvectors(F, scales):
+            with pytest.raises(NotKept, match="share their eigenvectors"):
+                F._congruent(scales)
+            continue
+        part = F._congruent(scales)
+        assert list(part.shapes) == [name for name in F.shapes if name in scales]
+        close(part.to_dense(), whole[own][:, own])
+        x = vector(part)
+        close(flat(part, part.solve(x, 0.3)), _damped(part, 0.3) @ flat(part, x))
+        if set(scales.values()) == {1.0}:
+            close(F._within(names).to_dense(), whole[own][:, own])
+
+
+def _parts_eigenvectors(F, scales):
+    """Whether a weight and its bias, which have their eigenvectors together, are told apart."""
+    layers = [b for b in getattr(F, "blocks", [F]) if isinstance(b, EigenKronecker)]
+    numbers = [[scales.get(name) for name in layer.shapes] for layer in layers]
+    return any(weight is not None and {weight, *biases} != {weight} for weight, *biases in numbers)
+
+
+@every
+def test_other_names_are_no_other_matrix(make):
+    F = make()
+    names = {name: f"new.{name}" for name in F.shapes}
+    renamed = F._renamed(names)
+    assert list(renamed.shapes) == list(names.values())
+    assert renamed.paths == {names[name]: path for name, path in F.paths.items()}
+    assert renamed.to_dense().equal(F.to_dense())
+    v = vector(F)
+    found = renamed @ {names[name]: x for name, x in v.items()}
+    assert all(found[names[name]].equal(x) for name, x in (F @ v).items())
+
+
+FREE = {
+    "diagonal": diagonal,
+    "dense": dense,
+    "low rank": lowrank,
+    "blocks": lambda seed, shapes: blocks(
+        *(partial(dense, shapes={name: shape}) for name, shape in shapes.items()), seed=seed
+    ),
+    "one block": lambda seed, shapes: blocks(partial(dense, shapes=shapes), seed=seed),
+    "blocks of two": lambda seed, shapes: blocks(
+        partial(dense, shapes=dict(list(shapes.items())[:2])),
+        *(partial(diagonal, shapes={n: s}) for n, s in list(shapes.items())[2:]),
+        seed=seed,
+    ),
+}
+SIDES = {
+    "others": ({"a": (2,), "b": (2, 2)}, {"c": (3,), "d": ()}),
+    "one in common": ({"a": (2,), "b": (2, 2)}, {"b": (2, 2), "c": (3,)}),
+    "one more": ({"a": (2,), "c": (3,)}, {"a": (2,), "b": (2, 2), "c": (3,)}),
+    "the same": ({"a": (2,), "b": (2, 2)}, {"a": (2,), "b": (2, 2)}),
+}
+
+
+@pytest.mark.parametrize(("ours", "theirs"), SIDES.values(), ids=SIDES)
+@pytest.mark.parametrize("make", FREE.values(), ids=FREE)
+def test_two_that_hold_different_parameters_have_a_sum(make, ours, theirs):
+    F, G = make(seed=1, shapes=ours), make(seed=2, shapes=theirs)
+    shapes = sizes({name: {**ours, **theirs}[name] for name in sorted({**ours, **theirs})})
+    both = F._united(G, shapes)
+    close(both.to_dense(), in_larger(F, shapes) + in_larger(G, shapes))
+    assert list(both.shapes) == list(shapes)
+    assert both.n_samples == F.n_samples + G.n_samples
+    assert type(both) is type(F)
+    known = {n for F in (F, G) for n in F.paths if F.paths[n] != "unused"}
+    assert {name for name, path in both.paths.items() if path != "unused"} == known
+
+
+def test_blocks_with_other_parameters_are_summed_in_several_groups():
+    """Two groups of one side that share a group of the other become one block."""
+    shapes = sizes({"a": (2,), "b": (3,), "c": (2,), "d": ()})
+    F = blocks(*(partial(dense, shapes={name: shapes[name]}) for name in "acd"), seed=1)
+    G = blocks(partial(dense, shapes={n: shapes[n] for n in "abc"}), seed=2)
+    both = F._united(G, shapes)
+    assert [sorted(block.shapes) for block in both.blocks] == [["d"], ["a", "b", "c"]]
+    close(both.to_dense(), in_larger(F, shapes) + in_larger(G, shapes))
+
+
+def test_diagonals_that_hold_different_parameters_each_keep_their_precision():
+    F = Diagonal(1, "exact", {"a": "rule"}, {"a": torch.ones(2)})
+    G = Diagonal(1, "exact", {"b": "rule"}, {"b": torch.ones(2, dtype=DOUBLE)})
+    both = F._united(G, {"a": torch.Size([2]), "b": torch.Size([2])})
+    assert {name: value.dtype for name, value in both.values.items()} == {
+        "a": torch.float32,
+        "b": DOUBLE,
+    }
+
+
+def test_two_of_different_kinds_or_forms_are_not_united():
+    F = FREE["blocks"](seed=0, shapes={"a": (2,)})
+    G = blocks(partial(dense, shapes={"b": (2,)}), kind="sampled")
+    with pytest.raises(ValueError, match="kind 'sampled'"):
+        F._united(G, sizes({"a": (2,), "b": (2,)}))
+    with pytest.raises(TypeError, match="Diagonal"):
+        F._united(diagonal(shapes={"b": (2,)}), sizes({"a": (2,), "b": (2,)}))
