@@ -28,7 +28,7 @@ from ewc_lib.fisher.structures import (
     check_shapes,
 )
 from ewc_lib.likelihood.agreement import Criterion
-from ewc_lib.likelihood.outputs import Likelihood, given_distribution
+from ewc_lib.likelihood.outputs import Likelihood, given_distribution, in_words_if_given
 from ewc_lib.quadratic import QuadraticPenalty
 from ewc_lib.score.plan import Certify
 
@@ -154,6 +154,11 @@ class EWC(QuadraticPenalty):
     @property
     def _structure(self) -> str:
         return self.structure
+
+    def _settings(self) -> dict[str, str]:
+        decay = {"decay": repr(float(self.decay))} if self.mode == "online" else {}
+        said = super()._settings() | {"mode": self.mode, "kind": self.kind} | decay
+        return said | in_words_if_given(self.likelihood)
 
     def _shown(self) -> dict[str, Any]:
         return super()._shown() | {"mode": self.mode, "kind": self.kind}

@@ -11,6 +11,7 @@ Fisher information for the precision; other methods take other importances and s
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -24,13 +25,22 @@ from ewc_lib._anchored import in_layout_of
 from ewc_lib._arguments import check_strength
 from ewc_lib._foreach import each
 from ewc_lib._held import Held, held_ones, names_like
+from ewc_lib._identity import whole
 from ewc_lib._names import plain_name
 from ewc_lib._parameters import Vector
 from ewc_lib._selecting import Chooser, Selection, fixed, select_parameters
+from ewc_lib._states import (
+    Loader,
+    by_plain_names,
+    check_settings,
+    precision_state,
+    settings_of,
+)
 from ewc_lib.attaching import Attachment, Form
+from ewc_lib.files import card_of_penalty, read, write
 from ewc_lib.fisher.structures import Diagonal, Fisher, check_shapes
 from ewc_lib.fisher.structures.base import Join
-from ewc_lib.fisher.structures.states import decode, encode, under
+from ewc_lib.fisher.structures.states import encode, under
 from ewc_lib.fisher.structures.vectors import grown
 
 __all__ = ["QuadraticPenalty"]
@@ -313,51 +323,89 @@ class QuadraticPenalty:
     def state_dict(self) -> dict[str, Tensor]:
         """Return precision, anchor and counts as plain tensors.
 
-        ``torch.save`` and safetensors can store them. The strength and the other arguments are
-        settings, not state: give them to the constructor again.
+        ``torch.save`` and safetensors can store them. Parameters have their names without those
+        of wrappers. The strength and the other arguments are settings, not state: give them to
+        the constructor again. Those that say what the numbers mean are noted, to be compared.
         """
-        state = {
+        return {
             "n_tasks": torch.tensor(self._n_tasks),
             "offset": self._offset.clone(),
-            "structure": encode(self._structure),
-            **{f"anchor.{k}": v.clone().contiguous() for k, v in self._anchor.items()},
+            **settings_of(self._settings(), self._precision),
+            **{f"anchor.{key}": v for key, v in by_plain_names(self._anchor).items()},
+            **{f"precision.{key}": v for key, v in precision_state(self._precision).items()},
         }
-        if self._precision is not None:
-            precision = self._precision.state_dict()
-            state |= {f"precision.{key}": value for key, value in precision.items()}
-        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` returned, on the model's device.
 
+        The model may be wrapped or sharded in another way than the one of the state.
+
         Raises
         ------
         ValueError
-            If it is not such a state, if it is of another structure, or if its parameters have
+            If it is not such a state, if it says other settings, or if its parameters have
             other names or shapes than the model's. Nothing has changed then.
         """
         name = type(self).__name__
         if missing := {"n_tasks", "offset"} - state.keys():
             raise ValueError(f"this is not the state of {name}: it has no {sorted(missing)}")
-        device = next(self.model.parameters()).device
-        anchor = {k: v.to(device, copy=True) for k, v in under("anchor.", state).items()}
+        check_settings(state, self._settings(), name)
+        every = self._choose.every(self.model)
+        loader = Loader(every, next(self.model.parameters()).device)
+        anchor = loader.vector(under("anchor.", state))
         precision = None
         if int(state["n_tasks"]) > 0:
-            precision = Fisher.from_state_dict(under("precision.", state)).to(device)
+            precision = loader.precision(under("precision.", state))
             by_type = encode(type(precision).__name__.lower())  # of states without this key
-            if (structure := decode(state.get("structure", by_type))) != self._structure:
-                raise ValueError(f"the state is {structure}, but this {name} is {self._structure}")
-            shapes = {name: p.shape for name, p in self._parameters().items()}
-            check_shapes(shapes, {name: value.shape for name, value in anchor.items()})
-            check_shapes(shapes, precision.shapes)
+            check_settings({"structure": by_type} | state, {"structure": self._structure}, name)
+            check_shapes({name: value.shape for name, value in anchor.items()}, precision.shapes)
+            held_ones(every, anchor)
         self._keep(precision, anchor)
-        self._offset = state["offset"].to(device, copy=True)
+        self._offset = whole(state["offset"]).to(loader.device, copy=True)
         self._n_tasks = int(state["n_tasks"])
+
+    def save(self, path: str | os.PathLike[str], *, data: Any = None) -> None:
+        """Write the state as a file of safetensors, with a card that says what it is.
+
+        :meth:`load` reads it, and :func:`ewc_lib.files.card` the card alone. Of a sharded model
+        every process has to call this, and the first one writes.
+
+        Parameters
+        ----------
+        path
+            Of the file; one that is there is replaced when the new one is whole.
+        data
+            What the data of the tasks were, in your words: text, or anything that JSON holds.
+
+        Raises
+        ------
+        ImportError
+            If safetensors is not installed, the extra ``files``.
+        """
+        write(path, self.state_dict(), card_of_penalty(self, self._settings(), data))
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Restore what :meth:`save` has written, for a model that may have moved on since.
+
+        The anchor is in the file, so only names and shapes of the parameters have to be the
+        model's, not their values.
+
+        Raises
+        ------
+        ImportError
+            If safetensors is not installed, the extra ``files``.
+        ValueError
+            If it is no such file, and as :meth:`load_state_dict`. Nothing has changed then.
+        """
+        self.load_state_dict(read(path, type(self).__name__)[0])
 
     @property
     def _structure(self) -> str:
-        """What a state must agree on."""
         return "diagonal"
+
+    def _settings(self) -> dict[str, str]:
+        """Return what a state says of itself and must agree on, beside names and shapes."""
+        return {"structure": self._structure}
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         """Return the trainable parameters that are chosen, by plain names; there may be none."""

@@ -22,7 +22,7 @@ from ewc_lib.fisher.sums.diagonal import DiagonalSum
 from ewc_lib.fisher.sums.kronecker import EigenKroneckerSum, KroneckerSum
 from ewc_lib.fisher.sums.rows import BlockSum, DenseSum, LowRankSum
 from ewc_lib.likelihood.agreement import Criterion, agreed
-from ewc_lib.likelihood.outputs import Likelihood
+from ewc_lib.likelihood.outputs import Likelihood, in_words
 from ewc_lib.score.network import NetworkScores
 from ewc_lib.score.plan import Certify
 
@@ -239,7 +239,8 @@ def fisher_information(
             del batch  # and with it the graph, before the next one grows
         found = total.mean(kind, network.paths())
         check_finite_sums(found.diagonal())
-        return replace(found, tolerance=math.sqrt(rounding) or None)
+        words = in_words(distribution)
+        return replace(found, tolerance=math.sqrt(rounding) or None, likelihood=words)
 
     space = ParameterSpace(
         network.parameters, dtype, None if device is None else torch.device(device)

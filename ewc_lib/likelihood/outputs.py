@@ -9,6 +9,7 @@ a vector).
 from __future__ import annotations
 
 import math
+import re
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -221,3 +222,13 @@ def output_distribution(likelihood: Likelihood) -> OutputDistribution:
         "distribution of torch.distributions",
     )
     return _BY_NAME[str(likelihood)]
+
+
+def in_words(distribution: OutputDistribution) -> str:
+    """Say which output distribution it is, in the same words in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(distribution))
+
+
+def in_words_if_given(likelihood: Likelihood | None) -> dict[str, str]:
+    """Return a setting that a state notes, or nothing if the likelihood is left to the data."""
+    return {} if likelihood is None else {"likelihood": in_words(output_distribution(likelihood))}

@@ -12,6 +12,7 @@ from ewc_lib._anchored import displacement
 from ewc_lib._foreach import each
 from ewc_lib._parameters import Vector
 from ewc_lib._selecting import Selection
+from ewc_lib._states import Loader, by_plain_names
 from ewc_lib.attaching import Attachment, Form, unwrapped
 from ewc_lib.fisher.structures import check_shapes
 from ewc_lib.fisher.structures.states import under
@@ -111,18 +112,16 @@ class PathPenalty(ImportancePenalty):
 
     def state_dict(self) -> dict[str, Tensor]:
         memory = {
-            f"memory.{quantity}.{name}": value.clone().contiguous()
+            f"memory.{quantity}.{name}": value
             for quantity, values in self._memory.items()
-            for name, value in values.items()
+            for name, value in by_plain_names(values).items()
         }
         return super().state_dict() | {"n_steps": torch.tensor(self._n_steps)} | memory
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        device = next(self.model.parameters()).device
-        memory: dict[str, Vector] = {}
-        for key, value in under("memory.", state).items():
-            quantity, name = key.split(".", 1)
-            memory.setdefault(quantity, {})[name] = value.to(device, copy=True)
+        loader = Loader(self._parameters(), next(self.model.parameters()).device)
+        quantities = dict.fromkeys(key.split(".")[0] for key in under("memory.", state))
+        memory = {q: loader.vector(under(f"memory.{q}.", state)) for q in quantities}
         shapes = {name: p.shape for name, p in self._parameters().items()}
         for values in memory.values():
             check_shapes(shapes, {name: value.shape for name, value in values.items()})

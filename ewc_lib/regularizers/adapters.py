@@ -18,11 +18,18 @@ from torch.nn.utils import parametrize
 from ewc_lib._arguments import check_choice, random_source
 from ewc_lib._foreach import each
 from ewc_lib._parameters import Vector
+from ewc_lib._states import (
+    Loader,
+    by_plain_names,
+    check_settings,
+    precision_state,
+    settings_of,
+)
 from ewc_lib.fisher import Diagonal, fisher_information
 from ewc_lib.fisher.output import KINDS, Kind
 from ewc_lib.fisher.structures import Fisher, check_shapes
 from ewc_lib.fisher.structures.states import under
-from ewc_lib.likelihood.outputs import Likelihood, given_distribution
+from ewc_lib.likelihood.outputs import Likelihood, given_distribution, in_words_if_given
 from ewc_lib.regularizers._function import FunctionPenalty
 
 __all__ = ["AdapterEWC", "LowRankUpdate", "add_adapters"]
@@ -234,11 +241,11 @@ class AdapterEWC(FunctionPenalty):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return precision, anchor and number of tasks as plain tensors."""
-        precision = {} if self._precision is None else self._precision.state_dict()
         return {
             **self._state(),
-            **{f"anchor.{name}": value.clone() for name, value in self._anchor.items()},
-            **{f"precision.{key}": value for key, value in precision.items()},
+            **settings_of(self._settings(), self._precision),
+            **{f"anchor.{name}": value for name, value in by_plain_names(self._anchor).items()},
+            **{f"precision.{key}": v for key, v in precision_state(self._precision).items()},
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -247,19 +254,24 @@ class AdapterEWC(FunctionPenalty):
         Raises
         ------
         ValueError
-            If it is not such a state, or if its weights have other names or shapes than those of
-            the model. Nothing has changed then.
+            If it is not such a state, if it says another kind or likelihood, or if its weights
+            have other names or shapes than those of the model. Nothing has changed then.
         """
         self._check_state(state)
-        anchor = {k: v.to(self._device, copy=True) for k, v in under("anchor.", state).items()}
+        check_settings(state, self._settings(), type(self).__name__)
+        loader = Loader(self._weights(), self._device)
+        anchor = loader.vector(under("anchor.", state))
         precision = None
         if int(state["n_tasks"]) > 0:
-            precision = Fisher.from_state_dict(under("precision.", state)).to(self._device)
+            precision = loader.precision(under("precision.", state))
             shapes = {name: w.shape for name, w in self._weights().items()}
             check_shapes(shapes, {name: value.shape for name, value in anchor.items()})
             check_shapes(shapes, precision.shapes)
         self._load(state)
         self._anchor, self._precision = anchor, precision
+
+    def _settings(self) -> dict[str, str]:
+        return {"kind": self.kind} | in_words_if_given(self.likelihood)
 
     def _loss(self) -> Float[Tensor, ""]:
         assert isinstance(self._precision, Diagonal)

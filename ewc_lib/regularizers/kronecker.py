@@ -16,7 +16,7 @@ from ewc_lib._selecting import Selection
 from ewc_lib.fisher.estimate import fisher_information
 from ewc_lib.fisher.output import KINDS, Kind
 from ewc_lib.fisher.structures import Fisher
-from ewc_lib.likelihood.outputs import Likelihood, given_distribution
+from ewc_lib.likelihood.outputs import Likelihood, given_distribution, in_words_if_given
 from ewc_lib.quadratic import QuadraticPenalty
 from ewc_lib.regularizers._importance import warn_if_zero
 
@@ -89,6 +89,10 @@ class KroneckerLaplace(QuadraticPenalty):
     @property
     def _structure(self) -> str:
         return "kronecker"
+
+    def _settings(self) -> dict[str, str]:
+        said = super()._settings() | {"mode": "averaged factors", "kind": self.kind}
+        return said | in_words_if_given(self.likelihood)
 
     def consolidate(
         self,

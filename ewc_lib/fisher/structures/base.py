@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,12 +12,15 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from ewc_lib import files
 from ewc_lib._arguments import check_damping, is_number
 from ewc_lib._foreach import inner
+from ewc_lib._identity import names_in
+from ewc_lib._names import plain_names
 from ewc_lib._parameters import Vector
-from ewc_lib.fisher.structures.states import decode, encode
+from ewc_lib.fisher.structures.states import decode, encode, renamed
 from ewc_lib.fisher.structures.vectors import V, check_shapes, in_form_of, named
 
 Join: TypeAlias = Callable[[Any, Any], Any]
@@ -71,12 +75,16 @@ class Fisher(ABC):
         share of it: the root of the machine precision of the coarsest operation. 3.5e-4 for
         float32; 0.03 where products may be rounded to TF32, and for float16; 0.09 for bfloat16.
         None if it is not known. Where several are combined, the largest.
+    likelihood
+        The likelihood that read the outputs, in words: ``"Gaussian(sigma=0.5)"``. None if it is
+        not known, or where several were combined.
     """
 
     n_samples: int
     kind: str
     paths: dict[str, str]
     tolerance: float | None = field(default=None, kw_only=True)
+    likelihood: str | None = field(default=None, kw_only=True)
 
     _by_name: ClassVar[dict[str, type[Fisher]]] = {}
 
@@ -258,6 +266,7 @@ class Fisher(ABC):
             "parameters": encode("\n".join(self.shapes)),  # in order, which files do not keep
             **{f"path.{name}": encode(self.paths[name]) for name in self.shapes},
             **({"tolerance": encode(repr(self.tolerance))} if self.tolerance else {}),
+            **({"likelihood": encode(self.likelihood)} if self.likelihood else {}),
             **{key: tensor.clone().contiguous() for key, tensor in self._tensors().items()},
         }
 
@@ -285,7 +294,89 @@ class Fisher(ABC):
         except KeyError as error:
             raise ValueError(f"the state of a Fisher has no {error}") from None
         known = float(decode(state["tolerance"])) if "tolerance" in state else None
-        return replace(found, tolerance=known)
+        likelihood = decode(state["likelihood"]) if "likelihood" in state else None
+        return replace(found, tolerance=known, likelihood=likelihood)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        data: Any = None,
+        model: nn.Module | None = None,
+    ) -> None:
+        """Write a file of safetensors, with a card that says what it is.
+
+        Anybody who loads the same checkpoint can take it from there. Parameters have their names
+        without those of wrappers. If the Fisher information is sharded, every process has to call
+        this, and the first one writes. :func:`ewc_lib.files.card` reads the card alone.
+
+        Parameters
+        ----------
+        path
+            Of the file; one that is there is replaced when the new one is whole.
+        data
+            What the data were, in your words: text, or anything that JSON holds.
+        model
+            The network, with the values at which this was computed. Their hashes go into the card,
+            so that :meth:`load` can refuse another one.
+
+        Raises
+        ------
+        ImportError
+            If safetensors is not installed, the extra ``files``.
+        ValueError
+            If the model has no parameters of these names and shapes.
+        """
+        card = files.card_of_fisher(self, data, model)
+        files.write(path, renamed(self.state_dict(), plain_names(self.shapes)), card)
+
+    @staticmethod
+    def load(
+        path: str | os.PathLike[str], model: nn.Module | None = None, *, check_values: bool = True
+    ) -> Fisher:
+        """Read what :meth:`save` has written, on the processor.
+
+        Parameters
+        ----------
+        path
+            Of the file.
+        model
+            The network that it is to be used for, at the values at which it was computed: the
+            checkpoint before any training. It may be in another precision: a copy in half
+            precision passes if it was rounded from what was saved, or what was saved from it. It
+            may be wrapped, and have other parameters besides. Names in the result are the model's.
+        check_values
+            Whether to compare values, or names and shapes only.
+
+        Raises
+        ------
+        ImportError
+            If safetensors is not installed, the extra ``files``.
+        ValueError
+            If it is no such file, or if the model has other names, shapes or values; the message
+            says which.
+
+        Warns
+        -----
+        RuntimeWarning
+            If values cannot be compared, because it was saved without a model.
+
+        Examples
+        --------
+        >>> import tempfile, torch
+        >>> from ewc_lib import EWC, Fisher, fisher_information
+        >>> model, x, y = torch.nn.Linear(3, 2), torch.randn(8, 3), torch.arange(8) % 2
+        >>> path = f"{tempfile.mkdtemp()}/fisher.safetensors"
+        >>> fisher_information(model, (x, y)).save(path, model=model, data="noise")
+        >>> ewc = EWC(model, strength=10.0)
+        >>> ewc.remember(Fisher.load(path, model))
+        >>> ewc.n_tasks
+        1
+        """
+        state, card = files.read(path, "Fisher")
+        if model is not None:
+            state = renamed(state, names_in(model, card, path, check_values))
+        return Fisher.from_state_dict(state)
 
     @abstractmethod
     def _product(self, v: Vector) -> Vector: ...
@@ -387,6 +478,7 @@ class Fisher(ABC):
             n_samples=self.n_samples + other.n_samples,
             paths=paths,
             tolerance=max(known, default=None),
+            likelihood=self.likelihood if self.likelihood == other.likelihood else None,
         )
 
 

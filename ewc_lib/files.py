@@ -1,0 +1,204 @@
+"""Files with a card: tensors in the format safetensors, and in their header what they are.
+
+:meth:`ewc_lib.Fisher.save` and :meth:`ewc_lib.EWC.save` write them. Any reader of safetensors
+reads the tensors; nothing in a file is code. The card is JSON in the metadata ``"ewc_lib"``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ewc_lib._identity import described, of_all, values_in, whole
+from ewc_lib._names import plain_names
+
+if TYPE_CHECKING:
+    from ewc_lib.fisher.structures import Fisher
+    from ewc_lib.quadratic import QuadraticPenalty
+
+__all__ = ["card"]
+
+FORMAT = 1
+"""Version of the form of the card; a reader refuses what is newer."""
+
+CARD, TEXTS, COMPLEX = "ewc_lib", "ewc_lib.texts", "ewc_lib.complex"
+"""Keys of the header: the card, the texts of a state, and the keys of its complex tensors."""
+
+
+def card(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a file says of itself, without reading its tensors.
+
+    Parameters
+    ----------
+    path
+        What :meth:`ewc_lib.Fisher.save` or :meth:`ewc_lib.EWC.save` has written.
+
+    Returns
+    -------
+    dict
+        ``"holds"``, the class of what was saved; ``"structure"``, ``"kind"``, ``"likelihood"``,
+        ``"n_samples"``; ``"tolerance"``, what the certificate let pass, as
+        :attr:`ewc_lib.Fisher.tolerance`; ``"data"``, in the words of who saved it;
+        ``"parameters"``, for each its shape, the path on which it was computed, and where they are
+        known its dtype and the hashes of its values in several precisions (those of a penalty are
+        of its anchor); ``"hash"``, one for all names, shapes and values; ``"versions"``. A penalty
+        adds ``"n_tasks"`` and its settings, such as ``"mode"``.
+
+    Raises
+    ------
+    ImportError
+        If safetensors is not installed, the extra ``files``.
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is no file of this kind, or of a newer version.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> from ewc_lib import fisher_information
+    >>> model, x, y = torch.nn.Linear(3, 2), torch.ones(8, 3), torch.arange(8) % 2
+    >>> path = f"{tempfile.mkdtemp()}/fisher.safetensors"
+    >>> fisher_information(model, (x, y)).save(path, model=model, data="eight rows of ones")
+    >>> found = card(path)
+    >>> found["kind"], found["n_samples"], found["data"], found["parameters"]["bias"]["shape"]
+    ('exact', 8, 'eight rows of ones', [2])
+    """
+    found: dict[str, Any] = json.loads(_header(path)[CARD])
+    return found
+
+
+def write(path: str | os.PathLike[str], state: dict[str, Tensor], card: dict[str, Any]) -> None:
+    """Write a state, whose texts are bytes, and its card: all or nothing.
+
+    Of a state that is sharded every process has to call this, and the first one writes.
+    """
+    safetensors = _library("safetensors.torch")
+    sharded = any(hasattr(value, "full_tensor") for value in state.values())
+    state = {key: whole(value) for key, value in state.items()}
+    texts = {k: bytes(v.tolist()).decode() for k, v in state.items() if v.dtype == torch.uint8}
+    pairs = [key for key, value in state.items() if value.is_complex()]
+    tensors = _apart({key: value for key, value in state.items() if key not in texts})
+    versions = {"ewc_lib": import_module("ewc_lib").__version__, "torch": torch.__version__}
+    header = {
+        "format": "pt",  # so that other libraries know whose tensors these are
+        CARD: json.dumps({"format": FORMAT, **card, "versions": versions}, allow_nan=False),
+        TEXTS: json.dumps(texts),
+        COMPLEX: json.dumps(pairs),
+    }
+    if sharded and dist.get_rank() > 0:
+        return
+    draft = Path(f"{os.fspath(path)}.{os.getpid()}.draft")
+    try:
+        safetensors.save_file(tensors, draft, header)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read(path: str | os.PathLike[str], what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the state and the card that :func:`write` was given.
+
+    Raise a ValueError if it is a Fisher information where a penalty is wanted, or the reverse.
+    """
+    header = _header(path)
+    holds = json.loads(header[CARD])["holds"]
+    if "Fisher" in (holds, what) and holds != what:
+        way = "remember(Fisher.load(path))" if holds == "Fisher" else f"{holds}(...).load(path)"
+        raise ValueError(f"{path} holds a {holds}, but a {what} was asked for: use {way}")
+    state: dict[str, Tensor] = _library("safetensors.torch").load_file(path)
+    for key in json.loads(header[COMPLEX]):
+        state[key] = torch.view_as_complex(state[key])
+    for key, text in json.loads(header[TEXTS]).items():
+        state[key] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    return state, json.loads(header[CARD])
+
+
+def card_of_fisher(F: Fisher, data: Any, model: nn.Module | None) -> dict[str, Any]:
+    """Return the card of a Fisher information, with the values of the model if it is given."""
+    shapes, keeps = F.shapes, F.keeps
+    parameters: dict[str, dict[str, Any]] = {
+        plain: {"shape": list(shapes[name]), "path": F.paths[name], "keeps": keeps[name]}
+        for name, plain in plain_names(shapes).items()
+    }
+    if model is not None:
+        for name, values in described(values_in(model, parameters)).items():
+            parameters[name] |= values
+    return {
+        "holds": "Fisher",
+        "structure": type(F).__name__,
+        "data": data,
+        "hash": None if model is None else of_all(parameters),
+        "parameters": parameters,
+        **_estimate(F),
+    }
+
+
+def card_of_penalty(
+    penalty: QuadraticPenalty, settings: Mapping[str, str], data: Any
+) -> dict[str, Any]:
+    """Return the card of a penalty, with the values of its anchor."""
+    precision, anchor = penalty.precision, penalty.anchor
+    paths = {} if precision is None else precision.paths
+    values = described({plain: anchor[name] for name, plain in plain_names(anchor).items()})
+    parameters = {
+        plain: values[plain] | {"path": paths[name]} for name, plain in plain_names(paths).items()
+    }
+    return {
+        "holds": type(penalty).__name__,
+        "n_tasks": penalty.n_tasks,
+        "data": data,
+        "hash": of_all(parameters),
+        "parameters": parameters,
+        **settings,
+        **({} if precision is None else _estimate(precision)),
+    }
+
+
+def _estimate(F: Fisher) -> dict[str, Any]:
+    names = "kind", "likelihood", "n_samples", "tolerance"
+    return {name: getattr(F, name) for name in names}
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return real, contiguous tensors, of which no two share their memory."""
+    found, taken = {}, set[int]()
+    for key, value in state.items():
+        value = value.detach().resolve_conj()
+        value = torch.view_as_real(value) if value.is_complex() else value
+        value = value.contiguous()
+        memory = value.untyped_storage().data_ptr()
+        part = value.untyped_storage().nbytes() > value.nbytes
+        found[key] = value.clone() if part or memory in taken else value
+        taken.add(memory)
+    return found
+
+
+def _library(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ImportError("files need safetensors: pip install 'ewc_lib[files]'") from error
+
+
+def _header(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Read the header alone."""
+    safetensors = _library("safetensors")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header: dict[str, str] = file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no file of safetensors: {error}") from error
+    if not header.keys() >= {CARD, TEXTS, COMPLEX}:
+        raise ValueError(f"{path} has no card: neither Fisher.save nor EWC.save wrote it")
+    if (version := json.loads(header[CARD])["format"]) > FORMAT:
+        raise ValueError(f"{path} has a card of version {version}; this ewc_lib reads {FORMAT}")
+    return header
