@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ewc_lib.ewc import EWC
     from ewc_lib.fisher import Bernoulli, Categorical, Fisher, Gaussian, Poisson, fisher_information
+    from ewc_lib.norms import freeze_norms
 
 try:
     __version__ = metadata.version("ewc_lib")
@@ -26,15 +27,16 @@ __all__ = [
     "Poisson",
     "__version__",
     "fisher_information",
+    "freeze_norms",
 ]
 
 if not TYPE_CHECKING:
+    homes = {"EWC": "ewc_lib.ewc", "freeze_norms": "ewc_lib.norms"}
 
     def __getattr__(name: str) -> object:
         """Import a public name or a module when it is first asked for: PyTorch takes seconds."""
         if name in __all__:
-            home = import_module("ewc_lib.ewc" if name == "EWC" else "ewc_lib.fisher")
-            return getattr(home, name)
+            return getattr(import_module(homes.get(name, "ewc_lib.fisher")), name)
         if find_spec(f"ewc_lib.{name}"):
             return import_module(f"ewc_lib.{name}")
         raise AttributeError(f"module 'ewc_lib' has no attribute {name!r}")

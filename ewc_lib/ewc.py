@@ -200,7 +200,9 @@ class EWC(QuadraticPenalty):
         Warns
         -----
         RuntimeWarning
-            If it is zero everywhere, so that nothing would be protected.
+            If it is zero everywhere, so that nothing would be protected; and, once, if the model
+            has running statistics that will move with the next task
+            (:func:`ewc_lib.freeze_norms`).
         """
         self._check_room()
         chosen = list(self._of_task())
@@ -249,7 +251,9 @@ class EWC(QuadraticPenalty):
         Warns
         -----
         RuntimeWarning
-            If it is zero everywhere, so that nothing would be protected.
+            If it is zero everywhere, so that nothing would be protected; and, once, if the model
+            has running statistics that will move with the next task
+            (:func:`ewc_lib.freeze_norms`).
 
         Examples
         --------

@@ -42,6 +42,7 @@ from ewc_lib.fisher.structures import Diagonal, Fisher, check_shapes
 from ewc_lib.fisher.structures.base import Join
 from ewc_lib.fisher.structures.states import encode, under
 from ewc_lib.fisher.structures.vectors import grown
+from ewc_lib.norms import warn_of_moving
 
 __all__ = ["QuadraticPenalty"]
 
@@ -86,6 +87,7 @@ class QuadraticPenalty:
         self._anchor: Vector = {}
         self._offset = torch.zeros(())
         self._n_tasks = 0
+        self._warned = False
         self._kept_held: tuple[Any, Held] | None = None
         select_parameters(model, self.params)
 
@@ -495,6 +497,7 @@ class QuadraticPenalty:
         if self._precision is None:
             self._replace(precision)
             return
+        self._warn()
         merged, optimum = self._joined(precision), self._optimum(precision)
         old = self._precision
         both = {**optimum, **self._anchor}
@@ -527,9 +530,14 @@ class QuadraticPenalty:
 
     def _replace(self, precision: Fisher) -> None:
         """Take this precision around the present parameters instead of what was there."""
+        self._warn()
         self._keep(precision, self._optimum(precision))
         self._offset = precision.trace().new_zeros(())
         self._n_tasks += 1
+
+    def _warn(self) -> None:
+        """Warn once of what moves and is not held."""
+        self._warned = self._warned or warn_of_moving(self.model)
 
     def _keep(self, precision: Fisher | None, anchor: Vector) -> None:
         """Keep both in the memory layout of the parameters, so that one sweep takes all."""

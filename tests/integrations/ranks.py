@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ewc_lib import EWC
+from ewc_lib import EWC, freeze_norms
 from ewc_lib import fisher_information as in_one_process
 from ewc_lib.integrations.distributed import all_reduce, fisher_information
 
@@ -114,6 +114,7 @@ class Checks:
 
     def elastic_weight_consolidation(self):
         model = images()[0]
+        freeze_norms(model)
         ewc = EWC(model, strength=10.0)
         ewc.remember(fisher_information(model, (self.x, self.y)))
         with torch.no_grad():
