@@ -20,6 +20,7 @@ from ewc_lib.ewc import EWC
 from ewc_lib.experiments.runs.folders import OUTPUT
 from ewc_lib.experiments.runs.provenance import provenance
 from ewc_lib.experiments.runs.store import save
+from ewc_lib.norms import freeze_norms
 
 __all__ = ["NETWORKS", "Overhead", "overhead", "overheads"]
 
@@ -163,9 +164,10 @@ def _steps(
     x = torch.randn(BATCH, *shape, generator=generator).to(device)
     y = torch.randint(10, (BATCH,), generator=generator).to(device)
     penalties = {n: EWC(model, strength=1.0, kind="empirical") for n in tasks}
-    for n, ewc in penalties.items():
-        for _ in range(n):
-            ewc.consolidate((x, y), progress=False)
+    with freeze_norms(model):
+        for n, ewc in penalties.items():
+            for _ in range(n):
+                ewc.consolidate((x, y), progress=False)
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
 
