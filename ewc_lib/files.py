@@ -98,6 +98,7 @@ def write(path: str | os.PathLike[str], state: dict[str, Tensor], card: dict[str
         return
     draft = Path(f"{os.fspath(path)}.{os.getpid()}.draft")
     try:
+        draft.touch()  # says in Python's words if nothing can be written there
         safetensors.save_file(tensors, draft, header)
         draft.replace(path)
     finally:

@@ -14,6 +14,7 @@ from types import MethodType, TracebackType
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.jit import ScriptModule
 
 from ewc_lib._names import plain_name
 from ewc_lib._restoring import untouched
@@ -47,6 +48,11 @@ class FrozenNorms:
 
     def __init__(self, model: nn.Module) -> None:
         found = dict(_with_statistics(model))
+        if programs := [n for n, layer in found.items() if isinstance(layer, ScriptModule)]:
+            raise ValueError(
+                f"{programs} are programs of TorchScript, which take no hooks: put them in eval "
+                "mode yourself after each model.train()"
+            )
         self.names = [plain_name(name) for name in found]
         self._model = model
         self._frozen = [_freeze(layer, model.training) for layer in found.values()]
@@ -79,8 +85,8 @@ def freeze_norms(model: nn.Module) -> FrozenNorms:
     They normalise by the statistics that they have, for every batch, and no longer move them. Their
     weights and biases are trained and held as before. Call it when the first task has been
     learned. The keys of ``model.state_dict()`` stay as they are, and copies of the model are
-    frozen as well. Layers without running statistics (layer, group and RMS normalisation) are
-    left alone.
+    frozen as well; layers that are put in the place of frozen ones later are not. Layers without
+    running statistics (layer, group and RMS normalisation) are left alone.
 
     Parameters
     ----------
@@ -92,6 +98,11 @@ def freeze_norms(model: nn.Module) -> FrozenNorms:
     -------
     FrozenNorms
         A handle: ``remove()`` undoes it, and so does the end of a ``with`` block.
+
+    Raises
+    ------
+    ValueError
+        If such a layer is a program of TorchScript. Nothing has changed then.
 
     Examples
     --------

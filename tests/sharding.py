@@ -150,6 +150,9 @@ class Checks:
             F.save(fisher, model=network())
         dist.barrier()
         found = Fisher.load(fisher, network(sharded=True))
+        precision = self.folder / "precision.safetensors"
+        ewc.precision.save(precision, model=ewc.model)
+        dist.barrier()
         return {
             "data": card(path)["data"],
             "left": sorted(p.name for p in self.folder.glob("*draft*")),
@@ -158,6 +161,8 @@ class Checks:
             "expected state": whole.state_dict(),
             "fisher": found.state_dict(),
             "expected fisher": F.state_dict(),
+            "precision": Fisher.load(precision, whole.model).state_dict(),
+            "expected precision": whole.precision.state_dict(),
         }
 
 

@@ -157,6 +157,11 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(path, monkeypatch):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_folder_that_is_not_there_is_said_as_such(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none"):
+        saved(tmp_path / "none" / "fisher.safetensors")
+
+
 # Which model it is for
 
 

@@ -378,3 +378,10 @@ def test_a_frozen_norm_costs_no_second_compilation():
         compiled.train()
         compiled(task()[0])
     assert len(graphs) == 1
+
+
+def test_a_program_of_torchscript_is_refused_by_name_and_nothing_changes():
+    model = network(nn.BatchNorm1d(4), torch.jit.script(nn.BatchNorm1d(4)))
+    with pytest.raises(ValueError, match=r"\['2'\] are programs of TorchScript"):
+        freeze_norms(model)
+    assert model.train()[1].training

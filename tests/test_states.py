@@ -347,3 +347,4 @@ def test_a_sharded_penalty_is_one_file_for_any_model(ranks):
         assert same(found["state"], found["expected state"])
         assert same(found["sharded state"], found["expected state"])
         assert same(found["fisher"], found["expected fisher"])
+        assert same(found["precision"], found["expected precision"])
