@@ -3,14 +3,14 @@
 Each compares with one observation at a time, or with the same calculation in full precision.
 """
 
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Independent, Normal, StudentT
 
-from ewc_lib import EWC, fisher_information
+from ewc_lib import EWC, fisher_information, freeze_norms
+from ewc_lib.continual import train
 from ewc_lib.fisher import Categorical
 from ewc_lib.regularizers import MAS, SI
 
@@ -195,3 +195,43 @@ def test_15_the_pixels_of_images_have_classes_on_the_axis_that_is_named():
 def test_15_a_loss_without_a_likelihood_is_refused_by_name(criterion):
     with pytest.raises(ValueError, match="not a log-likelihood"):
         fisher_information(classifier(), observations(), criterion=criterion)
+
+
+def test_9_batch_normalisation_warns_and_keeps_the_first_task_once_it_is_frozen():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
+    x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0] > 0).long()
+    train(model, (x, y), steps=200, seed=0)
+    ewc = EWC(model, strength=1e9)
+    with pytest.warns(RuntimeWarning, match=r"\['1'\].*freeze_norms\(model\)"):
+        ewc.consolidate((x, y))
+
+    def accuracy():
+        return (model.eval()(x).argmax(1) == y).double().mean().item()
+
+    def after_the_second_task():
+        start = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        train(model, (x + 3, 1 - y), steps=100, seed=0, regularizer=ewc, proximal=True)
+        moved = nn.utils.parameters_to_vector(model.parameters()).detach() - start
+        assert moved.abs().max() < 1e-3
+        return accuracy()
+
+    first, state = accuracy(), {name: v.clone() for name, v in model.state_dict().items()}
+    assert after_the_second_task() < first - 0.3
+    model.load_state_dict(state)
+    freeze_norms(model)
+    assert after_the_second_task() > first - 0.01
+
+
+def test_13_a_state_resumes_in_another_wrapper():
+    ewc = EWC(classifier(), strength=2.0)
+    ewc.consolidate(observations())
+    for wrap in (torch.compile, nn.DataParallel):
+        other = classifier(seed=1)
+        resumed = EWC(wrap(other), strength=2.0)
+        resumed.load_state_dict(ewc.state_dict())
+        plain = EWC(other, strength=2.0)
+        plain.load_state_dict(resumed.state_dict())
+        assert resumed.penalty() > 0
+        torch.testing.assert_close(resumed.penalty(), plain.penalty())
