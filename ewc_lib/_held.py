@@ -196,6 +196,14 @@ def held_ones(every: Mapping[str, nn.Parameter], anchor: Vector) -> dict[str, nn
     return found
 
 
+def grown_from(
+    shapes: Mapping[str, torch.Size], every: Mapping[str, nn.Parameter]
+) -> dict[str, torch.Size]:
+    """Return the shapes that parameters can have had, as close to some as may be."""
+    found = {name: every[name].shape for name in shapes if name in every}
+    return {n: shapes[n] if has_room(now, shapes[n]) else now for n, now in found.items()}
+
+
 def names_like(pattern: str | Iterable[str], names: Collection[str]) -> list[str]:
     """Return the names that patterns match; raise a ValueError if one matches nothing."""
     found: list[str] = []

@@ -13,7 +13,7 @@ from ewc_lib._identity import whole
 from ewc_lib._names import plain_names
 from ewc_lib._parameters import Vector
 from ewc_lib.fisher.structures import Diagonal, Fisher
-from ewc_lib.fisher.structures.states import decode, encode, renamed
+from ewc_lib.fisher.structures.states import decode, encode
 
 
 def check_settings(state: dict[str, Tensor], settings: Mapping[str, str], name: str) -> None:
@@ -43,7 +43,7 @@ def precision_state(precision: Fisher | None) -> dict[str, Tensor]:
     """Return the state of a Fisher information, with the plain names of its parameters."""
     if precision is None:
         return {}
-    return renamed(precision.state_dict(), plain_names(precision.shapes))
+    return precision._renamed(plain_names(precision.shapes)).state_dict()
 
 
 class Loader:
@@ -59,8 +59,8 @@ class Loader:
         return {names[n]: self._placed(value, names[n]) for n, value in values.items()}
 
     def precision(self, state: dict[str, Tensor]) -> Fisher:
-        known = decode(state["parameters"]).split("\n") if "parameters" in state else []
-        found = Fisher.from_state_dict(renamed(state, self._names(known)))
+        found = Fisher.from_state_dict(state)
+        found = found._renamed(self._names(found.shapes))
         if isinstance(found, Diagonal):
             return replace(found, values=self.vector(found.values))
         return found._map(lambda tensor: whole(tensor).to(self.device))

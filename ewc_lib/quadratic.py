@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ewc_lib._anchored import in_layout_of
 from ewc_lib._arguments import check_strength
 from ewc_lib._foreach import each
-from ewc_lib._held import Held, held_ones, names_like
+from ewc_lib._held import Held, grown_from, held_ones, names_like
 from ewc_lib._identity import whole
 from ewc_lib._names import plain_name
 from ewc_lib._parameters import Vector
@@ -345,8 +345,9 @@ class QuadraticPenalty:
         Raises
         ------
         ValueError
-            If it is not such a state, if it says other settings, or if its parameters have
-            other names or shapes than the model's. Nothing has changed then.
+            If it is not such a state, if it says other settings, or if it has parameters that
+            the model has not, or of other shapes than these can have grown from. What the model
+            has and the state has not is free. Nothing has changed when it raises.
         """
         name = type(self).__name__
         if missing := {"n_tasks", "offset"} - state.keys():
@@ -360,7 +361,9 @@ class QuadraticPenalty:
             precision = loader.precision(under("precision.", state))
             by_type = encode(type(precision).__name__.lower())  # of states without this key
             check_settings({"structure": by_type} | state, {"structure": self._structure}, name)
-            check_shapes({name: value.shape for name, value in anchor.items()}, precision.shapes)
+            shapes = {name: value.shape for name, value in anchor.items()}
+            check_shapes(precision.shapes, shapes)
+            check_shapes(grown_from(shapes, every), shapes)
             held_ones(every, anchor)
         self._keep(precision, anchor)
         self._offset = whole(state["offset"]).to(loader.device, copy=True)

@@ -13,7 +13,7 @@ from torch.distributions import Gamma
 from torch.utils.checkpoint import checkpoint
 
 from ewc_lib import EWC, Categorical, Gaussian
-from ewc_lib.fisher.structures.states import decode, encode, renamed
+from ewc_lib.fisher.structures.states import decode
 from ewc_lib.regularizers import SI, AdapterEWC, KroneckerLaplace, RWalk, add_adapters
 from tests.scenarios import same
 
@@ -240,7 +240,7 @@ def test_a_state_with_the_names_of_a_wrapper_still_loads():
         for key, value in ewc.state_dict().items()
         if not key.startswith(("anchor.", "precision."))
     }
-    precision = renamed(ewc.precision.state_dict(), names)
+    precision = ewc.precision._renamed(names).state_dict()
     state |= {f"precision.{key}": value for key, value in precision.items()}
     state |= {f"anchor.{names[name]}": value for name, value in ewc.anchor.items()}
     again = EWC(network(), 2.0)
@@ -258,27 +258,6 @@ def test_adapters_in_a_wrapper_have_the_state_of_adapters_without():
     again = AdapterEWC(nn.DataParallel(model), 1.0)
     again.load_state_dict(plain.state_dict())
     assert same(again.state_dict(), plain.state_dict())
-
-
-def test_renaming_reaches_every_block_and_leaves_other_keys():
-    state = {
-        "parameters": encode("path.a\nb"),
-        "path.path.a": encode("rule"),
-        "block.0.parameters": encode("path.a"),
-        "block.0.diagonal.path.a": torch.ones(1),
-        "block.0.block.1.shape.b": torch.ones(1),
-        "eigenvalues": torch.ones(1),
-    }
-    found = renamed(state, {"path.a": "x.y"})
-    assert list(found) == [
-        "parameters",
-        "path.x.y",
-        "block.0.parameters",
-        "block.0.diagonal.x.y",
-        "block.0.block.1.shape.b",
-        "eigenvalues",
-    ]
-    assert decode(found["parameters"]) == "x.y\nb"
 
 
 # Processes

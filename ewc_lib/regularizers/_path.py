@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ewc_lib._anchored import displacement
 from ewc_lib._foreach import each
+from ewc_lib._held import grown_from
 from ewc_lib._parameters import Vector
 from ewc_lib._selecting import Selection
 from ewc_lib._states import Loader, by_plain_names
@@ -119,12 +120,13 @@ class PathPenalty(ImportancePenalty):
         return super().state_dict() | {"n_steps": torch.tensor(self._n_steps)} | memory
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        loader = Loader(self._parameters(), next(self.model.parameters()).device)
+        every = self._choose.every(self.model)
+        loader = Loader(every, next(self.model.parameters()).device)
         quantities = dict.fromkeys(key.split(".")[0] for key in under("memory.", state))
         memory = {q: loader.vector(under(f"memory.{q}.", state)) for q in quantities}
-        shapes = {name: p.shape for name, p in self._parameters().items()}
         for values in memory.values():
-            check_shapes(shapes, {name: value.shape for name, value in values.items()})
+            shapes = {name: value.shape for name, value in values.items()}
+            check_shapes(grown_from(shapes, every), shapes)
         super().load_state_dict(state)
         self._memory, self._noted = memory, None
         self._n_steps = int(state.get("n_steps", torch.tensor(0)))

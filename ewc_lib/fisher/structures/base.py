@@ -20,7 +20,7 @@ from ewc_lib._foreach import inner
 from ewc_lib._identity import names_in
 from ewc_lib._names import plain_names
 from ewc_lib._parameters import Vector
-from ewc_lib.fisher.structures.states import decode, encode, renamed
+from ewc_lib.fisher.structures.states import decode, encode
 from ewc_lib.fisher.structures.vectors import V, check_shapes, in_form_of, named
 
 Join: TypeAlias = Callable[[Any, Any], Any]
@@ -328,7 +328,7 @@ class Fisher(ABC):
             If the model has no parameters of these names and shapes.
         """
         card = files.card_of_fisher(self, data, model)
-        files.write(path, renamed(self.state_dict(), plain_names(self.shapes)), card)
+        files.write(path, self._renamed(plain_names(self.shapes)).state_dict(), card)
 
     @staticmethod
     def load(
@@ -374,9 +374,8 @@ class Fisher(ABC):
         1
         """
         state, card = files.read(path, "Fisher")
-        if model is not None:
-            state = renamed(state, names_in(model, card, path, check_values))
-        return Fisher.from_state_dict(state)
+        found = Fisher.from_state_dict(state)
+        return found if model is None else found._renamed(names_in(model, card, path, check_values))
 
     @abstractmethod
     def _product(self, v: Vector) -> Vector: ...
