@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -25,6 +25,47 @@ NO_TARGETS = (
 def is_whole(data: Any) -> bool:
     """Tell whether data are one tuple of all inputs and all targets, not several batches."""
     return isinstance(data, tuple) and any(map(_is_array, data[:1] + data[-1:]))
+
+
+class Picked:
+    """Batches from each of which a function picks what is wanted of it.
+
+    Parameters
+    ----------
+    data
+        Batches.
+    pick
+        Returns a batch of a form that :func:`pair` takes.
+    """
+
+    def __init__(self, data: Any, pick: Callable[[Any], Any]) -> None:
+        self.data, self.pick = data, pick
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.pick, check_iterable(self.data))
+
+
+def picked(data: Any, pick: Callable[[Any], Any] | None) -> Any:
+    """Let a function pick from every batch; one tuple of tensors is one batch."""
+    if pick is None:
+        return data
+    if not callable(pick):
+        raise ValueError(f"batch must be a function of one batch, got {type(pick).__name__}")
+    if not is_whole(data):
+        return Picked(data, pick)
+    found = pick(data)
+    return found if is_whole(found) else [found]
+
+
+def is_data_set(data: Any) -> bool:
+    """Tell whether data give single observations, of PyTorch or of the library of Hugging Face."""
+    return isinstance(data, Dataset) or hasattr(data, "__getitems__")
+
+
+def is_used_up(data: Any) -> bool:
+    """Tell whether data can be read only once, as what a generator yields."""
+    own = data.data if isinstance(data, Picked) else data
+    return isinstance(own, Iterator)
 
 
 def pair(raw: Any, where: str) -> tuple[Any, Tensor]:
@@ -61,7 +102,7 @@ def pair(raw: Any, where: str) -> tuple[Any, Tensor]:
 def check_iterable(data: Any) -> Iterable[Any]:
     """Return data that are batches, or raise a ValueError that says what to give instead."""
     advice = ""
-    if isinstance(data, Dataset):
+    if is_data_set(data):
         advice = "; make batches of it: torch.utils.data.DataLoader(dataset, batch_size=128)"
     elif isinstance(data, nn.Module):
         advice = "; the model comes first, then the data"
@@ -152,6 +193,6 @@ def _describe(raw: Any) -> str:
     elif any(map(_is_array, raw)):
         advice = (
             "; several inputs are one tuple, ((x, z), y), and what the model does not take is "
-            "left out, as by [(x, y) for x, y, task in data]"
+            "left out, as by batch=lambda b: (b[0], b[1])"
         )
     return f"{len(raw)} items of {', '.join(kinds)}{advice}"

@@ -55,7 +55,10 @@ OBJECTS = [(X[n], {"boxes": torch.ones(n + 1, 4), "labels": torch.ones(n + 1)}) 
 OF_PAIRS = {
     "None for targets": ((X, None), r"targets are None: .*give any .* torch\.zeros\(len\(inputs\)"),
     "no targets": ((X,), "got 1 items .*targets matter to kind='empirical' alone"),
-    "a task beside": ((X, Y, Y), r"got 3 items .* left out, as by \[\(x, y\) for x, y, task in"),
+    "a task beside": (
+        (X, Y, Y),
+        r"got 3 items .* one tuple, \(\(x, z\), y\).*by batch=lambda b: \(b\[0\]",
+    ),
     "boxes in a list": ((X, [o[1] for o in OBJECTS]), "a list of several tensors, as boxes"),
     "boxes in a dict": ((X, {"boxes": X, "labels": Y}), "a dict of several tensors, as boxes"),
     "a list of strings": ((X, ["a", "b", "a", "b"]), r"strings: .*numpy\.unique\(targets"),

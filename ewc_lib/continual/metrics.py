@@ -6,11 +6,17 @@ on task :math:`j` after task :math:`t` was learned, for :math:`T` tasks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from ewc_lib._calling import forward
+from ewc_lib._forms import picked
 from ewc_lib._restoring import evaluating
+from ewc_lib.continual._reading import device_of, in_order
 
 __all__ = [
     "accuracy",
@@ -28,20 +34,41 @@ Matrix = Float[Tensor, "T T"]
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: tuple[Float[Tensor, "N D"], Int[Tensor, " N"]]) -> float:
-    """Return the share of inputs whose most likely class is the right one.
+def accuracy(
+    model: nn.Module,
+    data: Any,
+    *,
+    class_dim: int | None = None,
+    ignore_index: int = -100,
+    batch: Callable[[Any], Any] | None = None,
+) -> float:
+    """Return the share of labels that are the most likely class.
 
     Parameters
     ----------
     model
-        A classifier; it is run in eval mode and gets its own modes back.
+        A classifier; it is run in eval mode and gets its own modes back. Its output is a tensor,
+        or has ``.logits``: ``[N, C]``, ``[N, T, C]`` for sequences, or ``[N, C, H, W]`` for
+        pixels.
     data
-        Inputs ``[N, D]`` and labels ``[N]``.
+        One tuple ``(inputs, labels)``, a data set, a DataLoader or another iterable of batches;
+        also of dicts with ``"labels"``. Labels have the shape of the output without its classes.
+    class_dim
+        The axis of the classes; needed where the shapes leave a choice.
+    ignore_index
+        Labels of this number do not count.
+    batch
+        Picks ``(inputs, labels)`` from a batch that holds more.
 
     Returns
     -------
     float
         Between 0 and 1.
+
+    Raises
+    ------
+    ValueError
+        If the data are empty or of another form, or the shapes do not fit or leave a choice.
 
     Examples
     --------
@@ -49,11 +76,53 @@ def accuracy(model: nn.Module, data: tuple[Float[Tensor, "N D"], Int[Tensor, " N
     >>> accuracy(torch.nn.Identity(), (torch.eye(4), torch.tensor([0, 1, 2, 0])))
     0.75
     """
-    x, y = data
-    with evaluating(model):
-        parts = zip(x.split(CHUNK), y.split(CHUNK), strict=True)
-        right = sum(int((model(part).argmax(-1) == labels).sum()) for part, labels in parts)
-    return right / len(y)
+    right, n = 0, 0
+    with evaluating(model), torch.random.fork_rng(devices=()):  # a loader draws from it
+        for piece in in_order(picked(data, batch), device_of(model), CHUNK):
+            output = forward(model, piece.inputs)
+            found, counted = right_answers(output, piece.target, class_dim, ignore_index)
+            right, n = right + found, n + counted
+    return right / n if n else float("nan")
+
+
+def right_answers(
+    output: Tensor, labels: Tensor, class_dim: int | None = None, ignore_index: int = -100
+) -> tuple[int, int]:
+    """Return how many labels are the most likely class, and how many count."""
+    labels = labels if labels.is_floating_point() else labels.long()  # in uint8 there is no -100
+    right = output.argmax(class_axis(output, labels, class_dim)) == labels
+    counts = labels != ignore_index
+    return int((right & counts).sum()), int(counts.sum())
+
+
+def class_axis(output: Tensor, labels: Tensor, class_dim: int | None = None) -> int:
+    """Return the axis of the classes: that which the labels do not have.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or both the second and the last one can be meant.
+    """
+    shape, wanted = tuple(output.shape), tuple(labels.shape)
+    axes = {1, len(shape) - 1} if class_dim is None else {class_dim % max(1, len(shape))}
+    there = axes & set(range(1, len(shape)))
+    fits = {axis for axis in there if (*shape[:axis], *shape[axis + 1 :]) == wanted}
+    if len(fits) == 1:
+        return fits.pop()
+    got = f"got {list(shape)} and {list(wanted)}"
+    if fits:
+        raise ValueError(
+            f"the classes may be on axis 1 or on the last axis of the output, {got}: say which by "
+            "class_dim= of accuracy, a regularizer with likelihood=Categorical(class_dim=...) or "
+            "a criterion; torch.nn.CrossEntropyLoss() reads axis 1"
+        )
+    hint = ""
+    if len(shape) == len(wanted) and wanted[-1:] == (1,):
+        hint = "; take the last axis of the labels away, as by y.squeeze(-1)"
+    raise ValueError(
+        f"an output [N, C] needs labels [N], and one of [N, C, ...] or [N, ..., C] labels "
+        f"[N, ...], {got}{hint}"
+    )
 
 
 def average_accuracy(R: Matrix) -> float:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from ewc_lib._progress import progress as show_progress
+from ewc_lib.continual._reading import batches
 from ewc_lib.continual.learning import Learned, fill_row, some, task_seed, untrained
 from ewc_lib.continual.streams import Stream
-from ewc_lib.continual.training import adam, batches
+from ewc_lib.continual.training import adam
 from ewc_lib.ewc import EWC
 from ewc_lib.fisher.structures import Diagonal, Vector
 from ewc_lib.heads import MultiHead

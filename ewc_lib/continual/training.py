@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from ewc_lib._forms import picked
 from ewc_lib._progress import progress as show_progress
+from ewc_lib.continual._objective import Objective
+from ewc_lib.continual._reading import Piece, Training, device_of, seeded
+from ewc_lib.likelihood.agreement import Criterion
 
 if TYPE_CHECKING:
     from ewc_lib.regularizers.protocol import Regularizer
 
 __all__ = ["mlp", "train"]
+
+Scheduler: TypeAlias = torch.optim.lr_scheduler.LRScheduler
 
 
 class Proximal(Protocol):
@@ -41,7 +45,7 @@ def mlp(sizes: tuple[int, ...], seed: int) -> nn.Sequential:
     >>> sum(p.numel() for p in mlp((64, 64, 64, 10), seed=0).parameters())
     8970
     """
-    with _seeded(seed, torch.device("cpu")):
+    with seeded(seed, None):
         layers = [nn.Linear(n_in, n_out) for n_in, n_out in pairwise(sizes)]
     modules: list[nn.Module] = [layers[0]]
     for layer in layers[1:]:
@@ -56,40 +60,60 @@ def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Adam:
 
 def train(
     model: nn.Module,
-    data: tuple[Float[Tensor, "N D"], Int[Tensor, " N"]],
+    data: Any,
     *,
-    steps: int,
-    seed: int,
+    steps: int | None = None,
+    epochs: int | None = None,
+    seed: int = 0,
     regularizer: Regularizer | None = None,
+    criterion: Criterion | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Callable[[torch.optim.Optimizer], Scheduler] | None = None,
     proximal: bool = False,
     batch_size: int = 64,
+    batch: Callable[[Any], Any] | None = None,
     on_step: Callable[[int], None] | None = None,
     progress: bool | None = None,
 ) -> list[float]:
-    """Train a classifier on the mean cross-entropy, plus a penalty if there is one.
+    """Train a model on one task, plus a penalty if there is one.
 
     Parameters
     ----------
     model
-        Changed in place.
+        Changed in place. One that is in eval mode is put into training mode, with all its
+        modules. In one that is in training mode already, modules in eval mode stay so: somebody
+        has frozen them, as the running statistics of a batch normalisation.
     data
-        Inputs ``[N, D]`` and labels ``[N]``. They are shuffled before each pass.
-    steps
-        Number of updates. A fixed number of updates, not of passes, makes data sets of
-        different sizes cost the same.
+        A tuple ``(inputs, targets)`` of all observations, or a data set with a length: they are
+        shuffled before each pass. A data set without one is cut into batches in its own order. A
+        DataLoader, or another iterable of batches, is read as it is, over and over; it is never
+        in memory as a whole. Batches are pairs or dicts with ``"labels"``, and go to the device
+        of the model.
+    steps, epochs
+        Number of updates, or of passes over the data: exactly one of them. A fixed number of
+        updates makes data sets of different sizes cost the same. A pass over a tuple or a data
+        set is rounded up to whole batches.
     seed
-        Seed of the order of the data, and of what the model draws, as dropout does. The global
-        random state is left as it was.
+        Seed of the order of the data, and of what draws from the global random state of PyTorch,
+        as dropout and a shuffling DataLoader do. That state is left as it was.
     regularizer
         What holds on to earlier tasks, as :class:`ewc_lib.EWC`.
+    criterion
+        The loss ``criterion(output, target)``, a mean. By default it is the criterion of the
+        regularizer, if it has one; else the loss that the model returns for a dict with labels;
+        else minus the mean log-likelihood of an observation, if the regularizer names a
+        likelihood; else the cross-entropy of integer labels, a mean over labels.
     optimizer
         By default a new Adam with its usual learning rate of 1e-3.
+    scheduler
+        Makes a scheduler of the learning rate from the optimizer; it is stepped after each update.
     proximal
         Whether the regularizer makes a proximal step after the optimizer's instead of adding its
         gradient before it.
     batch_size
-        Observations for each update.
+        Observations for each update, where the data are no batches yet.
+    batch
+        Picks ``(inputs, targets)`` from a batch that holds more, as ``lambda b: (b[0], b[2])``.
     on_step
         Called with the number of updates done, after each of them; to watch the training.
     progress
@@ -104,7 +128,8 @@ def train(
     ------
     ValueError
         If there are no data or not one label for each input, if the batch size is not positive
-        or the number of steps negative, or if the regularizer has no proximal step.
+        or the number of steps negative, if the regularizer has no proximal step, or if nothing
+        says what the loss of such targets is.
 
     Examples
     --------
@@ -114,72 +139,45 @@ def train(
     >>> losses[-1] < losses[0]
     True
     """
-    x, y = data
-    _check(x, y, steps, batch_size)
+    order = Training(
+        picked(data, batch), steps=steps, epochs=epochs, batch_size=batch_size, seed=seed
+    )
     if proximal and regularizer is not None and not hasattr(regularizer, "proximal_step_"):
         raise ValueError(f"{type(regularizer).__name__} has no proximal step")
+    objective = Objective(model, regularizer, criterion)
     if optimizer is None:
         optimizer = adam(model.parameters())
+    rates = None if scheduler is None else scheduler(optimizer)
     if regularizer is not None:
         regularizer.before_task()
     losses = []
-    model.train()
-    drawn = batches(len(x), batch_size, steps, seed)
-    bar = show_progress(drawn, "training", progress, total=steps)
-    with _seeded(seed, x.device):
-        for done, rows in enumerate(bar, start=1):
-            rows = rows.to(x.device)
-            losses.append(_step(model, x[rows], y[rows], optimizer, regularizer, proximal))
+    if not model.training:
+        model.train()
+    device = device_of(model)
+    with seeded(seed, device):
+        bar = show_progress(order.pieces(device), "training", progress, total=order.steps)
+        for done, piece in enumerate(bar, start=1):
+            losses.append(_step(objective, piece, optimizer, regularizer, proximal))
+            if rates is not None:
+                rates.step()
             if on_step is not None:
                 on_step(done)
     return torch.stack(losses).tolist() if losses else []
 
 
-def _check(x: Tensor, y: Tensor, steps: int, batch_size: int) -> None:
-    if not len(x) or len(x) != len(y):
-        raise ValueError(f"data must have one label for each input, got {len(x)} and {len(y)}")
-    if steps < 0 or batch_size < 1:
-        raise ValueError(
-            f"steps must not be negative and batch_size be positive, got {steps} and {batch_size}"
-        )
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Use a seed for what draws from the global random state, as dropout does, and restore it."""
-    everywhere = range(torch.cuda.device_count()) if device.type == "cuda" else ()
-    with torch.random.fork_rng(devices=everywhere):
-        if device.type == "cpu":
-            torch.default_generator.manual_seed(seed)  # the accelerators keep their states
-        else:
-            torch.manual_seed(seed)
-        yield
-
-
-def batches(n: int, size: int, steps: int, seed: int) -> Iterator[Int[Tensor, " B"]]:
-    """Yield the rows of each batch; all rows come once before one comes again."""
-    generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
-        while len(order) < size:
-            order = torch.cat([order, torch.randperm(n, generator=generator)])
-        yield order[:size]
-        order = order[size:]
-
-
 def _step(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    objective: Objective,
+    piece: Piece,
     optimizer: torch.optim.Optimizer,
     regularizer: Regularizer | None,
     proximal: bool,
 ) -> Float[Tensor, ""]:
     """Make one update and return the loss of the task before it."""
-    loss = F.cross_entropy(model(x), y)
+    loss = objective.loss(piece)
     optimizer.zero_grad()
     loss.backward()
     if regularizer is not None:
-        regularizer.before_step(x)
+        regularizer.before_step(piece.inputs)
         if not proximal:
             regularizer.add_gradient_()
     optimizer.step()

@@ -42,7 +42,7 @@ def _wants_decoder_inputs(model: nn.Module, inputs: dict[str, Any], labels: Any)
     if {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
         return False
     words = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
-    return words and _takes(model, "labels") and _takes(model, "decoder_input_ids")
+    return words and takes(model, "labels") and takes(model, "decoder_input_ids")
 
 
 def _shifted(model: nn.Module, labels: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def _shifted(model: nn.Module, labels: Tensor) -> Tensor:
 
 def own_loss(model: nn.Module, inputs: Any, labels: Tensor) -> Loss | None:
     """Return the loss that the model computes if it is called with labels, or None."""
-    if not _takes(model, "labels"):
+    if not takes(model, "labels"):
         return None
     # it may write down in its configuration what kind of problem it has seen
     configurations = [getattr(module, "config", None) for module in model.modules()]
@@ -90,13 +90,13 @@ def own_loss(model: nn.Module, inputs: Any, labels: Tensor) -> Loss | None:
     return Loss(loss.detach(), slope(loss, logits), whose, way_out)
 
 
-def _takes(model: nn.Module, name: str) -> bool:
+def takes(model: nn.Module, name: str) -> bool:
     """Tell whether the model has an argument of that name, or what it is wrapped around."""
     parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
     if name in parameters:
         return True
     passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return passes_on and any(_takes(child, name) for child in model.children())
+    return passes_on and any(takes(child, name) for child in model.children())
 
 
 def _entry(output: Any, name: str) -> Any:

@@ -1,11 +1,13 @@
 import math
 import re
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from ewc_lib.continual import (
     accuracy,
@@ -41,6 +43,65 @@ def test_long_data_are_classified_in_pieces():
     x = torch.eye(2).repeat(6000, 1)
     assert accuracy(Spy(), (x, torch.tensor([0, 1]).repeat(6000))) == 1
     assert sizes == [10_000, 2000]
+
+
+EYE, OWN = torch.eye(4), torch.tensor([0, 1, 0, 0])
+
+
+class Logits(nn.Module):
+    """A model of another library."""
+
+    def forward(self, features):
+        return SimpleNamespace(logits=features)
+
+
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [
+        (nn.Identity(), DataLoader(TensorDataset(EYE, OWN), batch_size=3)),
+        (nn.Identity(), TensorDataset(EYE, OWN)),
+        (nn.Identity(), [(EYE[:1], OWN[:1]), (EYE[1:], OWN[1:])]),
+        (Logits(), [{"features": EYE, "labels": OWN}]),
+        (Logits(), (EYE.numpy(), OWN.int().numpy())),
+    ],
+    ids=["loader", "data set", "list", "dicts", "arrays"],
+)
+def test_accuracy_takes_data_in_every_form(model, data):
+    assert accuracy(model, data) == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.int32])
+def test_labels_of_a_sequence_that_are_ignored_do_not_count(dtype):
+    logits = torch.eye(5).expand(2, 5, 5)[:, :3]
+    labels = torch.tensor([[0, 1, -100], [-100, -100, 0]], dtype=dtype)
+    assert accuracy(nn.Identity(), (logits, labels)) == pytest.approx(2 / 3)
+    assert accuracy(nn.Identity(), (logits, labels), ignore_index=0) == pytest.approx(1 / 4)
+    assert math.isnan(accuracy(nn.Identity(), (logits, labels * 0 - 100)))
+
+
+def test_pixels_are_classified_on_the_second_axis():
+    labels = torch.randint(5, (2, 3, 4), generator=torch.Generator().manual_seed(0))
+    logits = nn.functional.one_hot(labels, 5).movedim(-1, 1)
+    wrong = labels.clone()
+    wrong[0, 0] = (wrong[0, 0] + 1) % 5
+    assert accuracy(nn.Identity(), (logits, labels)) == 1
+    assert accuracy(nn.Identity(), (logits, wrong)) == pytest.approx(20 / 24)
+
+
+def test_where_the_classes_may_be_on_two_axes_one_is_chosen():
+    logits = torch.tensor([[[0.0, 1.0], [2.0, 3.0]]])
+    labels = torch.tensor([[1, 1]])
+    with pytest.raises(ValueError, match=r"axis 1 or on the last axis.*class_dim= of accuracy"):
+        accuracy(nn.Identity(), (logits, labels))
+    for axis, wanted in ((1, [[1, 1]]), (2, [[1, 1]]), (-1, [[1, 1]])):
+        assert accuracy(nn.Identity(), (logits, torch.tensor(wanted)), class_dim=axis) == 1
+    assert accuracy(nn.Identity(), (-logits, labels), class_dim=1) == 0
+
+
+@pytest.mark.parametrize("shapes", [((4,), (4,)), ((4, 3), (4, 3)), ((4, 3), (4, 1))])
+def test_shapes_without_an_axis_of_classes_are_refused(shapes):
+    with pytest.raises(ValueError, match=re.escape("an output [N, C] needs labels [N]")):
+        accuracy(nn.Identity(), (torch.zeros(shapes[0]), torch.zeros(shapes[1]).long()))
 
 
 R = torch.tensor([[0.9, 0.2, math.nan], [0.7, 0.8, 0.3], [0.8, 0.5, 1.0]], dtype=torch.float64)

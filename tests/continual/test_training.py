@@ -1,5 +1,7 @@
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from ewc_lib import EWC, data
 from ewc_lib.continual import accuracy, mlp, train
@@ -152,3 +154,129 @@ def test_a_batch_is_of_the_same_size_and_order_whatever_the_regularizer(digits):
             ewc.consolidate(digits.train)
         seen.append(train(model, digits.train, steps=20, seed=0, regularizer=ewc))
     assert seen[0] == seen[1]
+
+
+def test_a_data_set_trains_as_its_tensors_do(digits):
+    found = []
+    for own in (digits.train, TensorDataset(*digits.train)):
+        model = nn.Sequential(*mlp((64, 10), seed=0), nn.Dropout(0.5))
+        found.append((train(model, own, steps=30, seed=3), weights(model)))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_the_seed_orders_a_loader_that_shuffles_and_the_global_state_is_left_alone(digits):
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(found))
+        before = torch.random.get_rng_state()
+        loader = DataLoader(TensorDataset(*digits.test), batch_size=32, shuffle=True)
+        model = mlp((64, 10), seed=0)
+        losses = train(model, loader, epochs=2, seed=seed)
+        accuracy(model, loader)
+        assert torch.equal(before, torch.random.get_rng_state())
+        assert len(losses) == 2 * len(loader)
+        found.append(losses)
+    assert found[0] == found[1] != found[2]
+
+
+def test_numbers_are_not_taken_for_probabilities_of_classes(digits):
+    x, y = digits.train
+    model = nn.Linear(64, 1)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"criterion=torch\.nn\.MSELoss.*'gaussian'"):
+        train(model, (x, y.float()[:, None]), steps=3)
+    assert torch.equal(weights(model), before)
+    losses = train(model, (x, y.float()[:, None]), epochs=30, criterion=nn.MSELoss())
+    assert losses[0] > 20
+    assert sum(losses[-9:]) / 9 < 8.25  # the variance of the digits: better than any constant
+
+
+def test_the_likelihood_of_the_regularizer_is_trained_before_there_is_a_task(digits):
+    x, y = digits.train
+    model, other = nn.Linear(64, 1), nn.Linear(64, 1)
+    other.load_state_dict(model.state_dict())
+    pair = (x, y.double()[:, None].float())
+    train(model, pair, steps=20, regularizer=EWC(model, 1.0, likelihood="gaussian"))
+    train(other, pair, steps=20, criterion=lambda f, t: (f - t).square().mean() / 2)
+    torch.testing.assert_close(weights(model), weights(other))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16])
+def test_labels_may_be_narrow_integers(digits, dtype):
+    x, y = digits.train
+    found = [mlp((64, 10), seed=0) for _ in range(2)]
+    train(found[0], (x, y), steps=5)
+    train(found[1], (x, y.to(dtype)), steps=5)
+    assert torch.equal(*map(weights, found))
+    assert accuracy(found[0], (x, y.to(dtype))) == accuracy(found[0], (x, y))
+
+
+def test_labels_in_a_column_are_refused_with_the_way_out(digits):
+    x, y = digits.train
+    for call in (lambda m, d: train(m, d, steps=1), accuracy):
+        with pytest.raises(ValueError, match=r"by y\.squeeze\(-1\)"):
+            call(mlp((64, 10), seed=0), (x, y[:, None]))
+
+
+def test_a_batch_may_be_one_observation(digits):
+    x, y = digits.test
+    assert len(train(mlp((64, 10), seed=0), (x[:5], y[:5]), epochs=2, batch_size=1)) == 10
+
+
+class Norms(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 10))
+
+
+def test_what_was_put_in_eval_mode_within_a_model_in_training_mode_stays_frozen(digits):
+    model = Norms()
+    model[1].eval()
+    mean = model[1].running_mean.clone()
+    train(model, digits.train, steps=3)
+    accuracy(model, digits.test)
+    train(model, digits.train, steps=3)
+    assert [m.training for m in model] == [True, False, True, True]
+    assert torch.equal(model[1].running_mean, mean)
+
+
+def test_a_model_in_eval_mode_is_trained_as_a_whole(digits):
+    model = Norms().eval()
+    mean = model[1].running_mean.clone()
+    train(model, digits.train, steps=3)
+    assert all(m.training for m in model.modules())
+    assert not torch.equal(model[1].running_mean, mean)
+
+
+def test_a_scheduler_is_stepped_after_each_update(digits):
+    model, rates = mlp((64, 10), seed=0), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+
+    def halving(one):
+        assert one is optimizer
+        return torch.optim.lr_scheduler.ExponentialLR(one, 0.5)
+
+    train(
+        model,
+        digits.train,
+        steps=4,
+        optimizer=optimizer,
+        scheduler=halving,
+        on_step=lambda _: rates.append(optimizer.param_groups[0]["lr"]),
+    )
+    assert rates == [0.5, 0.25, 0.125, 0.0625]
+
+
+def test_a_function_picks_inputs_and_targets_from_longer_batches(digits):
+    x, y = digits.train
+    longer = (x, torch.zeros(len(y)), y)
+    found = [mlp((64, 10), seed=0) for _ in range(3)]
+    pick = lambda b: (b[0], b[2])  # noqa: E731
+    train(found[0], (x, y), steps=5)
+    train(found[1], longer, steps=5, batch=pick)
+    train(found[2], TensorDataset(*longer), steps=5, batch=pick)
+    assert torch.equal(weights(found[0]), weights(found[1]))
+    assert torch.equal(weights(found[0]), weights(found[2]))
+    assert accuracy(found[0], longer, batch=pick) == accuracy(found[0], (x, y))
+    with pytest.raises(ValueError, match=r"must be a pair.*batch=lambda"):
+        train(found[0], longer, steps=1)
