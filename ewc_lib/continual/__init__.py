@@ -9,15 +9,8 @@ from ewc_lib.continual.metrics import (
     forward_transfer,
     learning_accuracy,
 )
-from ewc_lib.continual.streams import (
-    Scenario,
-    Stream,
-    Task,
-    permute_pixels,
-    permuted,
-    rotated,
-    split,
-)
+from ewc_lib.continual.streams import permute_pixels, permuted, rotated, split
+from ewc_lib.continual.tasks import Scenario, Stream, Task
 from ewc_lib.continual.together import Together, learn_together
 from ewc_lib.continual.training import mlp, train
 from ewc_lib.heads import MultiHead

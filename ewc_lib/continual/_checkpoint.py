@@ -6,12 +6,12 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-
-from ewc_lib.heads import MultiHead
+from torch import nn
 
 if TYPE_CHECKING:
     from ewc_lib.regularizers.protocol import Regularizer
@@ -26,10 +26,23 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
+def described(**functions: Any) -> dict[str, str]:
+    """Return what tells functions apart in another process, of those that there are."""
+    return {name: _told(value) for name, value in functions.items() if value is not None}
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, partial):
+        return f"{_told(value.func)} {plain(value.args)} {plain(value.keywords)}"
+    if isinstance(value, nn.Module):
+        return str(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
 def save(
     path: Path,
     configuration: dict[str, Any],
-    model: MultiHead,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     regularizer: Regularizer | None,
     found: dict[str, Any],
@@ -54,7 +67,7 @@ def save(
 def restore(
     path: Path,
     configuration: dict[str, Any],
-    model: MultiHead,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     regularizer: Regularizer | None,
 ) -> dict[str, Any]:

@@ -262,7 +262,7 @@ def check_again(data: Any, what: str) -> None:
     """Raise a ValueError if data that are read several times can be read only once."""
     if is_used_up(data):
         raise ValueError(
-            f"the {what} data are an iterator, which can be read only once, but they are read "
+            f"the {what} are an iterator, which can be read only once, but they are read "
             "several times: give a DataLoader, a Dataset, a list of batches or tensors"
         )
 

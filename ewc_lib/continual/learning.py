@@ -1,26 +1,27 @@
-"""A whole stream of tasks, learned one after another."""
+"""Tasks that are learned one after another."""
 
 from __future__ import annotations
 
-import hashlib
-import math
+import copy
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
+from ewc_lib._forms import picked
 from ewc_lib._progress import progress as show_progress
-from ewc_lib._restoring import evaluating
-from ewc_lib.continual._checkpoint import plain, restore, save
-from ewc_lib.continual.metrics import accuracy
-from ewc_lib.continual.streams import Source, Stream
-from ewc_lib.continual.training import adam, train
-from ewc_lib.heads import MultiHead, all_outputs
+from ewc_lib.continual._checkpoint import described, plain, restore, save
+from ewc_lib.continual._course import Course, course_of
+from ewc_lib.continual._measuring import Evaluate, Learned, Measure
+from ewc_lib.continual._objective import Objective
+from ewc_lib.continual._reading import device_of, seeded, some
+from ewc_lib.continual.tasks import Stream, Task
+from ewc_lib.continual.training import Scheduler, adam, train
+from ewc_lib.likelihood.agreement import Criterion
 
 if TYPE_CHECKING:
     from ewc_lib.regularizers.protocol import Regularizer
@@ -28,78 +29,72 @@ if TYPE_CHECKING:
 __all__ = ["Learned", "learn"]
 
 
-@dataclass
-class Learned:
-    """What came of learning a stream.
-
-    Attributes
-    ----------
-    accuracies
-        ``[T, T]``: row ``t`` after task ``t``, column ``j`` for task ``j``. It is measured for the
-        tasks so far and for the next one, before it is learned; all else is NaN. In the class
-        scenario the next one is NaN too, because its classes are not read yet.
-    initial
-        ``[T]``: accuracies of the network before any training; NaN in the class scenario but for
-        the first.
-    seconds_training, seconds_consolidation
-        Of each task.
-    """
-
-    accuracies: Float[Tensor, "T T"]
-    initial: Float[Tensor, " T"]
-    seconds_training: list[float] = field(default_factory=list)
-    seconds_consolidation: list[float] = field(default_factory=list)
-
-
 def learn(
-    stream: Stream,
-    model: MultiHead,
+    tasks: Stream | Iterable[tuple[str, Any, Any] | Task],
+    model: nn.Module,
     regularizer: Regularizer | None = None,
     *,
     steps: int | None = None,
     epochs: int | None = None,
+    criterion: Criterion | None = None,
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = adam,
+    scheduler: Callable[[torch.optim.Optimizer], Scheduler] | None = None,
     reset_optimizer: bool = False,
     batch_size: int = 128,
+    batch: Callable[[Any], Any] | None = None,
     proximal: bool = False,
     n_samples: int | None = None,
+    evaluate: Evaluate | None = None,
     seed: int = 0,
     checkpoint: Path | str | None = None,
     settings: Mapping[str, Any] | None = None,
     progress: bool | None = None,
 ) -> Learned:
-    """Learn the tasks of a stream, one after another, and test on all of them after each.
+    """Learn tasks one after another, and test on all of them after each.
 
     Parameters
     ----------
-    stream
-        The tasks.
+    tasks
+        A stream, or any iterable of ``(name, train, test)`` or :class:`Task`: a list, or a
+        generator that makes one task when the last one is done. Data are as in :func:`train`.
     model
-        Changed in place, and runs on the device where it is.
+        Changed in place, and runs on the device where it is. A :class:`MultiHead` where tasks
+        read some of the outputs.
     regularizer
         What holds on to earlier tasks; it was made for this model. None is plain training.
     steps, epochs
         Updates, or passes over the data, for each task: exactly one of them. A pass is rounded
         up to whole batches.
+    criterion, batch_size, batch
+        As in :func:`train`; a regularizer sees what ``batch`` picks.
     optimizer
         Makes the optimizer from the parameters; by default Adam with its usual learning rate
         of 1e-3.
+    scheduler
+        Makes a scheduler from the optimizer at the beginning of each task, at the learning rate
+        of its own; it is stepped after each update.
     reset_optimizer
         Whether each task begins with a new optimizer. By default its moments are kept, as van de
         Ven (2025) does.
-    batch_size
-        Observations for each update.
     proximal
         As in :func:`train`.
     n_samples
         Observations of each task, drawn at random, that the regularizer sees at its end; by
-        default all.
+        default all. Of a loader in an order of its own they are the first.
+    evaluate
+        Returns how well a model does on the test data of a task, as they were given; the model is
+        in eval mode. By default the accuracy, if targets are classes; for other likelihoods the
+        mean log-likelihood of an observation; else minus the mean loss: more is always better.
     seed
-        Of the order of the data and of those observations. The global random state is not used.
+        Of the order of the data and of those observations, and, as in :func:`train`, of what
+        draws from the global random state, which is left as it was.
     checkpoint
         A file that is written after each task. If it is there, learning goes on from it, with the
-        same results as if it had never stopped. It is refused if the data set, the stream, the
-        sizes of the network, the plain settings of the regularizer, or an argument differ.
+        same results as if it had never stopped, if the tasks and their order are the same: a
+        loader with a generator of its own has to be new for each task, and what is drawn outside
+        of PyTorch is not known here. It is refused if the data set, the stream, the names of the
+        tasks, the sizes of the network, the plain settings of the regularizer, or an argument
+        differ. What loaders read is not compared.
     settings
         Whatever else has to be the same when learning goes on, such as the seed of the network.
     progress
@@ -114,10 +109,10 @@ def learn(
     ------
     ValueError
         If not exactly one of steps and epochs is given, if a number is not positive, if the
-        network has too few outputs, if a task has no data, or if the checkpoint is damaged or of
-        another configuration.
+        network has too few outputs, if a task has no data or data of another form, if nothing
+        says what the loss is, or if the checkpoint is damaged or of another configuration.
     TypeError
-        If the model has no heads to choose from.
+        If the model has no heads to choose from, or these are no tasks.
 
     Examples
     --------
@@ -128,13 +123,25 @@ def learn(
     >>> learned = learn(stream, model, EWC(model, strength=30.0), steps=100)
     >>> average_accuracy(learned.accuracies) > 0.7
     True
+
+    Tasks of one's own, here a regression:
+
+    >>> x = torch.randn(2, 100, 3, generator=torch.Generator().manual_seed(0))
+    >>> tasks = [(f"task {t}", (x[t], x[t].sum(1, True)), None) for t in (0, 1)]
+    >>> line = nn.Linear(3, 1)
+    >>> ewc = EWC(line, strength=1.0, likelihood="gaussian")
+    >>> learn(tasks, line, ewc, epochs=2).names
+    ['task 0', 'task 1']
     """
     if (steps is None) == (epochs is None):
         raise ValueError("give either steps or epochs")
     if n_samples is not None and n_samples < 1:
         raise ValueError(f"n_samples must be positive, or None for all, got {n_samples}")
-    _check_model(stream, model)
-    current = optimizer(model.parameters())
+    course = course_of(tasks, model)
+    if evaluate is None:
+        measure = Measure(course, model, _scores(model, regularizer, criterion, batch), seed)
+    else:
+        measure = Measure(course, model, evaluate, seed)
     options: dict[str, Any] = {
         "steps": steps,
         "epochs": epochs,
@@ -143,59 +150,45 @@ def learn(
         "n_samples": n_samples,
         "seed": seed,
     }
+    named = described(criterion=criterion, scheduler=scheduler, evaluate=evaluate)
+    current = optimizer(model.parameters())
     configuration = {
-        "stream": _description(stream),
+        "stream": course.description(),
         "parameters": {name: list(p.shape) for name, p in model.named_parameters()},
         "regularizer": _settings(regularizer),
         "optimizer": {"type": type(current).__name__, **plain(current.defaults)},
-        "training": {**options, "reset_optimizer": reset_optimizer},
+        "training": {**options, "reset_optimizer": reset_optimizer, **named},
         "settings": plain(settings or {}),
     }
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
         found = Learned(**restore(path, configuration, model, current, regularizer))
     else:
-        found = untrained(stream, model)
-    start = len(found.seconds_training)
-    for t in show_progress(range(start, len(stream)), stream.name, progress):
+        found = measure.untrained()
+    options |= {"criterion": criterion, "scheduler": scheduler, "batch": batch}
+    numbers = course.numbers(len(found.seconds_training), found.names)
+    total = course.n_known - len(found.seconds_training)
+    for t in show_progress(numbers, course.name, progress, total=total if total > 0 else None):
         if reset_optimizer and t:
             current = optimizer(model.parameters())
-        training, consolidation = _learn_task(stream, t, model, regularizer, current, **options)
-        found.seconds_training.append(training)
-        found.seconds_consolidation.append(consolidation)
-        fill_row(stream, model, t, found.accuracies)
+        measure.before(t, found)
+        _learn_task(course, t, found, model, regularizer, current, **options)
+        measure.after(t, found)
         if path is not None:
             save(path, configuration, model, current, regularizer, vars(found))
-    model.outputs = stream.outputs(len(stream) - 1, after=len(stream) - 1)
+    measure.end(found)
     return found
 
 
-def _check_model(stream: Stream, model: MultiHead) -> None:
-    if not isinstance(model, MultiHead):
-        raise TypeError(f"the model must be a MultiHead, got {type(model).__name__}")
-    with evaluating(model), torch.no_grad():
-        n = all_outputs(model, stream.source.x_train[:1].to(_device(model))).shape[1]
-    if n < stream.n_outputs:
-        raise ValueError(f"the stream needs {stream.n_outputs} outputs, the network has {n}")
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _description(stream: Stream) -> dict[str, Any]:
-    """Return what a checkpoint has to agree on about its stream."""
-    sizes = {"n_features": stream.n_features, "n_classes": stream.n_classes}
-    names = {"name": stream.name, "scenario": stream.scenario, "tasks": list(stream.names)}
-    return {**names, **sizes, "data": _digest(stream.source), **plain(stream.settings)}
-
-
-def _digest(source: Source, few: int = 100) -> str:
-    """Tell data sets apart by all their labels and some of their images."""
-    digest = hashlib.sha256()
-    for tensor in (source.x_train[:few], source.y_train, source.x_test[:few], source.y_test):
-        digest.update(tensor.detach().cpu().double().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def _scores(
+    model: nn.Module,
+    regularizer: Regularizer | None,
+    criterion: Criterion | None,
+    batch: Callable[[Any], Any] | None,
+) -> Evaluate:
+    """Return what measures a model if nothing else is wanted."""
+    objective = Objective(model, regularizer, criterion)
+    return lambda _, test: objective.score(picked(test, batch))
 
 
 def _settings(regularizer: Regularizer | None) -> dict[str, Any]:
@@ -209,75 +202,55 @@ def _settings(regularizer: Regularizer | None) -> dict[str, Any]:
 
 
 def _learn_task(
-    stream: Stream,
+    course: Course,
     t: int,
-    model: MultiHead,
+    found: Learned,
+    model: nn.Module,
     regularizer: Regularizer | None,
     optimizer: torch.optim.Optimizer,
     *,
-    steps: int | None,
-    epochs: int | None,
-    batch_size: int,
-    proximal: bool,
+    batch: Callable[[Any], Any] | None,
     n_samples: int | None,
     seed: int,
-) -> tuple[float, float]:
-    """Return the seconds of training and consolidation; the data of the task are let go."""
-    task, own_seed = stream[t], task_seed(seed, t)
-    x, y = (tensor.to(_device(model)) for tensor in task.train)
-    if steps is None:
-        assert epochs is not None
-        steps = epochs * math.ceil(len(x) / max(batch_size, 1))
-    model.outputs = task.outputs
+    **options: Any,
+) -> None:
+    """Train and consolidate; the training data of the task are let go."""
+    task, own_seed = course.take(t), task_seed(seed, t)
+    data = picked(task.train, batch)
     begin = time.perf_counter()
-    train(
-        model,
-        (x, y),
-        steps=steps,
-        seed=own_seed,
-        regularizer=regularizer,
-        optimizer=optimizer,
-        proximal=proximal,
-        batch_size=batch_size,
-        progress=False,
-    )
+    with nullcontext() if options["scheduler"] is None else _same_rates(optimizer):
+        train(
+            model,
+            data,
+            seed=own_seed,
+            regularizer=regularizer,
+            optimizer=optimizer,
+            progress=False,
+            **options,
+        )
     trained = time.perf_counter()
     if regularizer is not None:
-        regularizer.consolidate(some(x, y, n_samples, own_seed))
-    return trained - begin, time.perf_counter() - trained
+        with seeded(own_seed, device_of(model)):
+            regularizer.consolidate(some(data, n_samples, own_seed))
+    found.names.append(task.name)
+    found.seconds_training.append(trained - begin)
+    found.seconds_consolidation.append(time.perf_counter() - trained)
+
+
+@contextmanager
+def _same_rates(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Give an optimizer the learning rates back that it had, and all else that is scheduled."""
+    plain = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    before = copy.deepcopy(plain)
+    try:
+        yield
+    finally:
+        for group, own in zip(optimizer.param_groups, before, strict=True):
+            parameters = group["params"]
+            group.clear()
+            group.update(own, params=parameters)
 
 
 def task_seed(seed: int, t: int) -> int:
-    """Return the seed of a task of a stream, another for each."""
+    """Return the seed of a task, another for each."""
     return 1_000_003 * seed + t
-
-
-def some(x: Tensor, y: Tensor, n: int | None, seed: int) -> tuple[Tensor, Tensor]:
-    """Return all observations, or as many drawn at random."""
-    if n is None or n >= len(x):
-        return x, y
-    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n].to(x.device)
-    return x[rows], y[rows]
-
-
-def untrained(stream: Stream, model: MultiHead) -> Learned:
-    """Return what is known before the first task."""
-    T = len(stream)
-    nothing = torch.full((T + 1, T), math.nan, dtype=torch.float64)
-    found = Learned(nothing[1:].clone(), nothing[0].clone())
-    for t in range(T if stream.scenario != "class" else 1):
-        found.initial[t] = _accuracy(stream, model, t, t)
-    return found
-
-
-def fill_row(stream: Stream, model: MultiHead, after: int, R: Float[Tensor, "T T"]) -> None:
-    """Test on the tasks so far and on the next one."""
-    for t in range(min(len(stream), after + 2)):
-        if t <= after or stream.scenario != "class":
-            R[after, t] = _accuracy(stream, model, t, after)
-
-
-def _accuracy(stream: Stream, model: MultiHead, t: int, after: int) -> float:
-    model.outputs = stream.outputs(t, after)
-    x, y = (tensor.to(_device(model)) for tensor in stream.test(t))
-    return accuracy(model, (x, y))

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from ewc_lib._progress import progress as show_progress
-from ewc_lib.continual._reading import batches
-from ewc_lib.continual.learning import Learned, fill_row, some, task_seed, untrained
-from ewc_lib.continual.streams import Stream
+from ewc_lib.continual._course import course_of
+from ewc_lib.continual._measuring import Learned, Measure
+from ewc_lib.continual._reading import batches, some
+from ewc_lib.continual.learning import task_seed
+from ewc_lib.continual.metrics import accuracy
+from ewc_lib.continual.tasks import Stream
 from ewc_lib.continual.training import adam
 from ewc_lib.ewc import EWC
 from ewc_lib.fisher.structures import Diagonal, Vector
@@ -228,7 +231,9 @@ def learn_together(
     [True, True]
     """
     together = Together(models, penalties, optimizer=optimizer, proximal=proximal)
-    found = [untrained(stream, model) for stream, model in zip(streams, models, strict=True)]
+    pairs = zip(streams, models, strict=True)
+    measures = [Measure(course_of(stream, model), model, accuracy) for stream, model in pairs]
+    found = [measure.untrained() for measure in measures]
     for t in range(len(streams[0])):
         tasks = [stream[t] for stream in streams]
         own_seeds = [task_seed(seed, t) for seed in seeds]
@@ -238,12 +243,14 @@ def learn_together(
             [task.train for task in tasks], steps=steps, seeds=own_seeds, batch_size=batch_size
         )
         for i, (model, penalty) in enumerate(zip(models, penalties, strict=True)):
-            seen = some(*tasks[i].train, n_samples, own_seeds[i])
+            seen = some(tasks[i].train, n_samples, own_seeds[i])
             if not _is_finite(model, seen[0]):
                 continue
             if penalty is not None:
                 penalty.consolidate(seen)
-            fill_row(streams[i], model, t, found[i].accuracies)
+            measures[i].after(t, found[i])
+            if t + 1 < len(streams[i]):
+                measures[i].before(t + 1, found[i])
     for stream, model in zip(streams, models, strict=True):
         model.outputs = stream.outputs(len(stream) - 1, after=len(stream) - 1)
     return found

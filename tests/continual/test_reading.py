@@ -110,7 +110,7 @@ def test_what_a_generator_yields_is_trained_on_once_and_not_again():
     with pytest.raises(EmptyData, match="used up"):
         read(iter([]), steps=1)
     with pytest.raises(ValueError, match=r"training data are an iterator.*give a DataLoader"):
-        check_again(picked(iter([]), lambda b: b), "training")
+        check_again(picked(iter([]), lambda b: b), "training data")
 
 
 @pytest.mark.parametrize("data", [[], (X[:0], Y[:0]), TensorDataset(X[:0], Y[:0])])
