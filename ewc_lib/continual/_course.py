@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ewc_lib._calling import forward
-from ewc_lib._forms import is_whole, pair
+from ewc_lib._forms import is_whole
 from ewc_lib._restoring import evaluating
 from ewc_lib.continual._checkpoint import plain
 from ewc_lib.continual._reading import check_again, device_of
@@ -219,8 +219,10 @@ def _digest(source: Source, few: int = 100) -> str:
 def _shown(data: Any) -> str:
     """Return what is known of data without reading them."""
     if is_whole(data):
-        inputs, target = pair(data, "data")
-        return _of_tensors(*(leaf[:100] for leaf in tree_leaves(inputs)), target)
+        inputs, target = tree_leaves(data[:-1]), data[-1]
+        return _of_tensors(
+            *(torch.as_tensor(leaf[:100]) for leaf in inputs), torch.as_tensor(target)
+        )
     size = f" of {len(data)}" if hasattr(data, "__getitem__") and hasattr(data, "__len__") else ""
     return f"{type(data).__name__}{size}"
 

@@ -73,6 +73,8 @@ def permuted(images: Source, n_tasks: int, *, seed: int, scenario: Scenario = "d
     ValueError
         If the number of tasks is not positive, the scenario is unknown, or the data set is empty
         or has negative labels.
+    TypeError
+        If the data set has not the four tensors of :class:`ewc_lib.data.Images`.
 
     Examples
     --------
@@ -113,6 +115,8 @@ def rotated(images: Source, angles: Sequence[float], *, scenario: Scenario = "do
     ValueError
         If there is no angle, the scenario is unknown, the images are not square, or the data set
         is empty or has negative labels.
+    TypeError
+        If the data set has not the four tensors of :class:`ewc_lib.data.Images`.
 
     Examples
     --------
@@ -168,6 +172,8 @@ def split(
     ValueError
         If the number of classes is not a multiple of the number of tasks, if test data hold a
         class without training, if the scenario is unknown, or if the data set is empty.
+    TypeError
+        If the data set has not the four tensors of :class:`ewc_lib.data.Images`.
 
     Examples
     --------

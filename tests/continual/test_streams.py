@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from ewc_lib import data
 from ewc_lib.continual import permute_pixels, permuted, rotated, split
@@ -83,13 +84,6 @@ def test_the_seed_of_a_split_chooses_the_order_of_the_classes(digits):
     assert split(digits, scenario="task").names[0] == "0 and 1"
 
 
-def test_in_the_class_scenario_old_tasks_are_read_by_all_outputs_so_far(digits):
-    stream = split(digits, scenario="class")
-    assert stream.outputs(0, after=3) == range(8)
-    assert split(digits, scenario="task").outputs(0, after=3) == range(2)
-    assert split(digits, scenario="domain").outputs(0, after=3) == range(2)
-
-
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_permuted_tasks_have_all_images_in_orders_of_their_own(digits, scenario):
     stream = permuted(digits, 3, seed=0, scenario=scenario)
@@ -117,30 +111,6 @@ def test_a_stream_is_fixed_by_its_seed_and_leaves_the_global_state_alone(digits)
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
     assert torch.equal(before, torch.random.get_rng_state())
-
-
-def test_tasks_are_made_when_they_are_asked_for_and_not_kept(digits):
-    stream = permuted(digits, 2, seed=0)
-    first, again = stream[1], stream[1]
-    assert torch.equal(first.train[0], again.train[0])
-    assert first.train[0].data_ptr() != again.train[0].data_ptr()
-    assert torch.equal(stream.test(1)[0], first.test[0])
-
-
-def test_a_stream_is_a_sequence(digits):
-    stream = permuted(digits, 3, seed=0)
-    assert len(stream) == len(list(stream)) == 3
-    assert stream[-1].name == stream[2].name == "permutation 3"
-    with pytest.raises(IndexError):
-        stream[3]
-
-
-def test_a_stream_has_no_slices_and_is_equal_to_itself_alone(digits):
-    stream = permuted(digits, 3, seed=0)
-    with pytest.raises(TypeError, match="slice"):
-        stream[:2]
-    assert stream == stream
-    assert stream != permuted(data.digits(), 3, seed=0)
 
 
 @pytest.mark.parametrize(("degrees", "turns"), [(0, 0), (90, 1), (180, 2), (270, 3), (-90, 3)])
@@ -200,3 +170,14 @@ def test_any_data_set_with_the_same_fields_can_be_split():
 def test_bad_streams_are_refused_by_name(digits, make, message):
     with pytest.raises(ValueError, match=message):
         make(digits)
+
+
+@pytest.mark.parametrize("make", [permuted, split, rotated])
+def test_a_data_set_that_is_read_item_by_item_is_refused_with_the_way_out(make):
+    options = {permuted: {"n_tasks": 2, "seed": 0}, split: {"scenario": "task"}}
+    images = TensorDataset(torch.zeros(4, 4), torch.arange(4))
+    way_out = r"TensorDataset has no x_train.*\[\(name, train, test\).*data\.Subset"
+    with pytest.raises(TypeError, match=way_out):
+        make(images, **options.get(make, {"angles": [0]}))
+    with pytest.raises(TypeError, match="tuple has no x_train, y_train, x_test, y_test$"):
+        make((1, 2), **options.get(make, {"angles": [0]}))
