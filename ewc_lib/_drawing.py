@@ -8,7 +8,7 @@ import torch
 from torch.utils._pytree import tree_map
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset
 
-from ewc_lib._forms import is_whole, pair
+from ewc_lib._forms import Picked, is_whole, pair, picked
 from ewc_lib._parameters import count
 
 
@@ -20,6 +20,8 @@ def random_part(data: Any, n_samples: int | None, generator: torch.Generator) ->
     """
     if n_samples is None:
         return data
+    if isinstance(data, Picked):
+        return picked(random_part(data.data, n_samples, generator), data.pick)
     if is_whole(data):
         data = pair(data, "data")
         rows = _draw(count(data), n_samples, generator)

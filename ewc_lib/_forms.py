@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset
+
+Pick: TypeAlias = Callable[[Any], Any]
+"""Picks inputs and targets from a batch that holds more."""
 
 FORMS = (
     "a DataLoader, another iterable of batches (inputs, targets), or one tuple of tensors "
@@ -38,14 +41,14 @@ class Picked:
         Returns a batch of a form that :func:`pair` takes.
     """
 
-    def __init__(self, data: Any, pick: Callable[[Any], Any]) -> None:
+    def __init__(self, data: Any, pick: Pick) -> None:
         self.data, self.pick = data, pick
 
     def __iter__(self) -> Iterator[Any]:
         return map(self.pick, check_iterable(self.data))
 
 
-def picked(data: Any, pick: Callable[[Any], Any] | None) -> Any:
+def picked(data: Any, pick: Pick | None) -> Any:
     """Let a function pick from every batch; one tuple of tensors is one batch."""
     if pick is None:
         return data

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ewc_lib._arguments import check_choice
+from ewc_lib._forms import Pick
 from ewc_lib._precision import Precision
 from ewc_lib._selecting import Selection
 from ewc_lib.fisher.estimate import Structure, check_request, fisher_information
@@ -168,6 +169,7 @@ class EWC(QuadraticPenalty):
         data: Any,
         *,
         n_samples: int | None = None,
+        batch: Pick | None = None,
         generator: torch.Generator | None = None,
         progress: bool | None = None,
     ) -> Fisher:
@@ -178,7 +180,7 @@ class EWC(QuadraticPenalty):
 
         Parameters
         ----------
-        data, progress
+        data, batch, progress
             As in :func:`ewc_lib.fisher_information`.
         generator
             As there; by default a fresh one with the number of tasks so far as its seed, so that
@@ -218,6 +220,7 @@ class EWC(QuadraticPenalty):
             structure=self.structure,
             params=chosen,
             n_samples=self.n_samples if n_samples is None else n_samples,
+            batch=batch,
             draws=self.draws,
             rank=self.rank,
             certify=self.certify,

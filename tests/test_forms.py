@@ -3,12 +3,16 @@
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from ewc_lib import EWC, fisher_information
-from ewc_lib._forms import check_iterable, is_whole, pair
-from ewc_lib.regularizers import Replay
+from ewc_lib._forms import check_iterable, is_data_set, is_used_up, is_whole, pair, picked
+from ewc_lib.fisher import MatrixFree
+from ewc_lib.integrations import distributed
+from ewc_lib.regularizers import EWCDR, MAS, KroneckerLaplace, LwF, Replay
+from ewc_lib.score import per_observation_gradients
 from tests.scenarios import same
 
 X, Y = torch.arange(8.0).reshape(4, 2), torch.tensor([0, 1, 1, 0])
@@ -182,3 +186,108 @@ def test_the_two_items_of_a_tuple_are_data_or_batches():
     assert not is_whole(((X, Y), (X, Y)))
     assert not is_whole(())
     assert not is_whole([X, Y])
+
+
+TASK = torch.tensor([7, 7, 7, 7])
+
+
+def of_three(form):
+    """Return inputs, what no model takes, and targets, in one form."""
+    data = TensorDataset(X, TASK, Y)
+    return {
+        "a tuple": (X, TASK, Y),
+        "a loader": DataLoader(data, batch_size=3),
+        "a list": [(X[:3], TASK[:3], Y[:3]), (X[3:], TASK[3:], Y[3:])],
+    }[form]
+
+
+def with_labels(batch):
+    return {"input": batch[0], "labels": batch[2]}
+
+
+READERS = {
+    "fisher_information": lambda m, d, **o: fisher_information(m, d, **o).diagonal(),
+    "eigenvalues, in two passes": lambda m, d, **o: fisher_information(
+        m, d, structure="eigenkronecker", **o
+    ).diagonal(),
+    "MatrixFree": lambda m, d, **o: MatrixFree(m, d, **o) @ dict(m.named_parameters()),
+    "gradients": lambda m, d, **o: {
+        name: torch.cat([part[name] for part in per_observation_gradients(m, d, **o)])
+        for name, _ in m.named_parameters()
+    },
+    "a group of processes": lambda m, d, **o: among_ranks(m, d, **o),
+    "EWC": lambda m, d, **o: EWC(m, 1.0).consolidate(d, **o).diagonal(),
+    "EWCDR": lambda m, d, **o: EWCDR(m, 1.0).consolidate(d, **o).diagonal(),
+    "MAS": lambda m, d, **o: MAS(m, 1.0).consolidate(d, **o).diagonal(),
+    "KroneckerLaplace": lambda m, d, **o: KroneckerLaplace(m, 1.0).consolidate(d, **o).diagonal(),
+    "Replay": lambda m, d, **o: after(Replay(m), d, **o),
+    "LwF": lambda m, d, **o: after(LwF(m), d, **o),
+}
+
+
+def among_ranks(model, data, **options):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return distributed.fisher_information(model, data, **options).diagonal()
+    finally:
+        dist.destroy_process_group()
+
+
+def after(regularizer, data, **options):
+    regularizer.consolidate(data, **options)
+    return regularizer.state_dict()
+
+
+def as_pair(batch):
+    return batch[0], batch[2]
+
+
+PICKS = [(name, as_pair) for name in READERS]
+PICKS += [(name, with_labels) for name in READERS if name not in ("Replay", "LwF")]
+
+
+@pytest.mark.parametrize("form", ["a tuple", "a loader", "a list"])
+@pytest.mark.parametrize(("name", "pick"), PICKS)
+def test_a_function_picks_inputs_and_targets_for_everyone_who_reads_data(name, pick, form):
+    torch.manual_seed(0)
+    model, read = nn.Linear(2, 2), READERS[name]
+    expected = read(model, [(X[:3], Y[:3]), (X[3:], Y[3:])])
+    found = read(model, of_three(form), batch=pick)
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value)
+    with pytest.raises(ValueError, match=r"3 items|3 tensors|must be a pair"):
+        read(model, of_three(form))
+
+
+@pytest.mark.parametrize("form", ["a tuple", "a loader"])
+def test_of_what_is_picked_a_random_part_is_drawn_as_of_pairs(form):
+    torch.manual_seed(0)
+    model, pick = nn.Linear(2, 2), lambda b: (b[0], b[2])
+    of_pairs = fisher_information(model, (X, Y), n_samples=2).diagonal()
+    found = fisher_information(model, of_three(form), n_samples=2, batch=pick).diagonal()
+    assert same(found, of_pairs)
+
+
+def test_what_picks_from_batches_is_a_function():
+    with pytest.raises(ValueError, match="batch must be a function of one batch, got int"):
+        fisher_information(nn.Linear(2, 2), (X, Y), batch=128)
+
+
+def test_what_is_picked_can_be_read_again_and_tells_whether_it_can():
+    chosen = picked([(X, Y)], lambda b: b)
+    assert len(list(chosen)) == len(list(chosen)) == 1
+    assert not is_used_up(chosen)
+    assert is_used_up(picked(iter([(X, Y)]), lambda b: b))
+    assert picked(chosen, None) is chosen
+
+
+def test_data_sets_of_other_libraries_are_told_by_how_they_are_read():
+    class Rows:
+        def __getitems__(self, rows):
+            return rows
+
+    assert is_data_set(Rows())
+    assert is_data_set(Words())
+    assert not is_data_set([X, Y])
+    assert not is_data_set(DataLoader(Words()))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ewc_lib._forms import picked
+from ewc_lib._forms import Pick, picked
 from ewc_lib._progress import progress as show_progress
 from ewc_lib.continual._checkpoint import described, plain, restore, save
 from ewc_lib.continual._course import Course, course_of
@@ -41,7 +41,7 @@ def learn(
     scheduler: Callable[[torch.optim.Optimizer], Scheduler] | None = None,
     reset_optimizer: bool = False,
     batch_size: int = 128,
-    batch: Callable[[Any], Any] | None = None,
+    batch: Pick | None = None,
     proximal: bool = False,
     n_samples: int | None = None,
     evaluate: Evaluate | None = None,
@@ -184,7 +184,7 @@ def _scores(
     model: nn.Module,
     regularizer: Regularizer | None,
     criterion: Criterion | None,
-    batch: Callable[[Any], Any] | None,
+    batch: Pick | None,
 ) -> Evaluate:
     """Return what measures a model if nothing else is wanted."""
     objective = Objective(model, regularizer, criterion)
@@ -209,7 +209,7 @@ def _learn_task(
     regularizer: Regularizer | None,
     optimizer: torch.optim.Optimizer,
     *,
-    batch: Callable[[Any], Any] | None,
+    batch: Pick | None,
     n_samples: int | None,
     seed: int,
     **options: Any,

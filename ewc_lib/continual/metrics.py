@@ -6,7 +6,6 @@ on task :math:`j` after task :math:`t` was learned, for :math:`T` tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ewc_lib._calling import forward
-from ewc_lib._forms import picked
+from ewc_lib._forms import Pick, picked
 from ewc_lib._restoring import evaluating
 from ewc_lib.continual._reading import device_of, in_order
 
@@ -40,7 +39,7 @@ def accuracy(
     *,
     class_dim: int | None = None,
     ignore_index: int = -100,
-    batch: Callable[[Any], Any] | None = None,
+    batch: Pick | None = None,
 ) -> float:
     """Return the share of labels that are the most likely class.
 

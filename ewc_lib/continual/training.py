@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ewc_lib._forms import picked
+from ewc_lib._forms import Pick, picked
 from ewc_lib._progress import progress as show_progress
 from ewc_lib.continual._objective import Objective
 from ewc_lib.continual._reading import Piece, Training, device_of, seeded
@@ -71,7 +71,7 @@ def train(
     scheduler: Callable[[torch.optim.Optimizer], Scheduler] | None = None,
     proximal: bool = False,
     batch_size: int = 64,
-    batch: Callable[[Any], Any] | None = None,
+    batch: Pick | None = None,
     on_step: Callable[[int], None] | None = None,
     progress: bool | None = None,
 ) -> list[float]:

@@ -13,6 +13,7 @@ from torch import nn
 from ewc_lib._arguments import check_choice, check_place, check_whole, random_source
 from ewc_lib._checking import check_finite_sums, explaining
 from ewc_lib._drawing import random_part
+from ewc_lib._forms import Pick, picked
 from ewc_lib._precision import Precision
 from ewc_lib._selecting import Selection, select_parameters
 from ewc_lib.fisher.output import KINDS, Kind, columns
@@ -49,6 +50,7 @@ def fisher_information(
     structure: Structure = "diagonal",
     params: Selection = None,
     n_samples: int | None = None,
+    batch: Pick | None = None,
     draws: int = 1,
     certify: Certify = "auto",
     precision: Precision = "highest",
@@ -152,6 +154,9 @@ def fisher_information(
         ``shuffle``, no sampler of its own, no ``drop_last``). An error then counts among those
         that were drawn. Of other data (a list or a generator of batches, a loader that
         shuffles) they are the first ones that come.
+    batch
+        A function that picks ``(inputs, targets)``, or a dict with ``"labels"``, from a batch
+        that holds more, as ``lambda b: (b[0], b[2])``. One tuple of tensors is one batch.
     draws
         Random columns for each observation, for ``"sketch"`` and ``"sampled"``.
     certify
@@ -228,7 +233,7 @@ def fisher_information(
     parameters = select_parameters(model, params)
     network = NetworkScores(model, parameters, certify=certify, precision=precision)
     generator = random_source(generator, network.device)
-    data = random_part(data, n_samples, generator)
+    data = random_part(picked(data, batch), n_samples, generator)
 
     def accumulate(total: Sum) -> Fisher:
         rounding = 0.0

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ewc_lib._arguments import check_choice, check_place, check_whole, random_source
 from ewc_lib._checking import check_finite_sums, explaining
 from ewc_lib._drawing import random_part
+from ewc_lib._forms import Pick, picked
 from ewc_lib._parameters import Vector
 from ewc_lib._precision import Precision
 from ewc_lib._selecting import Selection, fixed, select_parameters
@@ -52,7 +53,7 @@ class MatrixFree(LinearMap):
     kind
         As there. A random kind is one fixed random matrix: every product makes the same draws
         (in a shuffled loader they fall on other observations each time).
-    params, draws, precision, progress
+    params, batch, draws, precision, progress
         As there.
     n_samples
         As there; each product is of the same part, if the data have an order.
@@ -92,6 +93,7 @@ class MatrixFree(LinearMap):
         kind: Kind = "exact",
         params: Selection = None,
         n_samples: int | None = None,
+        batch: Pick | None = None,
         draws: int = 1,
         precision: Precision = "highest",
         generator: torch.Generator | None = None,
@@ -106,7 +108,7 @@ class MatrixFree(LinearMap):
         if isinstance(data, Iterator):
             raise ValueError("data is an iterator, which can be read only once; give a list")
         self.model = model
-        self.data = data
+        self.data = picked(data, batch)
         self.likelihood = given_distribution(likelihood)
         self.criterion = criterion
         self.kind = kind

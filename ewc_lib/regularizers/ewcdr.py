@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ewc_lib._forms import Pick
 from ewc_lib.fisher.estimate import fisher_information
 from ewc_lib.fisher.structures import Diagonal
 from ewc_lib.regularizers._importance import ImportancePenalty
@@ -80,6 +81,7 @@ class EWCDR(ImportancePenalty):
         data: Any,
         *,
         n_samples: int | None = None,
+        batch: Pick | None = None,
         generator: torch.Generator | None = None,
         progress: bool | None = None,
     ) -> Diagonal:
@@ -87,7 +89,7 @@ class EWCDR(ImportancePenalty):
 
         Parameters
         ----------
-        data, n_samples, generator, progress
+        data, n_samples, batch, generator, progress
             As in :func:`ewc_lib.fisher_information`. The targets are classes.
 
         Returns
@@ -113,6 +115,7 @@ class EWCDR(ImportancePenalty):
             kind="empirical",
             params=[PREFIX + name for name in chosen],
             n_samples=n_samples,
+            batch=batch,
             generator=generator,
             progress=progress,
         )

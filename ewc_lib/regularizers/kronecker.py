@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ewc_lib._arguments import check_choice
+from ewc_lib._forms import Pick
 from ewc_lib._selecting import Selection
 from ewc_lib.fisher.estimate import fisher_information
 from ewc_lib.fisher.output import KINDS, Kind
@@ -99,6 +100,7 @@ class KroneckerLaplace(QuadraticPenalty):
         data: Any,
         *,
         n_samples: int | None = None,
+        batch: Pick | None = None,
         generator: torch.Generator | None = None,
         progress: bool | None = None,
     ) -> Fisher:
@@ -108,7 +110,7 @@ class KroneckerLaplace(QuadraticPenalty):
 
         Parameters
         ----------
-        data, n_samples, generator, progress
+        data, n_samples, batch, generator, progress
             As in :func:`ewc_lib.fisher_information`.
 
         Returns
@@ -137,6 +139,7 @@ class KroneckerLaplace(QuadraticPenalty):
             structure="kronecker",
             params=chosen,
             n_samples=n_samples,
+            batch=batch,
             generator=generator,
             progress=progress,
         )

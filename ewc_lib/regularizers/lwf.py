@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ewc_lib._batches import batches
+from ewc_lib._forms import Pick, picked
 from ewc_lib.fisher.structures import check_shapes
 from ewc_lib.fisher.structures.states import under
 from ewc_lib.heads import all_outputs, read
@@ -117,7 +118,7 @@ class LwF(FunctionPenalty):
         old, new = ((outputs / self.temperature).log_softmax(-1) for outputs in (old, new))
         return F.kl_div(new, old, reduction="batchmean", log_target=True)
 
-    def consolidate(self, data: Any) -> None:
+    def consolidate(self, data: Any, *, batch: Pick | None = None) -> None:
         """Finish a task: keep a copy of the network, and which head it has learned.
 
         A head that is part of this one is dropped: of classes that are added to one head, the
@@ -125,11 +126,11 @@ class LwF(FunctionPenalty):
 
         Parameters
         ----------
-        data
+        data, batch
             As in :func:`ewc_lib.fisher_information`. Only the first observation is looked at,
             for the number of outputs.
         """
-        first = next(batches(data, self._device, 1)).checked()
+        first = next(batches(picked(data, batch), self._device, 1)).checked()
         new = self._head(first.inputs)
         self._heads = [head for head in self._heads if not contains(new, head)] + [new]
         self._old = _frozen(self.model)

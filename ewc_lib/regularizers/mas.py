@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ewc_lib._arguments import check_whole, random_source
 from ewc_lib._drawing import random_part
+from ewc_lib._forms import Pick, picked
 from ewc_lib._restoring import untouched
 from ewc_lib.fisher.structures import Diagonal
 from ewc_lib.regularizers._importance import ImportancePenalty
@@ -70,13 +71,14 @@ class MAS(ImportancePenalty):
         data: Any,
         *,
         n_samples: int | None = None,
+        batch: Pick | None = None,
         generator: torch.Generator | None = None,
     ) -> Diagonal:
         """Finish a task: add its importance, and remember the parameters.
 
         Parameters
         ----------
-        data, n_samples, generator
+        data, n_samples, batch, generator
             As in :func:`ewc_lib.fisher_information`. The targets are not used.
 
         Returns
@@ -98,7 +100,7 @@ class MAS(ImportancePenalty):
         total, n = self._zeros(), 0
         check_whole(n_samples=n_samples)
         device = next(iter(total.values())).device
-        data = random_part(data, n_samples, random_source(generator, device))
+        data = random_part(picked(data, batch), n_samples, random_source(generator, device))
         found = per_observation_gradients(
             self.model,
             data,

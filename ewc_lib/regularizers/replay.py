@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ewc_lib._arguments import random_source
 from ewc_lib._batches import batches
+from ewc_lib._forms import Pick, picked
 from ewc_lib._parameters import count
 from ewc_lib.heads import all_outputs
 from ewc_lib.regularizers._function import FunctionPenalty, contains, no_step, read_now
@@ -135,7 +136,7 @@ class Replay(FunctionPenalty):
         which = [now if contains(now, head) else head for head in self._heads]
         return torch.tensor([[head.start, head.stop] for head in which])
 
-    def consolidate(self, data: Any) -> None:
+    def consolidate(self, data: Any, *, batch: Pick | None = None) -> None:
         """Finish a task: store some of its observations, or all.
 
         Parameters
@@ -143,6 +144,8 @@ class Replay(FunctionPenalty):
         data
             One tuple of tensors ``(inputs, labels)``, or a DataLoader or other iterable of
             such batches. Labels count from the first output that is read.
+        batch
+            As in :func:`ewc_lib.fisher_information`.
 
         Raises
         ------
@@ -150,7 +153,7 @@ class Replay(FunctionPenalty):
             If inputs are not one tensor, the data are empty or of unequal lengths, or a label
             is not the number of an output. Nothing has changed then.
         """
-        x, y = self._observations(data)
+        x, y = self._observations(picked(data, batch))
         head = self._head(x)
         if bad := [label for label in y.unique().tolist() if not 0 <= label < len(head)]:
             raise ValueError(f"the labels {bad} are not those of the {len(head)} outputs read now")

@@ -18,6 +18,7 @@ from ewc_lib._arguments import check_choice
 from ewc_lib._batches import Batch, batches, join, marking_last
 from ewc_lib._calling import Caller, forward
 from ewc_lib._checking import Problem, check_finite_parameters, check_modules, settle
+from ewc_lib._forms import Pick, picked
 from ewc_lib._parameters import Vector
 from ewc_lib._precision import Precision, products
 from ewc_lib._progress import progress as show_progress
@@ -47,6 +48,7 @@ def per_observation_gradients(
     direction: Direction | None = None,
     params: Selection = None,
     n_samples: int | None = None,
+    batch: Pick | None = None,
     max_bytes: int | None = None,
     certify: Certify = "auto",
     precision: Precision = "highest",
@@ -69,7 +71,7 @@ def per_observation_gradients(
         Any module that maps a batch of inputs to a tensor ``[N, ...]``, to a tuple that begins
         with one, or to an object or dict with such ``logits``. One entry of the first axis is one
         observation.
-    data
+    data, batch
         As in :func:`ewc_lib.fisher_information`.
     likelihood, criterion
         How to read the output, as there. Not used if a direction is given.
@@ -125,7 +127,7 @@ def per_observation_gradients(
     """
     if max_bytes is not None and (not isinstance(max_bytes, int) or max_bytes < 1):
         raise ValueError(f"max_bytes must be a positive whole number or None, got {max_bytes!r}")
-    parameters = select_parameters(model, params)
+    data, parameters = picked(data, batch), select_parameters(model, params)
     network = NetworkScores(model, parameters, certify=certify, precision=precision)
     if direction is None:
         with network.leaving_no_trace():

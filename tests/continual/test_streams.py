@@ -179,5 +179,5 @@ def test_a_data_set_that_is_read_item_by_item_is_refused_with_the_way_out(make):
     way_out = r"TensorDataset has no x_train.*\[\(name, train, test\).*data\.Subset"
     with pytest.raises(TypeError, match=way_out):
         make(images, **options.get(make, {"angles": [0]}))
-    with pytest.raises(TypeError, match="tuple has no x_train, y_train, x_test, y_test$"):
+    with pytest.raises(TypeError, match=r"tuple has no x_train, y_train, x_test, y_test$"):
         make((1, 2), **options.get(make, {"angles": [0]}))
