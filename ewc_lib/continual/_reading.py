@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from ewc_lib._batches import BATCH_SIZE
@@ -131,10 +131,10 @@ class Training:
                 if len(piece.target):
                     yield piece
             return
+        leaves, form = tree_flatten(self._whole)
         for rows in self._rows():
-            inputs, target = tree_map(
-                lambda t, rows=rows: t[rows.to(t.device)].to(device or t.device), self._whole
-            )
+            parts = [leaf[rows.to(leaf.device)].to(device or leaf.device) for leaf in leaves]
+            inputs, target = tree_unflatten(parts, form)
             yield Piece(inputs, target, False)
 
     def _rows(self) -> Iterator[Tensor]:

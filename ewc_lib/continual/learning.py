@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,14 @@ from ewc_lib.continual._measuring import Evaluate, Learned, Measure
 from ewc_lib.continual._objective import Objective
 from ewc_lib.continual._reading import device_of, seeded, some
 from ewc_lib.continual.tasks import Stream, Task
-from ewc_lib.continual.training import Scheduler, adam, train
+from ewc_lib.continual.training import (
+    MakesOptimizer,
+    MakesScheduler,
+    Optimizer,
+    Scheduler,
+    adam,
+    train,
+)
 from ewc_lib.likelihood.agreement import Criterion
 
 if TYPE_CHECKING:
@@ -37,8 +44,8 @@ def learn(
     steps: int | None = None,
     epochs: int | None = None,
     criterion: Criterion | None = None,
-    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = adam,
-    scheduler: Callable[[torch.optim.Optimizer], Scheduler] | None = None,
+    optimizer: MakesOptimizer = adam,
+    scheduler: MakesScheduler | None = None,
     reset_optimizer: bool = False,
     batch_size: int = 128,
     batch: Pick | None = None,
@@ -112,7 +119,8 @@ def learn(
         network has too few outputs, if a task has no data or data of another form, if nothing
         says what the loss is, or if the checkpoint is damaged or of another configuration.
     TypeError
-        If the model has no heads to choose from, or these are no tasks.
+        If the model has no heads to choose from, if these are no tasks, or if an optimizer or a
+        scheduler is not a function that makes one.
 
     Examples
     --------
@@ -137,11 +145,15 @@ def learn(
         raise ValueError("give either steps or epochs")
     if n_samples is not None and n_samples < 1:
         raise ValueError(f"n_samples must be positive, or None for all, got {n_samples}")
+    if isinstance(optimizer, Optimizer) or isinstance(scheduler, Scheduler):
+        raise TypeError(
+            "learn makes the optimizer and the scheduler: give functions, such as "
+            "functools.partial(torch.optim.SGD, lr=0.1)"
+        )
     course = course_of(tasks, model)
-    if evaluate is None:
-        measure = Measure(course, model, _scores(model, regularizer, criterion, batch), seed)
-    else:
-        measure = Measure(course, model, evaluate, seed)
+    measure = Measure(
+        course, model, evaluate or _scores(model, regularizer, criterion, batch), seed
+    )
     options: dict[str, Any] = {
         "steps": steps,
         "epochs": epochs,
@@ -154,9 +166,7 @@ def learn(
     current = optimizer(model.parameters())
     configuration = {
         "stream": course.description(),
-        "parameters": {name: list(p.shape) for name, p in model.named_parameters()},
-        "regularizer": _settings(regularizer),
-        "optimizer": {"type": type(current).__name__, **plain(current.defaults)},
+        **_description(model, regularizer, current),
         "training": {**options, "reset_optimizer": reset_optimizer, **named},
         "settings": plain(settings or {}),
     }
@@ -189,6 +199,17 @@ def _scores(
     """Return what measures a model if nothing else is wanted."""
     objective = Objective(model, regularizer, criterion)
     return lambda _, test: objective.score(picked(test, batch))
+
+
+def _description(
+    model: nn.Module, regularizer: Regularizer | None, optimizer: Optimizer
+) -> dict[str, Any]:
+    """Return what a checkpoint has to agree on about those who learn."""
+    return {
+        "parameters": {name: list(p.shape) for name, p in model.named_parameters()},
+        "regularizer": _settings(regularizer),
+        "optimizer": {"type": type(optimizer).__name__, **plain(optimizer.defaults)},
+    }
 
 
 def _settings(regularizer: Regularizer | None) -> dict[str, Any]:

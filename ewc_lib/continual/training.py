@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 __all__ = ["mlp", "train"]
 
 Scheduler: TypeAlias = torch.optim.lr_scheduler.LRScheduler
+Optimizer: TypeAlias = torch.optim.Optimizer
+MakesOptimizer: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
+MakesScheduler: TypeAlias = Callable[[Optimizer], Scheduler]
 
 
 class Proximal(Protocol):
     """A regularizer with a proximal step, as those with a quadratic penalty are."""
 
-    def proximal_step_(self, optimizer: torch.optim.Optimizer) -> None: ...
+    def proximal_step_(self, optimizer: Optimizer) -> None: ...
 
 
 def mlp(sizes: tuple[int, ...], seed: int) -> nn.Sequential:
@@ -67,8 +70,8 @@ def train(
     seed: int = 0,
     regularizer: Regularizer | None = None,
     criterion: Criterion | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
-    scheduler: Callable[[torch.optim.Optimizer], Scheduler] | None = None,
+    optimizer: Optimizer | MakesOptimizer | None = None,
+    scheduler: Scheduler | MakesScheduler | None = None,
     proximal: bool = False,
     batch_size: int = 64,
     batch: Pick | None = None,
@@ -104,9 +107,11 @@ def train(
         else minus the mean log-likelihood of an observation, if the regularizer names a
         likelihood; else the cross-entropy of integer labels, a mean over labels.
     optimizer
-        By default a new Adam with its usual learning rate of 1e-3.
+        An optimizer, or what makes one from the parameters; by default a new Adam with its usual
+        learning rate of 1e-3.
     scheduler
-        Makes a scheduler of the learning rate from the optimizer; it is stepped after each update.
+        A scheduler of the learning rate, or what makes one from the optimizer. It is stepped after
+        each update, not after each pass.
     proximal
         Whether the regularizer makes a proximal step after the optimizer's instead of adding its
         gradient before it.
@@ -145,9 +150,9 @@ def train(
     if proximal and regularizer is not None and not hasattr(regularizer, "proximal_step_"):
         raise ValueError(f"{type(regularizer).__name__} has no proximal step")
     objective = Objective(model, regularizer, criterion)
-    if optimizer is None:
-        optimizer = adam(model.parameters())
-    rates = None if scheduler is None else scheduler(optimizer)
+    if not isinstance(optimizer, Optimizer):
+        optimizer = (optimizer or adam)(model.parameters())
+    rates = _made(scheduler, optimizer)
     if regularizer is not None:
         regularizer.before_task()
     losses = []
@@ -165,10 +170,21 @@ def train(
     return torch.stack(losses).tolist() if losses else []
 
 
+def _made(scheduler: Scheduler | MakesScheduler | None, optimizer: Optimizer) -> Scheduler | None:
+    if scheduler is not None and not isinstance(scheduler, Scheduler):
+        scheduler = scheduler(optimizer)
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise ValueError(
+            "ReduceLROnPlateau needs a loss to be stepped with; a scheduler is stepped after each "
+            "update here, without one. Step it from on_step"
+        )
+    return scheduler
+
+
 def _step(
     objective: Objective,
     piece: Piece,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     regularizer: Regularizer | None,
     proximal: bool,
 ) -> Float[Tensor, ""]:

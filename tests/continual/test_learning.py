@@ -172,6 +172,18 @@ def test_the_optimizer_is_kept_or_reset(digits):
     assert not torch.equal(*map(weights, found))
 
 
+def test_an_optimizer_or_a_scheduler_that_is_no_function_is_refused(digits):
+    stream = permuted(digits, 1, seed=0)
+    model = network(stream)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for made in (
+        {"optimizer": optimizer},
+        {"scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer)},
+    ):
+        with pytest.raises(TypeError, match=r"give functions, such as functools\.partial"):
+            learn(stream, model, **QUICK | made)
+
+
 def test_dropout_is_repeated_by_the_seed_and_the_global_state_is_left_alone(digits):
     stream = permuted(digits, 1, seed=0)
     found = []

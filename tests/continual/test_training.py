@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -280,3 +282,27 @@ def test_a_function_picks_inputs_and_targets_from_longer_batches(digits):
     assert accuracy(found[0], longer, batch=pick) == accuracy(found[0], (x, y))
     with pytest.raises(ValueError, match=r"must be a pair.*batch=lambda"):
         train(found[0], longer, steps=1)
+
+
+def test_an_optimizer_and_a_scheduler_are_given_or_made(digits):
+    found = []
+    for given in (True, False):
+        model = mlp((64, 10), seed=0)
+        optimizer = partial(torch.optim.SGD, lr=0.1)
+        scheduler = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
+        if given:
+            optimizer = optimizer(model.parameters())
+            scheduler = scheduler(optimizer)
+        train(model, digits.train, steps=4, optimizer=optimizer, scheduler=scheduler)
+        found.append(weights(model))
+    assert torch.equal(*found)
+
+
+def test_a_scheduler_that_needs_a_loss_is_refused(digits):
+    with pytest.raises(ValueError, match=r"needs a loss.*on_step"):
+        train(
+            mlp((64, 10), seed=0),
+            digits.train,
+            steps=1,
+            scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau,
+        )
