@@ -65,7 +65,7 @@ def is_data_set(data: Any) -> bool:
     return isinstance(data, Dataset) or hasattr(data, "__getitems__")
 
 
-def is_used_up(data: Any) -> bool:
+def is_read_once(data: Any) -> bool:
     """Tell whether data can be read only once, as what a generator yields."""
     own = data.data if isinstance(data, Picked) else data
     return isinstance(own, Iterator)

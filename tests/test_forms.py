@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from ewc_lib import EWC, fisher_information
-from ewc_lib._forms import check_iterable, is_data_set, is_used_up, is_whole, pair, picked
+from ewc_lib._forms import check_iterable, is_data_set, is_read_once, is_whole, pair, picked
 from ewc_lib.fisher import MatrixFree
 from ewc_lib.integrations import distributed
 from ewc_lib.regularizers import EWCDR, MAS, KroneckerLaplace, LwF, Replay
@@ -277,8 +277,8 @@ def test_what_picks_from_batches_is_a_function():
 def test_what_is_picked_can_be_read_again_and_tells_whether_it_can():
     chosen = picked([(X, Y)], lambda b: b)
     assert len(list(chosen)) == len(list(chosen)) == 1
-    assert not is_used_up(chosen)
-    assert is_used_up(picked(iter([(X, Y)]), lambda b: b))
+    assert not is_read_once(chosen)
+    assert is_read_once(picked(iter([(X, Y)]), lambda b: b))
     assert picked(chosen, None) is chosen
 
 

@@ -20,7 +20,7 @@ from ewc_lib._forms import (
     Picked,
     check_iterable,
     is_data_set,
-    is_used_up,
+    is_read_once,
     is_whole,
     pair,
     picked,
@@ -260,7 +260,7 @@ class _Beginning:
 
 def check_again(data: Any, what: str) -> None:
     """Raise a ValueError if data that are read several times can be read only once."""
-    if is_used_up(data):
+    if is_read_once(data):
         raise ValueError(
             f"the {what} are an iterator, which can be read only once, but they are read "
             "several times: give a DataLoader, a Dataset, a list of batches or tensors"
