@@ -134,13 +134,23 @@ class Objective:
                 settle(problems)
                 self._checked = True
             return -self.distribution.log_prob(output, target).mean()
-        if not _of_integers(target):
-            raise ValueError(
-                f"nothing says how targets of {target.dtype} are to be read, and so what loss "
-                f"there is. {WAYS_OUT}"
-            )
-        axis = class_axis(output, target)
-        return F.cross_entropy(output if axis == 1 else output.movedim(axis, 1), target.long())
+        return _cross_entropy(output, target)
+
+
+def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    """Return the mean over labels, if they are classes."""
+    if not _of_integers(target):
+        raise ValueError(
+            f"nothing says how targets of {target.dtype} are to be read, and so what loss there "
+            f"is. {WAYS_OUT}"
+        )
+    if output.shape in (target.shape, (*target.shape, 1)):
+        raise ValueError(
+            f"an output {list(output.shape)} for targets {list(target.shape)} is one number for "
+            f"each, and there is no choice between classes. {WAYS_OUT}"
+        )
+    axis = class_axis(output, target)
+    return F.cross_entropy(output if axis == 1 else output.movedim(axis, 1), target.long())
 
 
 def _of_integers(target: Tensor) -> bool:

@@ -91,7 +91,8 @@ def learn(
     evaluate
         Returns how well a model does on the test data of a task, as they were given; the model is
         in eval mode. By default the accuracy, if targets are classes; for other likelihoods the
-        mean log-likelihood of an observation; else minus the mean loss: more is always better.
+        mean log-likelihood of an observation; else minus the mean loss, also where a criterion
+        or the model itself computes that of a sequence: more is always better.
     seed
         Of the order of the data and of those observations, and, as in :func:`train`, of what
         draws from the global random state, which is left as it was.
@@ -125,7 +126,7 @@ def learn(
     Examples
     --------
     >>> from ewc_lib import EWC, data
-    >>> from ewc_lib.continual import average_accuracy, mlp, permuted
+    >>> from ewc_lib.continual import MultiHead, average_accuracy, mlp, permuted
     >>> stream = permuted(data.digits(), 2, seed=0)
     >>> model = MultiHead(mlp((64, 64, 10), seed=0))
     >>> learned = learn(stream, model, EWC(model, strength=30.0), steps=100)
@@ -134,9 +135,10 @@ def learn(
 
     Tasks of one's own, here a regression:
 
+    >>> import torch
     >>> x = torch.randn(2, 100, 3, generator=torch.Generator().manual_seed(0))
     >>> tasks = [(f"task {t}", (x[t], x[t].sum(1, True)), None) for t in (0, 1)]
-    >>> line = nn.Linear(3, 1)
+    >>> line = torch.nn.Linear(3, 1)
     >>> ewc = EWC(line, strength=1.0, likelihood="gaussian")
     >>> learn(tasks, line, ewc, epochs=2).names
     ['task 0', 'task 1']

@@ -86,6 +86,13 @@ def test_targets_that_are_no_integers_need_a_criterion_or_a_likelihood(target):
         Objective(linear()).score((X, target))
 
 
+@pytest.mark.parametrize("target", [CLASSES, CLASSES[:, None]])
+def test_one_number_for_each_integer_is_no_choice_of_classes(target):
+    model = nn.Linear(3, 1)
+    with pytest.raises(ValueError, match=r"no choice between classes\. .*likelihood='bernoulli'"):
+        Objective(model).loss(pair(X, target))
+
+
 def test_probabilities_of_classes_are_said_by_the_criterion():
     model, soft = linear(), REAL.softmax(1)
     found = Objective(model, criterion=nn.CrossEntropyLoss()).loss(pair(X, soft))
