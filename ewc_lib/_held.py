@@ -74,6 +74,11 @@ class Held:
                 self._parts[tuple(names)] = found
         return found
 
+    def own_of(self, optimizer: torch.optim.Optimizer) -> list[str]:
+        """Return the names of those that an optimizer can move."""
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [name for name, p in self.moving.items() if id(p) in own]
+
     def squared_distance(self) -> Tensor:
         """Return that from the anchor, differentiable."""
         return squared_distance(self.precision, self.anchor, self.parameters)
@@ -174,7 +179,7 @@ def held_ones(every: Mapping[str, nn.Parameter], anchor: Vector) -> dict[str, nn
     """
     if gone := [name for name in anchor if name not in every]:
         raise ValueError(
-            f"the model has no parameter {_listed(gone)} any more, but the penalty holds it; "
+            f"the penalty holds what the model does not have any more: {_listed(gone)}; "
             f"{_way_out(gone, anchor)}"
         )
     found = {name: p for name, p in every.items() if name in anchor}
@@ -229,7 +234,7 @@ def _way_out(names: list[str], held: Collection[str]) -> str:
     pattern = f"{modules.pop()}.*"
     others = [name for name in held if fnmatchcase(name, pattern) and name not in names]
     what: Any = names if modules or others or pattern == ".*" else pattern
-    return f"ewc.forget({json.dumps(names[0] if len(names) == 1 else what)}) drops what it knows"
+    return f"ewc.forget({json.dumps(names[0] if len(names) == 1 else what)}) drops it"
 
 
 def _listed(names: Collection[str]) -> str:

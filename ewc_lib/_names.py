@@ -15,9 +15,16 @@ PEFT = "base_model.model."
 """How the names of a model of the library peft begin."""
 
 
+COPIES = "modules_to_save"
+"""Where peft keeps the copies of a module that it trains in its place, one for each adapter."""
+
+
 def plain_name(name: str) -> str:
     """Return the name that a parameter has in a model without wrappers."""
     parts = name.removeprefix(PEFT).split(".")
+    if COPIES in parts:
+        at = parts.index(COPIES)
+        del parts[at : at + 2]
     return ".".join(part for part in parts if part not in WRAPPERS)
 
 

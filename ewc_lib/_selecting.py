@@ -53,7 +53,7 @@ class Chooser:
     A model has changed if another module or parameter is in a place, or if a parameter was
     frozen or is no longer. Tensors that ``torch.func.functional_call`` puts in the places of
     parameters do not tell whether these are trained, so they are chosen by the names of the last
-    choice.
+    choice; and so are those of names and patterns in a compiled step, which cannot match them.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,8 @@ class Chooser:
         depend on more than the model.
         """
         every = self.every(model)
-        if not all(isinstance(p, nn.Parameter) for p in every.values()):
+        by_names = torch.compiler.is_compiling() and isinstance(params, list) and self._chosen
+        if by_names or not all(isinstance(p, nn.Parameter) for p in every.values()):
             return {name: every[name] for name in self._chosen if name in every}
         asked = [*params] if isinstance(params, list) else [params]
         if not self._asked or callable(params) or asked != self._asked:

@@ -59,6 +59,13 @@ class QuadraticPenalty:
     :meth:`before_step`, :meth:`add_gradient_`, ``optimizer.step()``, :meth:`after_step`; or
     :meth:`proximal_step_` after the optimizer's step instead of :meth:`add_gradient_` before it.
 
+    The model may change between tasks. A parameter that is frozen is a constant of the penalty,
+    and its precision stays; one that is new, or was frozen until now, is free until the next task
+    is finished, and held from then on. One that has grown keeps its old entries, the first along
+    each axis, and is free in the new ones. One that has gone, or is smaller, raises a ValueError
+    until :meth:`forget` drops it. All that is kept goes by the names of the model without
+    wrappers such as ``DataParallel``, so a model that is wrapped in between is the same.
+
     With a diagonal precision each of the three is a few operations for all parameters of a dtype,
     however many there are. ``torch.compile`` makes one graph of each, but for a proximal step
     that has to find eigenvectors first.
@@ -147,7 +154,6 @@ class QuadraticPenalty:
             distance = held.squared_distance()
         return 0.5 * self.strength * (distance + self._offset)
 
-    @torch.no_grad()
     def add_gradient_(self) -> None:
         r"""Add the gradient of the penalty, :math:`\lambda A (\theta - m)`, to ``.grad``.
 
@@ -157,6 +163,11 @@ class QuadraticPenalty:
         """
         self._add_gradient(None)
 
+    def _held_by(self, optimizer: torch.optim.Optimizer) -> list[str]:
+        """Return the plain names of what the penalty holds and an optimizer can move."""
+        return [] if self._precision is None else self._held().own_of(optimizer)
+
+    @torch.no_grad()
     def _add_gradient(self, names: Collection[str] | None) -> None:
         """Add the gradient to that of some parameters that require grad, None for all."""
         if self._precision is None:
@@ -207,13 +218,14 @@ class QuadraticPenalty:
                 held.part(rates).go_(self.strength, rates)
 
     def forget(self, pattern: str | Iterable[str]) -> None:
-        r"""Drop parameters from the penalty, which then are free until the next task is finished.
+        """Drop parameters from the penalty, which then are free until the next task is finished.
 
-        What remains is the penalty of the others with the dropped ones at their anchor. Do so
-        with parameters that the model has no more, or has smaller ones of; until then the
-        penalty raises a ValueError. Do so too where a layer was replaced by a new one of the
-        same shape, as a fresh head: it has the name of the old one, so that it would be held
-        where that was.
+        What remains is the penalty of the others with the dropped ones at their anchor. Call it
+        for parameters that the model does not have any more, or that are smaller now; until then
+        the penalty raises a ValueError. Call it, too, where a layer was replaced by a new one of
+        the same or a larger shape, as a fresh head: it has the name of the old one, so that it
+        would be held where that was. A penalty that has forgotten everything is as before the
+        first task.
 
         Parameters
         ----------

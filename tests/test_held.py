@@ -556,6 +556,45 @@ def test_adapters_come_and_go_and_come_again(in_place):
     assert ewc.penalty().item() >= 0
 
 
+def test_a_head_that_an_adapter_trains_as_a_copy_is_still_held():
+    peft = pytest.importorskip("peft")
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    data = torch.randn(8, 3), torch.arange(8) % 2
+    ewc = EWC(model, 3.0)
+    ewc.consolidate(data)
+    config = peft.LoraConfig(target_modules=["0"], r=2, modules_to_save=["2"])
+    adapted = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        adapted.base_model.model[2].modules_to_save["default"].weight += 1
+    found = gradient(model, ewc.penalty())
+    assert [n for n, g in found.items() if g.any()] == ["2.modules_to_save.default.weight"]
+    ewc.consolidate(data)
+    assert {"2.weight", "2.bias"} < set(ewc.anchor)
+
+
+def test_what_a_path_remembers_follows_a_model_that_changes_within_a_task():
+    model, regularizer = after_one_task("RWalk")
+    lasting = {k: v["net.0.weight"].clone() for k, v in regularizer._memory.items()}
+    model.net[0].requires_grad_(False)
+    learn_next(model, regularizer, finish=False)
+    model.net[2] = grow(model.net[2], more=2)
+    model.outputs = None
+    optimizer = sgd(model)
+    for _ in range(5):
+        optimizer.zero_grad()
+        F.cross_entropy(model(task(2)[0]), torch.arange(20) % 6).backward()
+        regularizer.before_step()
+        optimizer.step()
+        regularizer.after_step()
+    assert (regularizer._n_steps, regularizer._memory["start"]["net.2.weight"].shape[0]) == (15, 6)
+    regularizer.consolidate()
+    assert diagonal_of(regularizer, "net.2.weight")[4:].any()
+    for quantity, values in lasting.items():
+        assert torch.equal(regularizer._memory[quantity]["net.0.weight"], values)
+    regularizer.forget("net.0.*")
+    assert all("net.0.weight" not in values for values in regularizer._memory.values())
+
+
 def test_parts_of_the_gradient_are_added_one_after_the_other():
     """As by optimizers that hold a part each."""
     for structure in ("diagonal", "dense"):
@@ -566,6 +605,8 @@ def test_parts_of_the_gradient_are_added_one_after_the_other():
             ewc._add_gradient(part)
             found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
             torch.testing.assert_close(found, {n: whole[n] for n in part})
+        head = torch.optim.SGD([*model[2].parameters(), nn.Parameter(torch.ones(1))], lr=0.1)
+        assert ewc._held_by(head) == ["2.weight", "2.bias"]
 
 
 def test_an_unchanged_model_is_looked_at_once():

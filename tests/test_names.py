@@ -15,6 +15,13 @@ def test_the_base_layer_of_an_adapter_has_the_name_of_the_layer() -> None:
     assert plain_name("base_model.model.body.0.base_layer.weight") == "body.0.weight"
 
 
+def test_the_copy_of_a_module_that_an_adapter_trains_has_the_name_of_the_module() -> None:
+    names = [
+        f"base_model.model.{n}.weight" for n in ("head.modules_to_save.a", "head.original_module")
+    ]
+    assert [plain_name(name) for name in names] == ["head.weight", "head.original_module.weight"]
+
+
 def test_what_only_contains_the_name_of_a_wrapper_keeps_it() -> None:
     assert plain_name("module_list.0.base_layers.weight") == "module_list.0.base_layers.weight"
 

@@ -116,8 +116,16 @@ class RWalk(PathPenalty):
         self.alpha, self.epsilon, self.interval = alpha, epsilon, interval
 
     def _begin(self) -> None:
-        lasting = {key: self._memory[key] for key in ("F", "scores") if key in self._memory}
-        self._memory, self._n_steps = lasting | {"start": self._copy()}, 0
+        self._memory, self._n_steps = self._lasting() | {"start": self._copy()}, 0
+
+    def _lasting(self) -> dict[str, Vector]:
+        """Return what is remembered from task to task."""
+        return {key: self._memory[key] for key in ("F", "scores") if key in self._memory}
+
+    def _keep_lasting(self, **quantities: Vector) -> None:
+        """Remember quantities; those of parameters that are frozen now stay."""
+        for quantity, values in quantities.items():
+            self._memory[quantity] = {**self._memory.get(quantity, {}), **values}
 
     def _moved(self, gradients: Vector, movements: Vector) -> None:
         self._add("path", each("mul", gradients, movements), -1.0)
@@ -135,7 +143,8 @@ class RWalk(PathPenalty):
         cost = each("mul", each("mul", F, 0.5), each("mul", moved, moved))
         scores = each("div", gain, each("add", cost, self.epsilon))
         self._add("task", scores)
-        self._memory |= {"F": F, "start": end}
+        self._keep_lasting(F=F)
+        self._memory["start"] = end
         del self._memory["squares"], self._memory["path"]
 
     def consolidate(self, data: Any = None) -> Diagonal:
@@ -168,9 +177,8 @@ class RWalk(PathPenalty):
         values = {name: f + path[name] for name, f in normed.items()}
         importance = Diagonal(self._n_steps, self.importance, dict.fromkeys(values, "rule"), values)
         self._exchange(importance)
-        lasting = {"F": F, "scores": scores}
-        self._memory = {k: {**self._memory.get(k, {}), **v} for k, v in lasting.items()}
-        self._n_steps = 0
+        self._keep_lasting(F=F, scores=scores)
+        self._memory, self._n_steps = self._lasting(), 0
         return importance
 
 
