@@ -178,7 +178,9 @@ def test_separate_penalties_merge_into_one_exactly(structure):
 @pytest.mark.claim("thm-merge", "eq-ewc-merge")
 @pytest.mark.filterwarnings("ignore:the Fisher information of this task is zero")
 def test_merging_is_exact_for_any_tasks(structure, tasks, strength):
-    model = nn.Linear(3, 3).double()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Linear(3, 3).double()
     ewc = EWC(model, strength, structure=structure)
     remembered = []
     for seed, blank, scale, n in tasks:
