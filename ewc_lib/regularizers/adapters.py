@@ -5,65 +5,37 @@ r"""Low-rank adapters: the weights stay, and a product of two small matrices is 
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ewc_lib._adapted.choosing import chooser
+from ewc_lib._adapted.low_rank import LowRankUpdate
+from ewc_lib._adapted.network import Unit, has_adapters, units, without_adapters
+from ewc_lib._adapted.twin import wide
 from ewc_lib._arguments import check_choice, random_source
 from ewc_lib._foreach import each
 from ewc_lib._parameters import Vector
-from ewc_lib._states import (
-    Loader,
-    by_plain_names,
-    check_settings,
-    precision_state,
-    settings_of,
-)
+from ewc_lib._precision import Precision
+from ewc_lib._selecting import Selection
 from ewc_lib.fisher import Diagonal, fisher_information
-from ewc_lib.fisher.output import KINDS, Kind
+from ewc_lib.fisher.estimate import check_request
+from ewc_lib.fisher.output import Kind
 from ewc_lib.fisher.structures import Fisher, check_shapes
 from ewc_lib.fisher.structures.states import under
-from ewc_lib.likelihood.outputs import Likelihood, given_distribution, in_words_if_given
+from ewc_lib.likelihood.agreement import Criterion
+from ewc_lib.likelihood.outputs import Likelihood, given_distribution
 from ewc_lib.regularizers._function import FunctionPenalty
+from ewc_lib.score.plan import Certify
 
 __all__ = ["AdapterEWC", "LowRankUpdate", "add_adapters"]
-
-
-class LowRankUpdate(nn.Module):
-    r"""A weight plus a product of two small matrices, a parametrization of PyTorch.
-
-    .. math:: W = W_0 + B A
-
-    Parameters
-    ----------
-    weight
-        :math:`W_0`, of shape ``[O, D]``.
-    rank
-        Number of columns of :math:`B` and of rows of :math:`A`.
-    generator
-        For the first :math:`A`, uniform in :math:`\pm 1/\sqrt D`. The first :math:`B` is zero, so
-        that the weight begins as it was.
-
-    References
-    ----------
-    Hu et al. 2022, section 4.1, without their constant factor.
-    """
-
-    def __init__(self, weight: Float[Tensor, "O D"], rank: int, generator: torch.Generator) -> None:
-        super().__init__()
-        n_out, n_in = weight.shape
-        drawn = 2 * torch.rand(rank, n_in, generator=generator) - 1
-        self.A = nn.Parameter(drawn.to(weight) / math.sqrt(n_in))
-        self.B = nn.Parameter(weight.new_zeros(n_out, rank))
-
-    def forward(self, weight: Float[Tensor, "O D"]) -> Float[Tensor, "O D"]:
-        return weight + self.B @ self.A
 
 
 def add_adapters(
@@ -76,7 +48,8 @@ def add_adapters(
     r"""Freeze a network and put a trainable low-rank update beside the weight of some layers.
 
     The network computes what it did, because the update begins at zero. To make the updates part
-    of the weights, call ``torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")``.
+    of the weights, call ``torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")``. A
+    layer that has an update already gets another one beside it, and keeps the first as it is.
 
     Parameters
     ----------
@@ -122,7 +95,9 @@ def add_adapters(
 
 
 def _weight(module: nn.Module) -> Tensor:
-    weight: Tensor = module.get_parameter("weight")
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise AttributeError(f"{type(module).__name__} has no weight")
     return weight
 
 
@@ -136,20 +111,47 @@ class AdapterEWC(FunctionPenalty):
     these weights, not of :math:`A` and :math:`B` (:eq:`eq-adapter-ewc`). At the beginning
     :math:`B = 0`, where :math:`A` has no Fisher information at all (:prf:ref:`thm-adapter-blind`).
 
+    Whatever else is trained is held, too: biases, normalisations, a head. So this is the
+    :class:`ewc_lib.EWC` of the network that the adapters make. The parameters of that network
+    have the names of one without adapters. So adapters may be merged, taken out and added again
+    between two tasks.
+
     Parameters
     ----------
     model
-        A network that :func:`add_adapters` has changed.
+        A network that :func:`add_adapters` has changed, or one of the library peft.
     strength
         :math:`\lambda \ge 0`, for a loss that is the *mean* over observations.
-    likelihood, kind
-        As in :func:`ewc_lib.fisher_information`.
+    mode, decay
+        As in :class:`ewc_lib.EWC`, but for the default: ``"online"`` with :math:`\gamma = 1` sums
+        the Fisher information of all tasks, and holds the weights where the last one left them.
+    likelihood, criterion, kind, n_samples, draws, certify, precision
+        As in :class:`ewc_lib.EWC`. ``precision`` is that of products; the attribute of that name
+        is the matrix of the penalty.
+    params
+        What to hold: names or glob patterns of a network without adapters (``"*.q_proj.weight"``),
+        modules of the model, or a predicate of ``(name, tensor)``. By default all that changes.
 
     Raises
     ------
     ValueError
-        If the strength is negative or not finite, if a word is unknown, or if the model has no
-        adapters.
+        If the strength is negative or not finite, if a word or number cannot be meant, if the
+        model has no adapters, or if a layer is no linear map with one weight, by its name.
+
+    Notes
+    -----
+    The layers of peft that are known are linear ones (also with 4 or 8 bits of bitsandbytes),
+    embeddings and convolutions with LoRA (also rsLoRA, DoRA, biases, several adapters), LoHa and
+    LoKr; and linear ones with other adapters, to which the identity matrix is shown: as much
+    work in each step as a batch of as many rows as the layer has inputs. Adapters that are active
+    count. Every layer is compared with its weight in :meth:`consolidate`.
+
+    The penalty needs as much memory as the weights themselves, twice for all that is held and
+    once more for the layer that is at hand in :meth:`add_gradient_`.
+
+    References
+    ----------
+    Hu et al. 2022 for LoRA.
 
     Examples
     --------
@@ -157,7 +159,9 @@ class AdapterEWC(FunctionPenalty):
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
     >>> add_adapters(model, ["0"], rank=2)
     >>> ewc = AdapterEWC(model, strength=10.0)
-    >>> ewc.consolidate((torch.randn(16, 8), torch.arange(16) % 4))
+    >>> F = ewc.consolidate((torch.randn(16, 8), torch.arange(16) % 4))
+    >>> list(F.diagonal())
+    ['0.weight']
     >>> with torch.no_grad():
     ...     _ = model[0].parametrizations.weight[0].B.add_(0.1)
     >>> ewc.penalty().item() > 0
@@ -168,24 +172,52 @@ class AdapterEWC(FunctionPenalty):
         self,
         model: nn.Module,
         strength: float,
+        mode: Literal["separate", "online"] = "online",
         *,
+        decay: float = 1.0,
         likelihood: Likelihood | None = None,
+        criterion: Criterion | None = None,
         kind: Kind = "exact",
+        params: Selection = None,
+        n_samples: int | None = None,
+        draws: int = 1,
+        certify: Certify = "auto",
+        precision: Precision = "highest",
     ) -> None:
-        check_choice("kind", kind, KINDS)
+        check_choice("mode", mode, ("separate", "online"))
+        check_request(kind, "diagonal", n_samples, draws, 1, certify, precision, None, None)
         given_distribution(likelihood)  # refuses an unknown word now, not later
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay must lie between 0 and 1, got {decay}")
+        if mode == "separate" and decay != 1:
+            raise ValueError("decay belongs to mode='online'; separate penalties do not decay")
         super().__init__(model, strength)
-        self.likelihood = likelihood
+        self.mode, self.decay = mode, decay
+        self.likelihood, self.criterion = likelihood, criterion
         self.kind: Kind = kind
-        self._precision: Fisher | None = None
+        self.n_samples, self.draws, self.certify = n_samples, draws, certify
+        self.products: Precision = precision
+        self._precision: Diagonal | None = None
         self._anchor: Vector = {}
-        if not self._weights():
-            raise ValueError("the model has no adapters: call add_adapters first")
+        self._offset = torch.zeros(())
+        if not has_adapters(model):
+            raise ValueError(
+                "the model has no adapters: call add_adapters or peft.get_peft_model first, or "
+                "hold it with EWC"
+            )
+        self._is_chosen = chooser(model, params)
+        if not self._names():
+            raise ValueError("params chooses no parameter")
 
     @property
     def precision(self) -> Fisher | None:
         """The Fisher information of the weights, summed over tasks; None before the first."""
         return self._precision
+
+    @property
+    def anchor(self) -> Vector:
+        """The weights where the penalty is smallest; empty before the first task."""
+        return dict(self._anchor)
 
     def before_step(self, inputs: Any = None) -> None:
         """Do nothing: the penalty does not depend on the data of a step."""
@@ -197,37 +229,39 @@ class AdapterEWC(FunctionPenalty):
         n_samples: int | None = None,
         generator: torch.Generator | None = None,
         progress: bool | None = None,
-    ) -> None:
+    ) -> Fisher:
         """Finish a task: add the Fisher information of the weights, and hold them where they are.
 
         Parameters
         ----------
         data, n_samples, generator, progress
-            As in :func:`ewc_lib.fisher_information`.
+            As in :meth:`ewc_lib.EWC.consolidate`.
+
+        Returns
+        -------
+        Fisher
+            The Fisher information of this task alone, with the names of a network without
+            adapters.
+
+        Raises
+        ------
+        ValueError
+            As :func:`ewc_lib.fisher_information`, or if a layer computes something else than a
+            linear map with one weight. Nothing has changed then.
 
         Warns
         -----
         RuntimeWarning
             If it is zero everywhere, so that nothing would be protected.
         """
-        names = list(self._weights())
-        frozen = [self.model.get_parameter(name) for name in names]
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        try:
-            new = fisher_information(
-                self.model,
-                data,
-                self.likelihood,
-                kind=self.kind,
-                params=names,
-                n_samples=n_samples,
-                generator=generator,
-                progress=progress,
-            )
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
+        if generator is None:  # the random errors of two tasks are not to be the same
+            generator = torch.Generator(self._device).manual_seed(self.n_tasks)
+        new = self._fisher(
+            data,
+            n_samples=self.n_samples if n_samples is None else n_samples,
+            generator=generator,
+            progress=progress,
+        )
         if not new.trace() > 0:
             warnings.warn(
                 "the Fisher information of the weights is zero everywhere: the penalty protects "
@@ -235,17 +269,71 @@ class AdapterEWC(FunctionPenalty):
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self._precision = new if self._precision is None else self._precision + new
-        self._anchor = {name: w.detach().clone() for name, w in self._weights().items()}
+        self._remember(new)
+        return new
+
+    def _fisher(self, data: Any, **options: Any) -> Diagonal:
+        """Return the Fisher information of what is held, in the network that adapters make."""
+        names = self._names()
+        with without_adapters(self.model, in_own_dtype=self.products == "high") as network:
+            held = {name: network.parameters[name] for name in names}
+            frozen = [p for p in held.values() if not p.requires_grad]
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            try:
+                found = fisher_information(
+                    network.model,
+                    data,
+                    self.likelihood,
+                    criterion=self.criterion,
+                    kind=self.kind,
+                    params=list(held.values()),
+                    draws=self.draws,
+                    certify=self.certify,
+                    precision=self.products,
+                    **options,
+                )
+                assert isinstance(found, Diagonal)
+                return _renamed(found, network.model, held)
+            finally:
+                for parameter in frozen:
+                    parameter.requires_grad_(False)
+
+    def _remember(self, new: Diagonal) -> None:
+        """Take the Fisher information of one more task around the present weights."""
+        with torch.no_grad():
+            now = self._weights({*new.values, *self._anchor})
+        optimum = {name: w.detach().clone() for name, w in now.items()}
+        new = _filled(new, optimum)
+        offset = new.trace().new_zeros(())
+        if self._precision is None:
+            precision, anchor = new, optimum
+        else:
+            old = _filled(self._precision, optimum)
+            if self.mode == "online":
+                precision, anchor = self.decay * old + new, optimum
+            else:  # as EWC merges the penalties of two tasks into one
+                before = optimum | {n: w.to(optimum[n]) for n, w in self._anchor.items()}
+                precision = old + new
+                shift = precision.solve(new @ each("sub", optimum, before))
+                anchor = each("add", before, shift)
+                offset = self._offset.to(offset)
+                offset = offset + old.quadratic(shift)
+                offset = offset + new.quadratic(each("sub", optimum, anchor))
+        self._precision, self._anchor, self._offset = precision, anchor, offset
         self._n_tasks += 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return precision, anchor and number of tasks as plain tensors."""
+        """Return precision, anchor and number of tasks as plain tensors.
+
+        They have the names of a network without adapters.
+        """
+        precision = {} if self._precision is None else self._precision.state_dict()
         return {
             **self._state(),
-            **settings_of(self._settings(), self._precision),
-            **{f"anchor.{name}": value for name, value in by_plain_names(self._anchor).items()},
-            **{f"precision.{key}": v for key, v in precision_state(self._precision).items()},
+            "offset": self._offset.clone(),
+            **{f"anchor.{name}": value.clone() for name, value in self._anchor.items()},
+            **{f"precision.{key}": value for key, value in precision.items()},
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -254,40 +342,127 @@ class AdapterEWC(FunctionPenalty):
         Raises
         ------
         ValueError
-            If it is not such a state, if it says another kind or likelihood, or if its weights
-            have other names or shapes than those of the model. Nothing has changed then.
+            If it is not such a state, or if its weights have other names or shapes than those of
+            the model. Nothing has changed then.
         """
-        self._check_state(state)
-        check_settings(state, self._settings(), type(self).__name__)
-        loader = Loader(self._weights(), self._device)
-        anchor = loader.vector(under("anchor.", state))
-        precision = None
+        self._check_state(state, "offset")
+        anchor = {k: v.to(self._device, copy=True) for k, v in under("anchor.", state).items()}
+        precision: Diagonal | None = None
         if int(state["n_tasks"]) > 0:
-            precision = loader.precision(under("precision.", state))
-            shapes = {name: w.shape for name, w in self._weights().items()}
+            found = Fisher.from_state_dict(under("precision.", state)).to(self._device)
+            if not isinstance(found, Diagonal):
+                raise ValueError("this is not the state of AdapterEWC: it is not diagonal")
+            precision = found
+            with torch.no_grad():
+                shapes = {name: w.shape for name, w in self._weights(set(anchor)).items()}
             check_shapes(shapes, {name: value.shape for name, value in anchor.items()})
             check_shapes(shapes, precision.shapes)
         self._load(state)
         self._anchor, self._precision = anchor, precision
+        self._offset = state["offset"].to(self._device, copy=True)
 
-    def _settings(self) -> dict[str, str]:
-        return {"kind": self.kind} | in_words_if_given(self.likelihood)
+    def add_gradient_(self) -> None:
+        """Add the gradient of :meth:`penalty` to ``.grad`` of the trainable parameters.
+
+        It is computed for one layer after the other, so that no more than one weight is made at
+        a time.
+        """
+        if self._precision is None:
+            return
+        strength = self.n_tasks if self.strength is None else self.strength
+        with torch.enable_grad(), self._uncast():
+            for unit in self._held_units():
+                made = {n: w for n, w in unit.tensors().items() if n in self._anchor}
+                made = {name: weight for name, weight in made.items() if weight.requires_grad}
+                if not made:
+                    continue
+                pulls = [
+                    (strength * precision * moved.detach()).to(weight.dtype)
+                    for weight, (precision, moved) in zip(
+                        made.values(), map(self._moved, made, made.values()), strict=True
+                    )
+                ]
+                trained = unit.trainable()
+                found = torch.autograd.grad(
+                    [*made.values()], trained, pulls, allow_unused=True, materialize_grads=False
+                )
+                _accumulate(trained, found)
 
     def _loss(self) -> Float[Tensor, ""]:
-        assert isinstance(self._precision, Diagonal)
-        return 0.5 * self._precision.quadratic(each("sub", self._weights(), self._anchor))
+        with self._uncast():
+            terms = [self._offset]
+            for unit in self._held_units():
+                for name, weight in unit.tensors().items():
+                    if name in self._anchor:
+                        precision, moved = self._moved(name, weight)
+                        terms.append((precision * moved.square()).sum())
+            return 0.5 * torch.stack([term.to(terms[-1]) for term in terms]).sum()
 
-    def _weights(self) -> Vector:
-        """Return the weights in use, each by the name of the frozen parameter within it.
+    def _moved(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the precision of a weight and how far it is from its anchor, where it is."""
+        assert self._precision is not None
+        for held in (self._precision.values, self._anchor):
+            if held[name].device != weight.device:
+                held[name] = held[name].to(weight.device)
+        anchor = self._anchor[name]
+        return self._precision.values[name], weight.to(anchor.dtype) - anchor
 
-        Where the update is added, a step of the frozen parameter is the same step of the weight:
-        the two have the same Fisher information.
-        """
-        found: Vector = {}
-        for name, module in self.model.named_modules():
-            if parametrize.is_parametrized(module, "weight"):
-                (update, *others) = module.parametrizations.weight
-                if isinstance(update, LowRankUpdate) and not others:
-                    prefix = f"{name}." if name else ""
-                    found[f"{prefix}parametrizations.weight.original"] = module.weight
+    def _held_units(self) -> list[Unit]:
+        """Return what makes the tensors that are held."""
+        found = [
+            unit for unit in units(self.model) if not self._anchor.keys().isdisjoint(unit.names)
+        ]
+        if lost := self._anchor.keys() - {name for unit in found for name in unit.names}:
+            raise ValueError(f"the penalty holds {sorted(lost)}, which the model does not have")
         return found
+
+    def _weights(self, names: set[str]) -> Vector:
+        """Return the tensors of those names, in a precision in which they can be compared."""
+        found: Vector = {}
+        for unit in units(self.model):
+            if not names.isdisjoint(unit.names):
+                found |= {n: wide(w) for n, w in unit.tensors().items() if n in names}
+        return found
+
+    def _names(self) -> list[str]:
+        """Return what is held from the next task on: what has been, and what training changes."""
+        found = []
+        for unit in units(self.model):
+            trained = set(unit.trained())
+            for name, tensor in unit.tensors().items():
+                if name in self._anchor or (name in trained and self._is_chosen(name, tensor)):
+                    found.append(name)
+        return found
+
+    def _uncast(self) -> AbstractContextManager[Any]:
+        """Let no region of autocast round the product of two factors."""
+        return torch.autocast(self._device.type, enabled=False)
+
+
+def _renamed(fisher: Diagonal, model: nn.Module, held: dict[str, nn.Parameter]) -> Diagonal:
+    """Give each parameter the name that it has without adapters and wrappers."""
+    plain = {id(p): name for name, p in reversed(held.items())}
+    names = {name: plain[id(p)] for name, p in model.named_parameters() if id(p) in plain}
+    values = {names.get(name, name): value for name, value in fisher.values.items()}
+    paths = {names.get(name, name): path for name, path in fisher.paths.items()}
+    return replace(fisher, values=values, paths=paths)
+
+
+def _filled(fisher: Diagonal, like: Vector) -> Diagonal:
+    """Put zeros for what has no Fisher information because it was not held."""
+    values = {
+        name: fisher.values[name].to(w.device) if name in fisher.values else torch.zeros_like(w)
+        for name, w in like.items()
+    }
+    return replace(fisher, values=values, paths={n: fisher.paths.get(n, "unused") for n in like})
+
+
+def _accumulate(parameters: list[nn.Parameter], gradients: Iterable[Tensor | None]) -> None:
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = gradient.clone()
+            else:
+                parameter.grad += gradient.to(parameter.grad.dtype)

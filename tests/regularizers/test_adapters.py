@@ -124,10 +124,7 @@ def test_tasks_add_up_and_the_last_weights_are_the_anchor():
     shift(model, 2)
     moved = weights(model)
     F = held.precision.diagonal()
-    terms = [
-        (F[f"{layer}.parametrizations.weight.original"] * (moved[layer] - anchor[layer]) ** 2).sum()
-        for layer in LAYERS
-    ]
+    terms = [(F[f"{layer}.weight"] * (moved[layer] - anchor[layer]) ** 2).sum() for layer in LAYERS]
     torch.testing.assert_close(held.penalty(), 1.5 * sum(terms), **TIGHT)
     assert held.n_tasks == 2
     assert held.precision.n_samples == 40
@@ -167,7 +164,7 @@ def test_a_run_differs_from_the_plain_run_and_stays_nearer():
         learn(model, optimizer, held, task(1, classes=4), steps=40, finish=False)
         F_ = held.precision.diagonal()
         return sum(
-            (F_[f"{layer}.parametrizations.weight.original"] * (w - before[layer]) ** 2).sum()
+            (F_[f"{layer}.weight"] * (w - before[layer]) ** 2).sum()
             for layer, w in weights(model).items()
         ).item()
 
