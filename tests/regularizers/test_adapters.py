@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from ewc_lib import EWC, fisher_information
 from ewc_lib.regularizers import AdapterEWC, Regularizer, add_adapters
+from tests.adapted import cases
 from tests.regularizers.cases import DOUBLE, TIGHT, copies, gradients, learn, task
 from tests.scenarios import same, trace_of
 
@@ -270,3 +271,226 @@ def test_the_loss_of_a_task_is_not_touched():
     held.add_gradient_()
     held.after_step()
     assert same(gradients(model), before)
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_with_peft_it_is_ewc_of_the_merged_network(name):
+    model, data = cases.adapted(name)
+    held, merged = AdapterEWC(model, 3.0), cases.merged(model)
+    before = trace_of(model)
+    fisher = held.consolidate(data)
+    assert same(trace_of(model), before)
+    ewc = EWC(merged, 3.0, params=list(fisher.diagonal()))
+    expected = ewc.consolidate(data).diagonal()
+    for key, value in fisher.diagonal().items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-9, atol=1e-12)
+    cases.move(model, seed=1)
+    with torch.no_grad():
+        moved = cases.merged(model).state_dict()
+        merged.load_state_dict(moved)
+    assert held.penalty().item() > 1e-9
+    torch.testing.assert_close(held.penalty(), ewc.penalty(), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_with_peft_adding_the_gradient_equals_the_penalty_in_the_loss(name):
+    model, data = cases.adapted(name)
+    held = AdapterEWC(model, 3.0)
+    held.consolidate(data)
+    cases.move(model, seed=1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(held.penalty(), trained, allow_unused=True)
+    for p in trained:
+        p.grad = torch.ones_like(p)
+    with torch.autocast("cpu", torch.bfloat16):
+        held.add_gradient_()
+    for p, gradient in zip(trained, expected, strict=True):
+        torch.testing.assert_close(p.grad, 1 + (0 if gradient is None else gradient), **TIGHT)
+
+
+@pytest.mark.parametrize("mode", ["separate", "online"])
+def test_tasks_are_merged_as_by_ewc(mode):
+    options = {"mode": mode, "decay": 0.5} if mode == "online" else {"mode": mode}
+    model, (x, y) = cases.adapted("rslora with biases")
+    held, merged = AdapterEWC(model, 3.0, **options), cases.merged(model)
+    ewc = EWC(merged, 3.0, **options)
+    for t in range(3):
+        merged.load_state_dict(cases.merged(model).state_dict())
+        for penalty in (held, ewc):
+            penalty.consolidate((x.roll(t, 1), y))
+        cases.move(model, seed=t)
+    merged.load_state_dict(cases.merged(model).state_dict())
+    torch.testing.assert_close(held.penalty(), ewc.penalty(), rtol=1e-9, atol=1e-12)
+
+
+def test_merging_changes_no_penalty_and_another_adapter_is_held_by_the_first_task():
+    peft = pytest.importorskip("peft")
+    model, data = cases.adapted("lora")
+    held = AdapterEWC(model, 3.0)
+    held.consolidate(data)
+    cases.move(model, seed=1)
+    before = held.penalty().item()
+    model.merge_adapter()
+    assert held.penalty().item() == pytest.approx(before, rel=1e-9)
+    held.add_gradient_()  # nothing is trained now
+    model.unmerge_adapter()
+    base = model.merge_and_unload()
+    assert held.penalty().item() == pytest.approx(before, rel=1e-9)
+    again = peft.get_peft_model(base, peft.LoraConfig(r=1, target_modules=["0"])).to(DOUBLE)
+    restored = AdapterEWC(again, 3.0)
+    restored.load_state_dict(load(save(held.state_dict())))
+    assert restored.penalty().item() == pytest.approx(before, rel=1e-9)
+    cases.move(again, seed=2)
+    restored.add_gradient_()
+    assert restored.penalty().item() != pytest.approx(before, rel=1e-3)
+    restored.consolidate(data)
+    assert restored.penalty().item() == pytest.approx(0, abs=1e-12)
+    assert restored.precision.n_samples == 2 * cases.N
+
+
+def test_a_layer_that_gets_its_adapter_later_is_free_for_the_first_task():
+    peft = pytest.importorskip("peft")
+    model, data = cases.adapted("lora")
+    held = AdapterEWC(model, 3.0, params="0.weight")
+    held.consolidate(data)
+    every = AdapterEWC(model, 3.0)
+    every.load_state_dict(held.state_dict())
+    first = every.precision.diagonal()["0.weight"].clone()
+    model.add_adapter("second", peft.LoraConfig(r=1, target_modules=["2"]))
+    model.base_model.set_adapter(["second"])
+    model.to(DOUBLE)
+    own = every.consolidate(data).diagonal()
+    total = every.precision.diagonal()
+    torch.testing.assert_close(total["2.weight"], own["2.weight"], **TIGHT)
+    torch.testing.assert_close(total["0.weight"], first + own["0.weight"], **TIGHT)
+
+
+def test_tied_tables_below_two_adapters_are_two_weights():
+    peft = pytest.importorskip("peft")
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, x):
+            return self.head(self.table(x).sum(1))
+
+    config = peft.LoraConfig(r=2, target_modules=["table", "head"])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = peft.get_peft_model(Tied(), config).to(DOUBLE)
+        x, y = torch.randint(0, 5, (9, 2)), torch.randint(0, 5, (9,))
+    cases.move(model)
+    found = AdapterEWC(model, 1.0).consolidate((x, y)).diagonal()
+    layers = model.base_model.model
+    apart = Tied()
+    apart.head.weight = nn.Parameter(torch.empty(5, 3))
+    apart.to(DOUBLE)
+    for name in ("table", "head"):
+        layer = getattr(layers, name)
+        weight = layer.base_layer.weight + layer.get_delta_weight("default")
+        getattr(apart, name).weight.data = weight.detach()
+    expected = fisher_information(apart, (x, y)).diagonal()
+    assert found.keys() == {"table.weight", "head.weight"}
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], **TIGHT)
+
+
+def test_a_second_update_of_a_layer_adds_to_the_first_one():
+    model, data = adapted(), task(classes=4)
+    shift(model)
+    held = AdapterEWC(model, 3.0)
+    held.consolidate(data)
+    add_adapters(model, LAYERS, 1)
+    assert abs(held.penalty().item()) < 1e-14
+    shift(model, 1)
+    expected = sum(
+        (held.precision.diagonal()[f"{layer}.weight"] * d.square()).sum()
+        for layer, w in weights(model).items()
+        for d in [w - held.anchor[f"{layer}.weight"]]
+    )
+    torch.testing.assert_close(held.penalty(), 1.5 * expected, **TIGHT)
+    for layer in LAYERS:
+        parametrize.remove_parametrizations(model.get_submodule(layer), "weight")
+    torch.testing.assert_close(held.penalty(), 1.5 * expected, **TIGHT)
+
+
+@pytest.mark.parametrize(
+    ("params", "held"),
+    [
+        ("0.weight", {"0.weight"}),
+        (["*.bias"], {"0.bias", "2.bias"}),
+        (lambda name, tensor: tensor.dim() == 2, {"0.weight", "2.weight"}),
+        ("module", {"2.weight", "2.bias"}),
+    ],
+)
+def test_only_what_is_chosen_is_held(params, held):
+    model, data = cases.adapted("rslora with biases")
+    chosen = model.base_model.model[2] if params == "module" else params
+    ewc = AdapterEWC(model, 1.0, params=chosen)
+    assert ewc.consolidate(data).diagonal().keys() == held
+
+
+@pytest.mark.parametrize("params", ["5.weight", [nn.Linear(2, 2)], lambda name, tensor: False])
+def test_a_choice_of_nothing_is_refused(params):
+    model, _ = cases.adapted("lora")
+    with pytest.raises(ValueError, match=r"no such tensor|chooses no parameter"):
+        AdapterEWC(model, 1.0, params=params)
+
+
+def test_its_settings_are_those_of_the_fisher_information():
+    model, data = cases.adapted("lora")
+    options = {"kind": "sketch", "draws": 3, "n_samples": 5, "precision": "high"}
+    found = AdapterEWC(model, 1.0, certify="always", **options).consolidate(
+        data, generator=torch.Generator().manual_seed(3), progress=False
+    )
+    expected = fisher_information(
+        cases.merged(model),
+        data,
+        params=["0.weight", "2.weight"],
+        generator=torch.Generator().manual_seed(3),
+        **options,
+    )
+    assert found.n_samples == 5
+    torch.testing.assert_close(found.diagonal(), expected.diagonal(), rtol=1e-9, atol=1e-12)
+
+
+def test_a_learned_task_is_kept_where_ewc_of_the_factors_loses_it():
+    """The base has learned the first task; adapters learn the second, with other labels."""
+    peft = pytest.importorskip("peft")
+
+    def tasks():
+        x = torch.randn(2, 120, 6, dtype=DOUBLE)
+        x[0, :, 5], x[1, :, 5] = 1.5, -1.5
+        y = x[:, :, :3].argmax(-1)
+        return x, torch.stack([y[0], 2 - y[1]])
+
+    def train(model, x, y, held):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
+        for _ in range(200):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            if held is not None:
+                held.add_gradient_()
+            optimizer.step()
+
+    def loss_of_the_first_task(make):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            base = nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 3)).to(DOUBLE)
+            (x, y), config = tasks(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"])
+            train(base, x[0], y[0], None)
+            model = peft.get_peft_model(base, config).to(DOUBLE)
+        held = make(model)
+        if held is not None:
+            held.consolidate((x[0], y[0]))
+        train(model, x[1], y[1], held)
+        return F.cross_entropy(model(x[0]), y[0]).item()
+
+    free = loss_of_the_first_task(lambda model: None)
+    of_factors = loss_of_the_first_task(lambda model: EWC(model, 100.0))
+    of_weights = loss_of_the_first_task(lambda model: AdapterEWC(model, 100.0))
+    assert of_weights < 0.2 * free
+    assert of_factors > 0.4 * free
