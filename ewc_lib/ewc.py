@@ -14,8 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ewc_lib._adapted.network import factors
 from ewc_lib._arguments import check_choice
 from ewc_lib._forms import Pick
+from ewc_lib._names import plain_name
 from ewc_lib._precision import Precision
 from ewc_lib._selecting import Selection
 from ewc_lib.fisher.estimate import Structure, check_request, fisher_information
@@ -202,8 +204,9 @@ class EWC(QuadraticPenalty):
         Warns
         -----
         RuntimeWarning
-            If it is zero everywhere, so that nothing would be protected; and, once, if the model
-            has running statistics that will move with the next task
+            If it is zero everywhere, so that nothing would be protected; for a factor of an
+            adapter, because the other factor is zero (:prf:ref:`thm-adapter-blind`); and, once,
+            if the model has running statistics that will move with the next task
             (:func:`ewc_lib.freeze_norms`).
         """
         self._check_room()
@@ -254,8 +257,9 @@ class EWC(QuadraticPenalty):
         Warns
         -----
         RuntimeWarning
-            If it is zero everywhere, so that nothing would be protected; and, once, if the model
-            has running statistics that will move with the next task
+            If it is zero everywhere, so that nothing would be protected; for a factor of an
+            adapter, because the other factor is zero (:prf:ref:`thm-adapter-blind`); and, once,
+            if the model has running statistics that will move with the next task
             (:func:`ewc_lib.freeze_norms`).
 
         Examples
@@ -283,11 +287,28 @@ class EWC(QuadraticPenalty):
                 RuntimeWarning,
                 stacklevel=3,
             )
+        elif blind := self._blind(fisher):
+            warnings.warn(
+                f"the factors {blind} of adapters have no Fisher information at all, because "
+                "what they are multiplied by is zero: they are free to change everything. "
+                "ewc_lib.regularizers.AdapterEWC holds the weights that adapters make",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         with torch.autocast(fisher.device.type, enabled=False):
             if self.mode == "separate" or self.precision is None:
                 self._merge(fisher)
             else:
                 self._replace(self._joined(fisher, self.decay))
+
+    def _blind(self, fisher: Fisher) -> list[str]:
+        """Return the factors of adapters that are used and do not change the output."""
+        of_adapters = factors(self.model)
+        if not of_adapters:
+            return []
+        used = [name for name, path in fisher.paths.items() if path != "unused"]
+        found, diagonal = [n for n in used if plain_name(n) in of_adapters], fisher.diagonal()
+        return [name for name in found if not diagonal[name].any()]
 
     def bayesian_strength(self, n_b: int, n_a: int | None = None) -> float:
         r"""Return the strength that Bayes' rule implies, :math:`N_A / N_B`.

@@ -982,3 +982,40 @@ def test_complex_parameters_are_held_by_their_squared_distance():
     ewc.proximal_step_(torch.optim.SGD(model.parameters(), lr=0.1))
     expected = (theta + step * ewc.anchor["filter"]) / (1 + step)
     torch.testing.assert_close(model.filter.detach(), expected)
+
+
+def adapted(trained):
+    """A network with adapters of peft, of which the second factors are zero at first."""
+    peft = pytest.importorskip("peft")
+    base = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0", "2"]))
+    if trained:
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(p)
+    return model, (torch.randn(8, 3), torch.arange(8) % 2)
+
+
+def test_factors_of_adapters_without_information_are_named_with_the_way_out():
+    model, data = adapted(trained=False)
+    with pytest.warns(RuntimeWarning, match="AdapterEWC") as caught:
+        EWC(model, 1.0).consolidate(data)
+    (message,) = [str(w.message) for w in caught]
+    assert message.count("lora_A") == 2
+    assert "lora_B" not in message
+    assert [w.filename for w in caught] == [__file__]
+
+
+def test_trained_adapters_and_units_that_are_never_active_need_no_warning():
+    model, data = adapted(trained=True)
+    EWC(model, 1.0).consolidate(data)  # warnings are errors
+    dead = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    nn.init.constant_(dead[0].bias, -1e3)
+    EWC(dead, 1.0).consolidate(data)
+
+
+def test_adapters_that_are_not_active_need_no_warning():
+    peft = pytest.importorskip("peft")
+    model, data = adapted(trained=True)
+    model.add_adapter("other", peft.LoraConfig(r=1, target_modules=["0"]))
+    EWC(model, 1.0).consolidate(data)

@@ -74,13 +74,14 @@ def has_adapters(model: nn.Module) -> bool:
     return any(map(_is_adapted, model.modules()))
 
 
-def factors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of adapters, by the names they have in the model."""
-    layers = {path: module for path, module in model.named_modules() if _is_adapted(module)}
+def factors(model: nn.Module) -> set[str]:
+    """Return the plain names of the parameters that adapters train."""
     return {
-        name: p
-        for name, p in model.named_parameters()
-        if any(name.startswith(f"{path}." if path else "") for path in layers) and p.requires_grad
+        plain_name(f"{path}.{name}" if path else name)
+        for path, module in model.named_modules()
+        if _is_adapted(module)
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and parameter is not getattr(module, "bias", None)
     }
 
 

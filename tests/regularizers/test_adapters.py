@@ -1,6 +1,7 @@
 """Low-rank adapters and the penalty on the weights that they change, against formulas."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -248,7 +249,8 @@ def test_at_the_start_the_first_factor_has_no_fisher_information():
 def test_ewc_of_the_factors_does_not_see_what_the_first_one_does():
     model, data = adapted(), task(classes=4)
     ewc, held = EWC(model, 3.0), AdapterEWC(model, 3.0)
-    ewc.consolidate(data)
+    with pytest.warns(RuntimeWarning, match="no Fisher information at all"):
+        ewc.consolidate(data)
     held.consolidate(data)
     shift(model)
     of_factors, of_weights = ewc.penalty().item(), held.penalty().item()
@@ -469,7 +471,7 @@ def test_a_learned_task_is_kept_where_ewc_of_the_factors_loses_it():
 
     def train(model, x, y, held):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
-        for _ in range(200):
+        for _ in range(150):
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             if held is not None:
@@ -485,7 +487,8 @@ def test_a_learned_task_is_kept_where_ewc_of_the_factors_loses_it():
             model = peft.get_peft_model(base, config).to(DOUBLE)
         held = make(model)
         if held is not None:
-            held.consolidate((x[0], y[0]))
+            with warnings.catch_warnings(action="ignore"):  # the factors are told to be blind
+                held.consolidate((x[0], y[0]))
         train(model, x[1], y[1], held)
         return F.cross_entropy(model(x[0]), y[0]).item()
 
