@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from ewc_lib._calling import forward, output_tensor
 
 
 class MultiHead(nn.Module):
@@ -16,7 +19,7 @@ class MultiHead(nn.Module):
     Parameters
     ----------
     net
-        Returns all outputs, ``[N, C]``.
+        Returns all outputs, ``[N, ..., C]``, as a network of this package may return them.
 
     Attributes
     ----------
@@ -37,24 +40,22 @@ class MultiHead(nn.Module):
         self.net = net
         self.outputs: range | None = None
 
-    def forward(self, x: Tensor) -> Float[Tensor, "N K"]:
-        return read(self.net(x), self.outputs)
+    def forward(self, *args: Any, **kwargs: Any) -> Float[Tensor, "N ... K"]:
+        return read(output_tensor(self.net(*args, **kwargs)), self.outputs)
 
 
-def read(outputs: Float[Tensor, "N C"], which: range | None) -> Float[Tensor, "N K"]:
+def read(outputs: Float[Tensor, "N ... C"], which: range | None) -> Float[Tensor, "N ... K"]:
     """Return some of the outputs, or all for None."""
-    return outputs if which is None else outputs[:, which.start : which.stop]
+    return outputs if which is None else outputs[..., which.start : which.stop]
 
 
-def all_outputs(model: nn.Module, x: Tensor) -> Float[Tensor, "N C"]:
+def all_outputs(model: nn.Module, inputs: Any) -> Float[Tensor, "N ..."]:
     """Return the outputs of all heads; a model without heads has one."""
-    found: Tensor = model.net(x) if isinstance(model, MultiHead) else model(x)
-    return found
+    return forward(model.net if isinstance(model, MultiHead) else model, inputs)
 
 
-def own_outputs(model: nn.Module, x: Tensor) -> range:
-    """Return which outputs are read now."""
+def read_now(model: nn.Module, n_outputs: int) -> range:
+    """Return which of all outputs are read now."""
     if isinstance(model, MultiHead) and model.outputs is not None:
         return model.outputs
-    with torch.no_grad():
-        return range(all_outputs(model, x[:1]).shape[1])
+    return range(n_outputs)

@@ -10,9 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ewc_lib._arguments import check_choice, check_strength
-from ewc_lib._restoring import untouched
 from ewc_lib.attaching import Attachment, Form, watch_inputs
-from ewc_lib.heads import MultiHead, own_outputs
 
 MOST_PASSES = 64
 """Forward passes of one step whose inputs are kept; of more, the last."""
@@ -144,11 +142,6 @@ class FunctionPenalty:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _head(self, inputs: Tensor) -> range:
-        """Return the outputs that are read now, without a trace in the model."""
-        with untouched(self.model):
-            return own_outputs(self.model, inputs[:1].to(self._device))
-
     def _state(self) -> dict[str, Tensor]:
         heads = [[head.start, head.stop] for head in self._heads]
         return {
@@ -169,13 +162,6 @@ class FunctionPenalty:
 def contains(outer: range, inner: range) -> bool:
     """Tell whether all outputs of one range are in another."""
     return outer.start <= inner.start and inner.stop <= outer.stop
-
-
-def read_now(model: nn.Module, n_outputs: int) -> range:
-    """Return which of all outputs are read now."""
-    if isinstance(model, MultiHead) and model.outputs is not None:
-        return model.outputs
-    return range(n_outputs)
 
 
 def _nothing() -> None:

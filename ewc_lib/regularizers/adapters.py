@@ -361,32 +361,24 @@ class AdapterEWC(FunctionPenalty):
         self._anchor, self._precision = anchor, precision
         self._offset = state["offset"].to(self._device, copy=True)
 
-    def add_gradient_(self) -> None:
-        """Add the gradient of :meth:`penalty` to ``.grad`` of the trainable parameters.
-
-        It is computed for one layer after the other, so that no more than one weight is made at
-        a time.
-        """
+    def _add_gradient(self, share: float) -> None:
+        """Add the gradient for one layer after the other: one weight is made at a time."""
         if self._precision is None:
             return
-        strength = self.n_tasks if self.strength is None else self.strength
+        strength = share * (self.n_tasks if self.strength is None else self.strength)
         with torch.enable_grad(), self._uncast():
             for unit in self._held_units():
-                made = {n: w for n, w in unit.tensors().items() if n in self._anchor}
-                made = {name: weight for name, weight in made.items() if weight.requires_grad}
-                if not made:
-                    continue
                 pulls = [
-                    (strength * precision * moved.detach()).to(weight.dtype)
-                    for weight, (precision, moved) in zip(
-                        made.values(), map(self._moved, made, made.values()), strict=True
-                    )
+                    (weight, (strength * precision * moved.detach()).to(weight.dtype))
+                    for name, weight in unit.tensors().items()
+                    if name in self._anchor and weight.requires_grad
+                    for precision, moved in [self._moved(name, weight)]
                 ]
-                trained = unit.trainable()
-                found = torch.autograd.grad(
-                    [*made.values()], trained, pulls, allow_unused=True, materialize_grads=False
-                )
-                _accumulate(trained, found)
+                if pulls:
+                    weights, directions = zip(*pulls, strict=True)
+                    trained = unit.trainable()
+                    found = torch.autograd.grad(weights, trained, directions, allow_unused=True)
+                    _accumulate(trained, found)
 
     def _loss(self) -> Float[Tensor, ""]:
         with self._uncast():

@@ -10,21 +10,33 @@ import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ewc_lib._batches import batches
 from ewc_lib._forms import Pick, picked
 from ewc_lib.fisher.structures import check_shapes
 from ewc_lib.fisher.structures.states import under
-from ewc_lib.heads import all_outputs, read
-from ewc_lib.regularizers._function import FunctionPenalty, contains, no_step
+from ewc_lib.heads import all_outputs, read, read_now
+from ewc_lib.likelihood.agreement import Criterion
+from ewc_lib.likelihood.base import precise
+from ewc_lib.likelihood.outputs import Likelihood
+from ewc_lib.regularizers._function import contains, no_step
+from ewc_lib.regularizers._outputs import (
+    OutputPenalty,
+    classes_last,
+    divergence,
+    inputs_and_labels,
+    mean_over_positions,
+    positions_that_count,
+    reading_last,
+)
 
 __all__ = ["LwF"]
 
 
-class LwF(FunctionPenalty):
+class LwF(OutputPenalty):
     r"""Keep what the network said before this task, on the inputs of this task.
 
     .. math:: \Omega(\theta) = \frac{\lambda}{H} \sum_{h=1}^H \frac1B \sum_b
@@ -39,15 +51,21 @@ class LwF(FunctionPenalty):
     Parameters
     ----------
     model
-        The network that is being trained: :class:`ewc_lib.continual.MultiHead`, or any
-        classifier with outputs ``[N, C]``.
+        The network that is being trained: :class:`ewc_lib.continual.MultiHead`, or any network
+        that :func:`ewc_lib.fisher_information` takes.
     strength
         :math:`\lambda \ge 0`. By default the number of earlier tasks, so that each task weighs
         the same: up to a factor, the loss in task :math:`t` is :math:`\frac1t` times that of
         the task plus :math:`1 - \frac1t` times this.
     temperature
         :math:`\tau > 0`. Above 1 it raises the small probabilities, which hold most of what the
-        old network knows. The default 2 is that of the paper.
+        old network knows. The default 2 is that of the paper. It has no meaning for outputs
+        that are no logits.
+    likelihood, criterion
+        How to read the outputs, as in :func:`ewc_lib.fisher_information`. The divergence is the
+        one of that distribution, and its mean is over all positions that count: those of a
+        sequence whose label counts or, without labels, that the attention mask of the batch does
+        not leave out.
 
     Raises
     ------
@@ -85,38 +103,54 @@ class LwF(FunctionPenalty):
     _needs_inputs = True
 
     def __init__(
-        self, model: nn.Module, strength: float | None = None, temperature: float = 2.0
+        self,
+        model: nn.Module,
+        strength: float | None = None,
+        temperature: float = 2.0,
+        *,
+        likelihood: Likelihood | None = None,
+        criterion: Criterion | None = None,
     ) -> None:
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
-        super().__init__(model, strength)
+        super().__init__(model, strength, likelihood, criterion)
         self.temperature = temperature
         self._old: nn.Module | None = None
-        self._inputs: Tensor | None = None
+        self._inputs: Any = None
+        self._labels: Tensor | None = None
 
     def before_step(self, inputs: Any = None) -> None:
-        """Note the inputs of this step.
+        """Note the inputs of this step; of several calls before the penalty, the last counts.
 
         Parameters
         ----------
         inputs
-            One batch, ``[N, ...]``, as the model takes it.
+            One batch as the model is called with it: a tensor ``[N, ...]``, a tuple of what it
+            takes by position, or a dict of what it takes by name. Of labels in a dict only those
+            matter that do not count.
         """
-        self._inputs = inputs
+        self._inputs, self._labels = inputs_and_labels(self.model, inputs)
 
     def _loss(self) -> Float[Tensor, ""]:
         if self._inputs is None:
             raise no_step()
         assert self._old is not None
+        device = next(t.device for t in tree_leaves(self._inputs) if isinstance(t, Tensor))
         with torch.no_grad():
-            old = all_outputs(self._old.to(self._inputs.device), self._inputs)
-        new = all_outputs(self.model, self._inputs)
-        each = [self._divergence(read(old, head), read(new, head)) for head in self._heads]
-        return torch.stack(each).mean()
+            old = self._all(self._old.to(device))
+        new = self._all(self.model)
+        return torch.stack([self._divergence(old, new, head) for head in self._heads]).mean()
 
-    def _divergence(self, old: Float[Tensor, "N K"], new: Float[Tensor, "N K"]) -> Tensor:
-        old, new = ((outputs / self.temperature).log_softmax(-1) for outputs in (old, new))
-        return F.kl_div(new, old, reduction="batchmean", log_target=True)
+    def _all(self, model: nn.Module) -> Tensor:
+        return precise(classes_last(self._distribution, all_outputs(model, self._inputs)))
+
+    def _divergence(self, old: Tensor, new: Tensor, head: range) -> Float[Tensor, ""]:
+        if old.dim() > 1:
+            old, new = read(old, head), read(new, head)
+        distribution = reading_last(self._distribution)
+        found = divergence(distribution, old, new, self.temperature)
+        counts = positions_that_count(distribution, self._inputs, self._labels, found.shape)
+        return mean_over_positions(found, counts)
 
     def consolidate(self, data: Any, *, batch: Pick | None = None) -> None:
         """Finish a task: keep a copy of the network, and which head it has learned.
@@ -127,14 +161,26 @@ class LwF(FunctionPenalty):
         Parameters
         ----------
         data, batch
-            As in :func:`ewc_lib.fisher_information`. Only the first observation is looked at,
-            for the number of outputs.
+            As in :func:`ewc_lib.fisher_information`. Only the first observations are looked at,
+            for the number of outputs and how they are read.
+
+        Raises
+        ------
+        ValueError
+            If the likelihood is not the one of the loss that the model or the criterion has, or
+            cannot be meant. Nothing has changed then.
         """
-        first = next(batches(picked(data, batch), self._device, 1)).checked()
-        new = self._head(first.inputs)
+        reading, distribution = self._agree(picked(data, batch))
+        first = next(batches(reading, self._device, 1)).checked()
+        outputs = self._outputs_of(first.inputs)
+        if outputs.dim() > 3 or first.target.is_floating_point():
+            distribution.check(outputs, first.target)
+        last = classes_last(distribution, outputs)
+        new = read_now(self.model, last.shape[-1] if last.dim() > 1 else 1)
+        self._distribution = distribution
         self._heads = [head for head in self._heads if not contains(new, head)] + [new]
         self._old = _frozen(self.model)
-        self._inputs = None
+        self._inputs = self._labels = None
         self._n_tasks += 1
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -161,7 +207,7 @@ class LwF(FunctionPenalty):
             check_shapes(shapes, {key: value.shape for key, value in given.items()})
             old.load_state_dict(given)
         self._load(state)
-        self._old, self._inputs = old, None
+        self._old, self._inputs, self._labels = old, None, None
 
 
 def _frozen(model: nn.Module) -> nn.Module:

@@ -21,6 +21,9 @@ from ewc_lib.score import memory, per_observation_gradients
 
 __all__ = ["MAS"]
 
+IGNORED = -100
+"""The label of positions that do not count, as padding has it."""
+
 
 class MAS(ImportancePenalty):
     r"""Hold what the length of the outputs reacts to, with no regard to labels.
@@ -79,7 +82,8 @@ class MAS(ImportancePenalty):
         Parameters
         ----------
         data, n_samples, batch, generator
-            As in :func:`ewc_lib.fisher_information`. The targets are not used.
+            As in :func:`ewc_lib.fisher_information`. Of the targets only this matters: where
+            one of them is -100, as at the padding of a text, the outputs do not count.
 
         Returns
         -------
@@ -122,5 +126,7 @@ class MAS(ImportancePenalty):
 
 
 def of_squared_length(output: Tensor, target: Tensor) -> Tensor:
-    """Return the gradient of the squared length of each output."""
+    """Return the gradient of the squared length of each output, where its label counts."""
+    if target.shape == output.shape[:-1] and not target.is_floating_point():
+        output = output.masked_fill((target == IGNORED).unsqueeze(-1), 0)
     return 2 * output

@@ -8,21 +8,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ewc_lib._arguments import random_source
-from ewc_lib._batches import batches
-from ewc_lib._forms import Pick, picked
+from ewc_lib._batches import Reading, batches
+from ewc_lib._forms import Pick, is_whole, pair, picked
 from ewc_lib._parameters import count
-from ewc_lib.heads import all_outputs
-from ewc_lib.regularizers._function import FunctionPenalty, contains, no_step, read_now
+from ewc_lib.heads import all_outputs, read, read_now
+from ewc_lib.likelihood.agreement import Criterion
+from ewc_lib.likelihood.base import precise
+from ewc_lib.likelihood.outputs import Categorical, Likelihood, OutputDistribution
+from ewc_lib.regularizers._function import contains, no_step
+from ewc_lib.regularizers._memory import Part, by_form, joined, parts_from, taken, written
+from ewc_lib.regularizers._outputs import OutputPenalty, classes_last, reading_last
 
 __all__ = ["Replay"]
 
 
-class Replay(FunctionPenalty):
+class Replay(OutputPenalty):
     r"""Train on observations of earlier tasks as well.
 
     .. math:: \Omega(\theta) = -\frac{\lambda}{B} \sum_b \log p(y_b \mid x_b; \theta)
@@ -35,23 +39,30 @@ class Replay(FunctionPenalty):
     that head (classes that are added to one head, or domains), they are read instead, so that
     old and new classes compete.
 
+    Nothing is padded: batches of several lengths are kept apart, and what is drawn of each length
+    is run by itself.
+
     Parameters
     ----------
     model
-        The network that is being trained: :class:`ewc_lib.continual.MultiHead`, or any
-        classifier with outputs ``[N, C]``.
+        The network that is being trained: :class:`ewc_lib.continual.MultiHead`, or any network
+        that :func:`ewc_lib.fisher_information` takes.
     strength
         :math:`\lambda \ge 0`. By default the number of earlier tasks, so that each task weighs
         the same: up to a factor, the loss in task :math:`t` is :math:`\frac1t` times that of
         the task plus :math:`1 - \frac1t` times this.
     capacity
-        Observations to keep of each class of each task, drawn at random; None for all of them:
-        then tensors are kept, not copied.
+        Observations to keep of each class of each task, drawn at random (of each task, where an
+        observation has not one class); None for all of them: then tensors are kept, not copied.
     batch_size
         :math:`B`, observations of earlier tasks in each step.
     generator
         Of what is kept and of what is drawn, on the processor. By default a fresh one with seed
         0; the global random state is not used. A state holds that of the generator, too.
+    likelihood, criterion
+        How to read the outputs, as in :func:`ewc_lib.fisher_information`. Where an observation
+        has several labels, as a text has, :math:`B` counts all that count: the loss is their
+        mean, as in training.
 
     Raises
     ------
@@ -83,21 +94,24 @@ class Replay(FunctionPenalty):
         capacity: int | None = None,
         batch_size: int = 128,
         generator: torch.Generator | None = None,
+        *,
+        likelihood: Likelihood | None = None,
+        criterion: Criterion | None = None,
     ) -> None:
         if capacity is not None and capacity < 1:
             raise ValueError(f"capacity must be at least 1, or None for all, got {capacity}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        super().__init__(model, strength)
+        super().__init__(model, strength, likelihood, criterion)
         self.capacity, self.batch_size = capacity, batch_size
         self._generator = random_source(generator, torch.device("cpu"))
-        self._stored: list[tuple[Tensor, Tensor]] = []
-        self._batch: tuple[Tensor, Tensor, Tensor] | None = None
+        self._stored: list[list[Part]] = []
+        self._batch: list[tuple[int, Part]] | None = None
 
     @property
     def n_stored(self) -> int:
         """Number of stored observations."""
-        return sum(len(y) for _, y in self._stored)
+        return sum(map(_length, self._stored))
 
     def before_step(self, inputs: Any = None) -> None:
         """Draw the observations of this step.
@@ -110,31 +124,40 @@ class Replay(FunctionPenalty):
         if self._n_tasks == 0:
             return
         drawn = torch.randint(self.n_stored, (self.batch_size,), generator=self._generator)
-        ends = torch.tensor([len(y) for _, y in self._stored]).cumsum(0)
-        task = torch.bucketize(drawn, ends, right=True)
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        for t, (x, y) in enumerate(self._stored):
-            of_task = task == t
-            rows = drawn[of_task] - (ends[t] - len(y))
-            parts.append((x[rows], y[rows], task[of_task]))
-        x, y, task = (torch.cat(column).to(self._device) for column in zip(*parts, strict=True))
-        self._batch = x, y, task
+        self._batch, start = [], 0
+        for task, parts in enumerate(self._stored):
+            rows = drawn[(drawn >= start) & (drawn < start + _length(parts))] - start
+            own = (part.map(lambda t: t.to(self._device)) for part in taken(parts, rows))
+            self._batch += [(task, part) for part in own]
+            start += _length(parts)
 
     def _loss(self) -> Float[Tensor, ""]:
         if self._batch is None:
             raise no_step()
-        x, y, task = self._batch
-        outputs = all_outputs(self.model, x)
-        column = torch.arange(outputs.shape[1], device=outputs.device)
-        start, stop = self._read(outputs.shape[1]).to(outputs.device)[task].unbind(1)
-        unread = (column < start[:, None]) | (column >= stop[:, None])
-        return F.cross_entropy(outputs.masked_fill(unread, -torch.inf), y)
+        groups: dict[Any, list[tuple[int, Part]]] = {}
+        for task, part in self._batch:
+            groups.setdefault(part.form, []).append((task, part))
+        found = [term for group in groups.values() for term in self._terms(group)]
+        losses, numbers = zip(*found, strict=True)
+        loss: Tensor = torch.stack(losses).sum() / max(1, sum(numbers))
+        return loss
 
-    def _read(self, n_outputs: int) -> Int64[Tensor, "T 2"]:
-        """Return the outputs that are read of an observation of each task."""
-        now = read_now(self.model, n_outputs)
-        which = [now if contains(now, head) else head for head in self._heads]
-        return torch.tensor([[head.start, head.stop] for head in which])
+    def _terms(self, group: list[tuple[int, Part]]) -> list[tuple[Tensor, int]]:
+        """Return the loss of the observations of each task, and the number of their labels."""
+        whole = joined([part for _, part in group])
+        outputs = precise(classes_last(self._distribution, all_outputs(self.model, whole.inputs)))
+        parts = zip(group, outputs.split([len(part) for _, part in group]), strict=True)
+        return [self._negative_log_likelihood(task, part, own) for (task, part), own in parts]
+
+    def _negative_log_likelihood(self, task: int, part: Part, outputs: Tensor) -> tuple[Any, int]:
+        distribution, target = reading_last(self._distribution), part.target
+        if outputs.dim() > 1:
+            now = read_now(self.model, outputs.shape[-1])
+            which = now if contains(now, self._heads[task]) else self._heads[task]
+            outputs, target = read(outputs, which), _moved(distribution, target, -which.start)
+        mask = distribution.mask(target)
+        number = target.numel() if mask is None else int(mask.sum())
+        return -distribution.log_prob(outputs, target).sum(), number
 
     def consolidate(self, data: Any, *, batch: Pick | None = None) -> None:
         """Finish a task: store some of its observations, or all.
@@ -142,53 +165,63 @@ class Replay(FunctionPenalty):
         Parameters
         ----------
         data
-            One tuple of tensors ``(inputs, labels)``, or a DataLoader or other iterable of
-            such batches. Labels count from the first output that is read.
+            As in :func:`ewc_lib.fisher_information`. Labels count from the first output that is
+            read.
         batch
             As in :func:`ewc_lib.fisher_information`.
 
         Raises
         ------
         ValueError
-            If inputs are not one tensor, the data are empty or of unequal lengths, or a label
-            is not the number of an output. Nothing has changed then.
+            If the data are empty or of unequal lengths, or a target is none that the outputs can
+            be about, or if the likelihood is not the one of the loss that the model or the
+            criterion has. Nothing has changed then.
         """
-        x, y = self._observations(picked(data, batch))
-        head = self._head(x)
-        if bad := [label for label in y.unique().tolist() if not 0 <= label < len(head)]:
-            raise ValueError(f"the labels {bad} are not those of the {len(head)} outputs read now")
+        data = picked(data, batch)
+        reading, distribution = self._agree(data)
+        parts = self._parts(data, reading)
+        head = self._check(parts, distribution)
         if self.capacity is not None:
-            keep = self._choose(y, self.capacity)
-            x, y = x[keep], y[keep]
-        self._stored.append((x, y if head.start == 0 else y + head.start))
+            parts = taken(parts, self._choose(parts, distribution, self.capacity))
+        self._distribution = distribution
+        self._stored.append(
+            [Part(part.inputs, _moved(distribution, part.target, head.start)) for part in parts]
+        )
         self._heads.append(head)
         self._batch = None
         self._n_tasks += 1
 
-    def _observations(self, data: Any) -> tuple[Tensor, Tensor]:
-        if not (isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data)):
-            pieces = [batch.checked() for batch in batches(data, self._device)]
-            if not all(isinstance(piece.inputs, Tensor) for piece in pieces):
-                raise ValueError("to be replayed, the inputs must be one tensor [N, ...]")
-            data = (
-                torch.cat([piece.inputs for piece in pieces]),
-                torch.cat([piece.target for piece in pieces]),
-            )
-        if len(data) != 2:
-            raise ValueError(f"data must be a pair (inputs, labels), got {len(data)} tensors")
-        count(data)
-        x, y = data
-        if y.dim() != 1 or y.is_floating_point():
-            raise ValueError(f"labels must be integers [N], got {y.dtype} {tuple(y.shape)}")
-        return x, y
+    def _parts(self, data: Any, reading: Reading) -> list[Part]:
+        if is_whole(data):
+            whole = Part(*pair(data, "data"))
+            count((whole.inputs, whole.target))
+            return [whole]
+        pieces = [batch.checked() for batch in batches(reading, self._device)]
+        return by_form([Part(piece.inputs, piece.target) for piece in pieces])
 
-    def _choose(self, y: Tensor, capacity: int) -> Tensor:
-        """Choose observations of each class at random."""
+    def _check(self, parts: list[Part], distribution: OutputDistribution) -> range:
+        """Return the outputs that are read now; raise a ValueError for targets that do not fit."""
+        head = range(0)
+        for part in parts:
+            first = part.take(torch.arange(1)).map(lambda t: t.to(self._device))
+            outputs = classes_last(distribution, self._outputs_of(first.inputs))
+            head = read_now(self.model, outputs.shape[-1] if outputs.dim() > 1 else 1)
+            read_head = outputs if outputs.dim() == 1 else read(outputs, head)
+            if isinstance(distribution, Categorical):
+                _check_labels(distribution, part.target, len(head))
+            target = first.target
+            reading_last(distribution).check(read_head, target)
+        return head
+
+    def _choose(self, parts: list[Part], distribution: OutputDistribution, capacity: int) -> Tensor:
+        """Choose observations at random: of each class, if each has one."""
+        found = [torch.arange(_length(parts))]
+        if isinstance(distribution, Categorical) and parts[0].target.dim() == 1:
+            y = torch.cat([part.target for part in parts]).cpu()
+            found = [(y == label).nonzero().squeeze(1) for label in y.unique()]
         keep = []
-        for label in y.unique():
-            found = (y == label).nonzero().squeeze(1)
-            order = torch.randperm(len(found), generator=self._generator)[:capacity]
-            keep.append(found[order.to(found.device)])
+        for rows in found:
+            keep.append(rows[torch.randperm(len(rows), generator=self._generator)[:capacity]])
         return torch.cat(keep)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -197,10 +230,10 @@ class Replay(FunctionPenalty):
         Tensors that are stored are given out, not copied, unless they share their memory.
         """
         state, seen = self._state() | {"generator": self._generator.get_state()}, set()
-        for t, pair in enumerate(self._stored):
-            for key, tensor in zip((f"x.{t}", f"y.{t}"), pair, strict=True):
+        for t, parts in enumerate(self._stored):
+            for key, tensor in written(parts).items():
                 memory = tensor.untyped_storage().data_ptr()
-                state[key] = tensor.clone() if memory in seen else tensor.contiguous()
+                state[f"{key}.{t}"] = tensor.clone() if memory in seen else tensor.contiguous()
                 seen.add(memory)
         return state
 
@@ -212,9 +245,35 @@ class Replay(FunctionPenalty):
         ValueError
             If it is not such a state. Nothing has changed then.
         """
-        pairs = [(f"x.{t}", f"y.{t}") for t in range(int(state.get("n_tasks", torch.tensor(0))))]
-        self._check_state(state, "generator", *(key for pair in pairs for key in pair))
+        self._check_state(state, "generator")
+        stored = []
+        for t in range(int(state["n_tasks"])):
+            own = {k.removesuffix(f".{t}"): v for k, v in state.items() if k.endswith(f".{t}")}
+            try:
+                parts = parts_from(own)
+            except KeyError as error:
+                name = f"{error.args[0]}.{t}"
+                raise ValueError(f"this is not the state of Replay: it has no {name!r}") from None
+            stored.append([part.map(lambda x: x.to(self._device)) for part in parts])
         self._generator.set_state(state["generator"].cpu())
-        self._stored = [(state[x].to(self._device), state[y].to(self._device)) for x, y in pairs]
-        self._batch = None
+        self._stored, self._batch = stored, None
         self._load(state)
+
+
+def _length(parts: list[Part]) -> int:
+    return sum(map(len, parts))
+
+
+def _moved(distribution: OutputDistribution, target: Tensor, by: int) -> Tensor:
+    """Count labels from another output; what does not count stays as it is."""
+    if by == 0 or not isinstance(distribution, Categorical):
+        return target
+    return torch.where(target == distribution.ignore_index, target, target + by)
+
+
+def _check_labels(distribution: Categorical, target: Tensor, n: int) -> None:
+    if target.is_floating_point():
+        return  # refused with its form
+    found = target[target != distribution.ignore_index].unique().tolist()
+    if bad := [label for label in found if not 0 <= label < n]:
+        raise ValueError(f"the labels {bad} are not those of the {n} outputs read now")
