@@ -121,9 +121,10 @@ class PeftLayer:
     @torch.no_grad()
     def _read_4_bits(self) -> Tensor:
         """Return the values of a weight, by its layer if it is packed for inference."""
-        if not getattr(self.base.weight.quant_state, "packing_format_for_cpu", False):
-            read: Any = sys.modules["peft.utils.integrations"]
-            return wide(read.dequantize_module_weight(self.base)).detach()
+        weight = self.base.weight
+        if not getattr(weight.quant_state, "packing_format_for_cpu", False):
+            library: Any = sys.modules["bitsandbytes"]
+            return wide(library.functional.dequantize_4bit(weight.data, weight.quant_state))
         columns = wide(self.base.forward(torch.eye(self.base.in_features).requires_grad_())).T
         return columns if self.base.bias is None else columns - wide(self.base.bias)[:, None]
 

@@ -11,9 +11,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ewc_lib._forms import Pick
+from ewc_lib._arguments import random_source
+from ewc_lib._calling import output_tensor
+from ewc_lib._drawing import random_part
+from ewc_lib._forms import Pick, picked
+from ewc_lib._restoring import untouched
 from ewc_lib.fisher.estimate import fisher_information
 from ewc_lib.fisher.structures import Diagonal
+from ewc_lib.likelihood.agreement import agreed
+from ewc_lib.likelihood.categorical import Categorical
 from ewc_lib.regularizers._importance import ImportancePenalty
 
 __all__ = ["EWCDR"]
@@ -100,7 +106,7 @@ class EWCDR(ImportancePenalty):
         Raises
         ------
         ValueError
-            As :func:`ewc_lib.fisher_information`.
+            As :func:`ewc_lib.fisher_information`, or if the loss of the model is not about classes.
 
         Warns
         -----
@@ -108,14 +114,19 @@ class EWCDR(ImportancePenalty):
             If it is zero everywhere, so that nothing of this task would be protected.
         """
         chosen = self._of_task()
+        generator = random_source(generator, next(self.model.parameters()).device)
+        data = random_part(picked(data, batch), n_samples, generator)
+        with untouched(self.model):
+            data, likelihood = agreed(self.model, data)
+        if not isinstance(likelihood, Categorical):
+            raise ValueError(f"EWC-DR reverses the logits of classes, and the loss is {likelihood}")
         squares = fisher_information(
             _Reversed(self.model),
             data,
-            "categorical",
+            likelihood,
             kind="empirical",
             params=[PREFIX + name for name in chosen],
             n_samples=n_samples,
-            batch=batch,
             generator=generator,
             progress=progress,
         )
@@ -134,6 +145,4 @@ class _Reversed(nn.Module):
         self.model = model
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        output = self.model(*args, **kwargs)
-        logits: Tensor = getattr(output, "logits", output)
-        return -logits
+        return -output_tensor(self.model(*args, **kwargs))

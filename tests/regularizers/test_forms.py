@@ -9,6 +9,7 @@ from safetensors.torch import load, save
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ewc_lib.regularizers import EWCDR, LwF, Replay
 from tests.regularizers.cases import METHODS
 from tests.scenarios import same
 
@@ -50,7 +51,7 @@ def batches(labels):
 
 def bert(kind="SequenceClassification", **options):
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(**TINY, num_labels=3, **options)
+    config = transformers.BertConfig(**TINY, **{"num_labels": 3} | options)
     return getattr(transformers, f"BertFor{kind}")(config)
 
 
@@ -112,10 +113,7 @@ def named(seed):
 
 MODELS = {
     "classes of texts": (bert, batches("classes")),
-    "a number for each text": (
-        lambda: bert(problem_type="regression") if False else regression(),
-        batches("numbers"),
-    ),
+    "a number for each text": (lambda: bert(num_labels=1), batches("numbers")),
     "flags of texts": (
         lambda: bert(problem_type="multi_label_classification"),
         batches("flags"),
@@ -126,11 +124,6 @@ MODELS = {
     "a pair of inputs": (TwoInputs, pairs),
     "inputs and outputs by name": (Named, named),
 }
-
-
-def regression():
-    transformers = pytest.importorskip("transformers")
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**TINY, num_labels=1))
 
 
 def made(name):
@@ -169,11 +162,11 @@ def learn(model, method, data):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("method", METHODS)
 def test_it_learns_two_tasks_and_is_restored(method, name):
-    if method == "EWC-DR" and name in ("next words", "a number for each text", "flags of texts"):
-        pytest.skip("it is about classes")
-    if method == "Kronecker Laplace" and name == "next words":
-        pytest.skip("a tied table has no factors")
     model, data = made(name)
+    if method == "EWC-DR" and name in ("a number for each text", "flags of texts"):
+        with pytest.raises(ValueError, match="the logits of classes"):
+            EWCDR(model, 3.0).consolidate(data(0))
+        return
     regularizer = METHODS[method](model, 3.0)
     for seed in range(2):
         learn(model, regularizer, data(seed))
@@ -189,3 +182,106 @@ def test_it_learns_two_tasks_and_is_restored(method, name):
     assert 0 < regularizer.penalty().item() < 1e6
     torch.testing.assert_close(regularizer.penalty(), restored.penalty())
     assert same(regularizer.state_dict(), restored.state_dict())
+
+
+def moved(name, make):
+    """A method after one task, at other parameters, and batches of the next one."""
+    model, data = made(name)
+    method = make(model)
+    method.consolidate(data(0))
+    old = copy.deepcopy(model)
+    with torch.no_grad():
+        for k, p in enumerate(model.parameters()):
+            p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(k))
+    return model, method, old, data
+
+
+def divergences(old, new):
+    return (old.softmax(-1) * (old.log_softmax(-1) - new.log_softmax(-1))).sum(-1)
+
+
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_lwf_compares_all_words_that_are_followed_by_one(with_labels):
+    model, lwf, old, data = moved("next words", lambda model: LwF(model, 1.0, temperature=1.0))
+    batch = data(3)[1]
+    found = []
+    for words, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        alone = {"input_ids": words[None, : mask.sum()]}
+        with torch.no_grad():
+            found.append(divergences(old(**alone).logits, model(**alone).logits)[0, :-1])
+    lwf.before_step(batch if with_labels else {k: v for k, v in batch.items() if k != "labels"})
+    torch.testing.assert_close(lwf.penalty().detach(), torch.cat(found).mean(), rtol=1e-4, atol=0)
+
+
+def test_lwf_leaves_out_the_words_without_a_label():
+    model, lwf, old, data = moved("a tag for each word", lambda m: LwF(m, 1.0, temperature=1.0))
+    batch = data(3)[1]
+    batch["labels"][0, :4] = -100
+    lwf.before_step(batch)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    with torch.no_grad():
+        found = divergences(old(**inputs).logits, model(**inputs).logits)
+    expected = found[batch["labels"] != -100].mean()
+    torch.testing.assert_close(lwf.penalty().detach(), expected, rtol=1e-4, atol=0)
+
+
+def test_lwf_holds_numbers_by_half_their_squared_distance():
+    model, lwf, old, data = moved("a number for each text", lambda model: LwF(model, 1.0))
+    batch = data(3)[1]
+    lwf.before_step(batch)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    with torch.no_grad():
+        expected = (old(**inputs).logits - model(**inputs).logits).square().mean() / 2
+    torch.testing.assert_close(lwf.penalty().detach(), expected)
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if n not in ("flags of texts",)])
+def test_replay_of_all_is_the_loss_of_the_model_on_what_was_drawn(name):
+    model, replay, _, _ = moved(name, lambda model: Replay(model, 1.0, batch_size=9))
+    replay.before_step()
+    total, number = 0.0, 0
+    for _, part in replay._batch:
+        for n in range(len(part)):
+            row = part.take(torch.tensor([n]))
+            if isinstance(row.inputs, tuple):
+                loss, count = F.cross_entropy(model(*row.inputs)[0], row.target), 1
+            elif "scale" in row.inputs:
+                loss, count = F.cross_entropy(model(**row.inputs)["logits"], row.target), 1
+            else:
+                labels = row.target[..., 1:] if name == "next words" else row.target
+                count = int((labels != -100).sum())
+                loss = model(**row.inputs, labels=row.target).loss
+            if count == 0:  # a text of one word, of which the model has no loss
+                continue
+            total, number = total + count * loss.detach(), number + count
+    scale = 0.5 if name == "a number for each text" else 1.0  # half the squared error
+    constant = 0.5 * torch.tensor(2 * torch.pi).log() if scale == 0.5 else 0.0
+    expected = scale * total / number + constant
+    torch.testing.assert_close(replay.penalty().detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_replay_keeps_batches_of_several_lengths_apart():
+    _, replay, _, data = moved("classes of texts", lambda model: Replay(model, batch_size=400))
+    assert replay.n_stored == sum(len(batch["labels"]) for batch in data(0))
+    replay.before_step()
+    kept = {tuple(row.tolist()) for batch in data(0) for row in batch["input_ids"]}
+    drawn = {tuple(r.tolist()) for _, part in replay._batch for r in part.inputs["input_ids"]}
+    assert drawn == kept
+
+
+@pytest.mark.parametrize("method", ["LwF", "replay"])
+def test_on_the_hooks_of_an_optimizer_it_sees_what_the_model_is_called_with(method):
+    model, data = made("next words")
+    model.train()
+    regularizer = METHODS[method](model, 3.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with regularizer.attach(optimizer):
+        for seed in range(2):
+            for batch in data(seed):
+                optimizer.zero_grad()
+                model(**batch).loss.backward()
+                alone = model.transformer.h[0].mlp.c_fc.weight.grad.clone()
+                optimizer.step()
+                added = model.transformer.h[0].mlp.c_fc.weight.grad - alone
+                assert (added.abs().max() > 0) == (seed > 0)
+            regularizer.consolidate(data(seed))
