@@ -21,11 +21,11 @@ COPIES = "modules_to_save"
 
 def plain_name(name: str) -> str:
     """Return the name that a parameter has in a model without wrappers."""
-    parts = name.removeprefix(PEFT).split(".")
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
     if COPIES in parts:
         at = parts.index(COPIES)
         del parts[at : at + 2]
-    return ".".join(part for part in parts if part not in WRAPPERS)
+    return ".".join(parts).removeprefix(PEFT)  # which may be in a wrapper itself
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:

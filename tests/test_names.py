@@ -29,3 +29,8 @@ def test_what_only_contains_the_name_of_a_wrapper_keeps_it() -> None:
 def test_two_parameters_never_get_one_name() -> None:
     names = ["module.weight", "weight", "module.bias"]
     assert list(plain_names(names).values()) == ["module.weight", "weight", "bias"]
+
+
+def test_a_model_of_peft_may_be_in_a_wrapper_itself() -> None:
+    name = "module._orig_mod.base_model.model.body.0.base_layer.weight"
+    assert plain_name(name) == "body.0.weight"
