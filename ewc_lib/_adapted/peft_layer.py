@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ewc_lib._adapted.twin import twin_of, wide
+from ewc_lib._adapted._twin import twin_of, wide
 from ewc_lib._parameters import Vector
 
 QUANTISED = "Params4bit", "Int8Params"

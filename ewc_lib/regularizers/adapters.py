@@ -14,13 +14,12 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from ewc_lib._adapted._twin import wide
 from ewc_lib._adapted.choosing import chooser
-from ewc_lib._adapted.low_rank import LowRankUpdate
+from ewc_lib._adapted.low_rank import LowRankUpdate, add_adapters
 from ewc_lib._adapted.network import Unit, has_adapters, units, without_adapters
-from ewc_lib._adapted.twin import wide
-from ewc_lib._arguments import check_choice, random_source
+from ewc_lib._arguments import check_choice
 from ewc_lib._foreach import each
 from ewc_lib._parameters import Vector
 from ewc_lib._precision import Precision
@@ -36,69 +35,6 @@ from ewc_lib.regularizers._function import FunctionPenalty
 from ewc_lib.score.plan import Certify
 
 __all__ = ["AdapterEWC", "LowRankUpdate", "add_adapters"]
-
-
-def add_adapters(
-    model: nn.Module,
-    layers: Iterable[str],
-    rank: int,
-    *,
-    generator: torch.Generator | None = None,
-) -> None:
-    r"""Freeze a network and put a trainable low-rank update beside the weight of some layers.
-
-    The network computes what it did, because the update begins at zero. To make the updates part
-    of the weights, call ``torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")``. A
-    layer that has an update already gets another one beside it, and keeps the first as it is.
-
-    Parameters
-    ----------
-    model
-        Changed in place.
-    layers
-        Names of modules with a ``weight`` of two dimensions, as linear layers.
-    rank
-        Of each update.
-    generator
-        Of the first values, on the processor. By default a fresh one with seed 0; the global
-        random state is not used.
-
-    Raises
-    ------
-    ValueError
-        If the rank is not positive, if there is no layer, or if a weight has not two dimensions.
-    AttributeError
-        If the model has no such layer.
-
-    References
-    ----------
-    Hu et al. 2022.
-
-    Examples
-    --------
-    >>> import torch
-    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
-    >>> add_adapters(model, ["0", "2"], rank=2)
-    >>> sum(p.numel() for p in model.parameters() if p.requires_grad)  # 2 * (8 + 6 + 6 + 4)
-    48
-    """
-    modules = {name: model.get_submodule(name) for name in layers}
-    if rank < 1 or not modules:
-        raise ValueError(f"adapters need layers and a positive rank, got {list(modules)}, {rank}")
-    if wrong := [name for name, module in modules.items() if _weight(module).dim() != 2]:
-        raise ValueError(f"the weights of {wrong} have not two dimensions")
-    generator = random_source(generator, torch.device("cpu"))
-    model.requires_grad_(False)
-    for module in modules.values():
-        update = LowRankUpdate(_weight(module), rank, generator)
-        parametrize.register_parametrization(module, "weight", update)
-
-
-def _weight(module: nn.Module) -> Tensor:
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
-        raise AttributeError(f"{type(module).__name__} has no weight")
-    return weight
 
 
 class AdapterEWC(FunctionPenalty):

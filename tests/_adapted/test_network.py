@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ewc_lib._adapted.network import has_adapters, units, without_adapters
-from tests.adapted.cases import CASES, adapted, merged, plain
+from tests._adapted.cases import CASES, adapted, merged, plain
 from tests.scenarios import same
 
 each = pytest.mark.parametrize("name", CASES)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ewc_lib._adapted.network import units
-from tests.adapted.cases import DOUBLE, Images, adapted, move, plain
+from tests._adapted.cases import DOUBLE, Images, adapted, move, plain
 
 
 def peft_model(model, **options):

@@ -9,7 +9,7 @@ from torch import nn
 
 from ewc_lib import EWC
 from ewc_lib.regularizers import AdapterEWC
-from tests.adapted.cases import move
+from tests._adapted.cases import move
 from tests.scenarios import same
 
 peft = pytest.importorskip("peft")
