@@ -21,16 +21,18 @@ from ewc_lib._adapted.low_rank import LowRankUpdate, add_adapters
 from ewc_lib._adapted.network import Unit, has_adapters, units, without_adapters
 from ewc_lib._arguments import check_choice
 from ewc_lib._foreach import each
+from ewc_lib._forms import Pick
 from ewc_lib._parameters import Vector
 from ewc_lib._precision import Precision
 from ewc_lib._selecting import Selection
+from ewc_lib._states import check_settings, settings_of
 from ewc_lib.fisher import Diagonal, fisher_information
 from ewc_lib.fisher.estimate import check_request
 from ewc_lib.fisher.output import Kind
 from ewc_lib.fisher.structures import Fisher, check_shapes
 from ewc_lib.fisher.structures.states import under
 from ewc_lib.likelihood.agreement import Criterion
-from ewc_lib.likelihood.outputs import Likelihood, given_distribution
+from ewc_lib.likelihood.outputs import Likelihood, given_distribution, in_words_if_given
 from ewc_lib.regularizers._function import FunctionPenalty
 from ewc_lib.score.plan import Certify
 
@@ -163,6 +165,7 @@ class AdapterEWC(FunctionPenalty):
         data: Any,
         *,
         n_samples: int | None = None,
+        batch: Pick | None = None,
         generator: torch.Generator | None = None,
         progress: bool | None = None,
     ) -> Fisher:
@@ -170,7 +173,7 @@ class AdapterEWC(FunctionPenalty):
 
         Parameters
         ----------
-        data, n_samples, generator, progress
+        data, n_samples, batch, generator, progress
             As in :meth:`ewc_lib.EWC.consolidate`.
 
         Returns
@@ -195,6 +198,7 @@ class AdapterEWC(FunctionPenalty):
         new = self._fisher(
             data,
             n_samples=self.n_samples if n_samples is None else n_samples,
+            batch=batch,
             generator=generator,
             progress=progress,
         )
@@ -267,6 +271,7 @@ class AdapterEWC(FunctionPenalty):
         precision = {} if self._precision is None else self._precision.state_dict()
         return {
             **self._state(),
+            **settings_of(self._settings(), self._precision),
             "offset": self._offset.clone(),
             **{f"anchor.{name}": value.clone() for name, value in self._anchor.items()},
             **{f"precision.{key}": value for key, value in precision.items()},
@@ -278,10 +283,11 @@ class AdapterEWC(FunctionPenalty):
         Raises
         ------
         ValueError
-            If it is not such a state, or if its weights have other names or shapes than those of
-            the model. Nothing has changed then.
+            If it is not such a state, if it says other settings, or if its weights have other
+            names or shapes than those of the model. Nothing has changed then.
         """
         self._check_state(state, "offset")
+        check_settings(state, self._settings(), type(self).__name__)
         anchor = {k: v.to(self._device, copy=True) for k, v in under("anchor.", state).items()}
         precision: Diagonal | None = None
         if int(state["n_tasks"]) > 0:
@@ -296,6 +302,12 @@ class AdapterEWC(FunctionPenalty):
         self._load(state)
         self._anchor, self._precision = anchor, precision
         self._offset = state["offset"].to(self._device, copy=True)
+
+    def _settings(self) -> dict[str, str]:
+        """Return what a state says of itself and must agree on, beside names and shapes."""
+        decay = {"decay": str(self.decay)} if self.mode == "online" else {}
+        said = {"mode": self.mode, "kind": self.kind} | decay
+        return said | in_words_if_given(self.likelihood)
 
     def _add_gradient(self, share: float) -> None:
         """Add the gradient for one layer after the other: one weight is made at a time."""
