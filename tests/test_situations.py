@@ -12,7 +12,7 @@ from torch.distributions import Independent, Normal, StudentT
 from ewc_lib import EWC, fisher_information, freeze_norms
 from ewc_lib.continual import train
 from ewc_lib.fisher import Categorical
-from ewc_lib.regularizers import MAS, SI
+from ewc_lib.regularizers import MAS, SI, AdapterEWC, LwF, Replay
 
 
 def classifier(inputs=4, classes=3, seed=0):
@@ -235,3 +235,31 @@ def test_13_a_state_resumes_in_another_wrapper():
         plain.load_state_dict(resumed.state_dict())
         assert resumed.penalty() > 0
         torch.testing.assert_close(resumed.penalty(), plain.penalty())
+
+
+@pytest.mark.parametrize("method", ["LwF", "Replay"])
+def test_8_methods_that_run_the_model_take_the_batches_of_a_collator(method):
+    model = language_model()
+    words = torch.randint(40, (8, 6))
+    batch = {"input_ids": words, "attention_mask": torch.ones_like(words), "labels": words}
+    penalty = {"LwF": LwF, "Replay": Replay}[method](model)
+    penalty.consolidate([batch])
+    nn.init.normal_(model.lm_head.weight)
+    penalty.before_step(batch)
+    penalty.add_gradient_()
+    assert model.lm_head.weight.grad.abs().max() > 0
+
+
+def test_8_models_of_peft_are_held_by_the_weights_that_their_adapters_make():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(classifier(), peft.LoraConfig(r=2, target_modules=["0", "2"]))
+    ewc = AdapterEWC(model, 1.0)
+    ewc.consolidate(observations())
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p += 0.1
+    moved = ewc.penalty().item()
+    assert moved > 0
+    model.merge_and_unload()
+    assert ewc.penalty().item() == pytest.approx(moved, rel=1e-4)
