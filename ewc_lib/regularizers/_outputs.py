@@ -72,10 +72,21 @@ class OutputPenalty(FunctionPenalty):
     def _state(self) -> dict[str, Tensor]:
         return super()._state() | {"likelihood": encode(_written(self._distribution))}
 
+    def _check_state(self, state: dict[str, Tensor], *keys: str) -> None:
+        super()._check_state(state, *keys)
+        named = given_distribution(self.likelihood)
+        if "likelihood" not in state:  # of a state from before there was a choice
+            return
+        found = _read(decode(state["likelihood"]))
+        if found is None and named is None:
+            raise ValueError("the state is of a likelihood that is a function: give it again")
+        if found is not None and named not in (None, found) and int(state["n_tasks"]):
+            raise ValueError(f"the state reads outputs as {found}, but the likelihood is {named}")
+
     def _load(self, state: dict[str, Tensor]) -> None:
         super()._load(state)
-        if (code := state.get("likelihood")) is not None:
-            self._distribution = _read(decode(code)) or self._distribution
+        if "likelihood" in state:
+            self._distribution = _read(decode(state["likelihood"])) or self._distribution
 
 
 def classes_last(distribution: OutputDistribution, outputs: Tensor) -> Tensor:

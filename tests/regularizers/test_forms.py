@@ -285,3 +285,38 @@ def test_on_the_hooks_of_an_optimizer_it_sees_what_the_model_is_called_with(meth
                 added = model.transformer.h[0].mlp.c_fc.weight.grad - alone
                 assert (added.abs().max() > 0) == (seed > 0)
             regularizer.consolidate(data(seed))
+
+
+@pytest.mark.parametrize("method", [LwF, Replay])
+def test_a_state_of_another_likelihood_is_refused(method):
+    model, data = nn.Linear(3, 1), (torch.randn(6, 3), torch.rand(6, 1).round())
+    of_numbers = method(model, likelihood="gaussian")
+    of_function = method(model, likelihood=lambda output: torch.distributions.Laplace(output, 1.0))
+    for one in (of_numbers, of_function):
+        one.consolidate(data)
+    with pytest.raises(ValueError, match=r"reads outputs as Gaussian.* but .* Bernoulli"):
+        method(model, likelihood="bernoulli").load_state_dict(of_numbers.state_dict())
+    with pytest.raises(ValueError, match="a function: give it again"):
+        method(model).load_state_dict(of_function.state_dict())
+
+
+def test_a_model_is_called_by_position_and_by_name_at_once():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(3, 4)
+
+        def forward(self, x, *, scale=1.0):
+            return self.body(x) * scale
+
+    model, x, y = Scaled(), torch.randn(8, 3), torch.arange(8) % 4
+    lwf, optimizer = LwF(model, 1.0, temperature=1.0), torch.optim.SGD(model.parameters(), lr=0.1)
+    lwf.consolidate((x, y))
+    old = copy.deepcopy(model)
+    nn.init.ones_(model.body.weight)
+    with lwf.attach(optimizer):
+        F.cross_entropy(model(x, scale=3.0), y)
+        optimizer.step()
+    with torch.no_grad():
+        expected = divergences(old(x, scale=3.0), model(x, scale=3.0)).mean()
+    torch.testing.assert_close(lwf.penalty().detach(), expected, rtol=1e-4, atol=1e-6)
