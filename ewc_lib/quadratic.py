@@ -274,7 +274,8 @@ class QuadraticPenalty:
         ----------
         optimizer
             Any of ``torch.optim``, or in a wrapper that keeps it as ``optimizer``. With several,
-            attach to each.
+            attach to each: it acts on the parameters of that one. Its ``lr`` is taken for the
+            size of its step, which it is not quite in Rprop, Adadelta and Adafactor.
         form
             ``"proximal"``: :meth:`proximal_step_` after the step, stable for every strength and
             not rescaled by an adaptive optimizer. ``"gradient"``: :meth:`add_gradient_` before
@@ -291,7 +292,7 @@ class QuadraticPenalty:
             If it is no optimizer of PyTorch.
         ValueError
             If this penalty is attached to it already, if it holds none of the parameters, or if
-            it has no learning rate for a proximal step; LBFGS takes the gradient only.
+            the form does not go with it (:class:`ewc_lib.attaching.Attachment`).
 
         Examples
         --------
@@ -309,15 +310,25 @@ class QuadraticPenalty:
         """
         return Attachment(self, optimizer, form, self._parameters())
 
-    def _before(self, optimizer: torch.optim.Optimizer, form: Form) -> None:
-        self.before_step()
-        if form == "gradient":
-            self.add_gradient_()
+    def _reads_gradients(self, form: Form) -> bool:
+        return form == "gradient"
 
-    def _after(self, optimizer: torch.optim.Optimizer, form: Form) -> None:
-        if form == "proximal":
+    def _note_before(self, optimizer: torch.optim.Optimizer) -> None:
+        self.before_step()
+
+    def _pull(self, optimizer: torch.optim.Optimizer) -> None:
+        if own := self._held_by(optimizer):
+            self._add_gradient(own)
+
+    def _go(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._held_by(optimizer):
             self.proximal_step_(optimizer)
+
+    def _note_after(self) -> None:
         self.after_step()
+
+    def _value(self) -> Tensor:
+        return self.penalty().detach()
 
     def before_task(self) -> None:
         """Begin a task, at the parameters that the model has now."""

@@ -425,6 +425,308 @@ def test_before_the_first_task_a_path_is_noted_already(method):
     assert regularizer.consolidate(None).trace() > 0
 
 
+def halves(model, lr=RATE):
+    """Two optimizers, each of one layer."""
+    layers = model.net[0], model.net[2]
+    return [torch.optim.SGD(layer.parameters(), lr=lr) for layer in layers]
+
+
+@pytest.mark.parametrize("name", ["EWC", "Kronecker Laplace", "SI", "LwF"])
+@pytest.mark.parametrize("form", ["proximal", "gradient"])
+def test_two_optimizers_do_what_one_does(name, form):
+    """But for a matrix, whose halves are moved one after the other."""
+    if name in FUNCTION and form == "proximal":
+        pytest.skip("no proximal step")
+    if name == "Kronecker Laplace" and form == "proximal":
+        pytest.skip("the layers are blocks of their own, moved as by one")
+
+    def train(make):
+        def run(model, regularizer, data):
+            optimizers = make(model)
+            for optimizer in optimizers:
+                regularizer.attach(optimizer, form)
+            x, y = data
+            for _ in range(5):
+                model.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+            regularizer.consolidate(data)
+
+        return run
+
+    one, first = second_task(name, train(lambda model: [sgd(model)]))
+    if name in FUNCTION:  # whose second half sees what the first has moved
+        seen = copies(second_task(name, train(halves))[0])
+        for n, p in copies(one).items():
+            torch.testing.assert_close(seen[n], p, rtol=0, atol=3e-2)
+        return
+    two, second = second_task(name, train(halves))
+    for n, p in copies(one).items():
+        torch.testing.assert_close(copies(two)[n], p, rtol=1e-10, atol=1e-12)
+    for key, value in first.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[key], value, rtol=1e-8, atol=1e-10)
+
+
+def test_an_optimizer_gets_the_gradient_of_its_own_parameters_only():
+    for name in ("EWC", "LwF", "replay"):
+        model, regularizer = after_one_task(name)
+        move(model)
+        head = halves(model)[1]
+        regularizer.attach(head, "gradient")
+        x, y = task(1)
+        F.cross_entropy(model(x), y).backward()
+        before = gradients(model)
+        head.step()
+        now = gradients(model)
+        assert torch.equal(now["net.0.weight"], before["net.0.weight"])
+        assert not torch.equal(now["net.2.weight"], before["net.2.weight"])
+
+
+def test_an_optimizer_in_the_backward_pass_for_each_parameter_is_right():
+    def run(in_backward):
+        model, ewc = after_one_task("EWC")
+        move(model)
+        if in_backward:
+            for p in model.parameters():
+                own = torch.optim.SGD([p], lr=RATE)
+                ewc.attach(own, "gradient")
+
+                def step(p, own=own):
+                    own.step()
+                    own.zero_grad()
+
+                p.register_post_accumulate_grad_hook(step)
+        else:
+            whole = sgd(model)
+            ewc.attach(whole, "gradient")
+        for _ in range(3):
+            model.zero_grad()
+            F.cross_entropy(model(task(1)[0]), task(1)[1]).backward()
+            if not in_backward:
+                whole.step()
+        return copies(model)
+
+    one, other = run(False), run(True)
+    for n, p in one.items():
+        torch.testing.assert_close(other[n], p, rtol=1e-12, atol=1e-12)
+
+
+def test_an_optimizer_of_a_new_head_alone_makes_its_steps():
+    model, ewc = after_one_task("EWC")
+    model.net.append(nn.Linear(4, 4, dtype=torch.float64))
+    head = torch.optim.SGD(model.net[-1].parameters(), lr=RATE)
+    for form in ("proximal", "gradient"):
+        with ewc.attach(head, form):
+            head.zero_grad()
+            F.cross_entropy(model(task(1)[0]), task(1)[1]).backward()
+            head.step()
+            assert model.net[0].weight.grad is None or form == "gradient"
+
+
+def test_random_walk_counts_the_steps_of_one_optimizer():
+    model, walk = after_one_task("RWalk")
+    first, second = halves(model)
+    walk.attach(first)
+    walk.attach(second)
+    F.cross_entropy(model(task(1)[0]), task(1)[1]).backward()
+    first.step()
+    with pytest.raises(ValueError, match="only one optimizer"):
+        second.step()
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("form", ["proximal", "gradient"])
+def test_what_one_notes_does_not_depend_on_what_another_adds(form, first):
+    def importance(order):
+        model = after_one_task("EWC")[0]
+        ewc, si = after_one_task("EWC")[1], SI(model, 0.0)
+        ewc = EWC(model, 300.0)
+        ewc.consolidate(task())
+        optimizer = sgd(model)
+        attach = [lambda: ewc.attach(optimizer, form), lambda: si.attach(optimizer)]
+        for one in attach if order else reversed(attach):
+            one()
+        steps(model, optimizer, task(1))
+        return si.consolidate(None).values
+
+    assert same(importance(first), importance(not first))
+
+
+@pytest.mark.parametrize("method", [torch.optim.SGD, torch.optim.Adam])
+def test_an_optimizer_that_goes_up_takes_no_gradient(method):
+    model, ewc = after_one_task("EWC")
+    optimizer = method(model.parameters(), lr=RATE, maximize=True)
+    with pytest.raises(ValueError, match="goes up"):
+        ewc.attach(optimizer, "gradient")
+    ewc.attach(optimizer)
+    sparse = torch.optim.SparseAdam(model.parameters())
+    with pytest.raises(ValueError, match="no dense gradient"):
+        ewc.attach(sparse, "gradient")
+
+
+def test_a_step_within_the_step_of_a_class_that_extends_it_counts_once():
+    class Own(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    def run(method):
+        model, ewc = after_one_task("EWC")
+        move(model)
+        torch.optim.SGD(model.parameters(), lr=RATE)  # has the step of the class take hooks
+        optimizer = method(model.parameters(), lr=RATE)
+        ewc.attach(optimizer)
+        for _ in range(2):
+            optimizer.step()
+        return copies(model)
+
+    assert same(run(Own), run(torch.optim.SGD))
+
+
+class Sharpness(torch.optim.Optimizer):
+    """Goes up, takes the gradient there, and lets another one make the step from where it was."""
+
+    def __init__(self, base):
+        super().__init__(base.param_groups, {})
+        self.base_optimizer = base
+
+    @torch.no_grad()
+    def up(self):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["old"] = p.clone()
+            p.add_(0.01 * p.grad)
+
+    @torch.no_grad()
+    def down(self):
+        for p in self.param_groups[0]["params"]:
+            p.copy_(self.state[p]["old"])
+        self.base_optimizer.step()
+
+
+def test_an_optimizer_that_lets_another_make_its_step_is_followed():
+    model, ewc = after_one_task("EWC")
+    move(model)
+    outer = Sharpness(sgd(model))
+    assert ewc.attach(outer).optimizer is outer.base_optimizer
+    F.cross_entropy(model(task(1)[0]), task(1)[1]).backward()
+    outer.up()
+    F.cross_entropy(model(task(1)[0]), task(1)[1]).backward()
+    before = ewc.penalty().item()
+    ewc.strength = 1e6
+    outer.down()
+    assert ewc.penalty().item() / 1e6 < 0.01 * before
+
+
+def test_a_removed_handle_is_not_entered_again_and_one_within_itself_ends_outside():
+    model, ewc = after_one_task("EWC")
+    optimizer = sgd(model)
+    with ewc.attach(optimizer) as handle:
+        with handle:
+            pass
+        assert optimizer._optimizer_step_pre_hooks
+    with pytest.raises(ValueError, match="was removed"):
+        handle.__enter__()
+    with pytest.raises(TypeError, match="not copied"):
+        copy.deepcopy(handle)
+
+
+def gradient_of_lwf(lwf, model, parts):
+    """Return the gradient of its mean over all observations."""
+    n = sum(map(len, parts))
+    total = [0.0 for _ in model.parameters()]
+    for part in parts:
+        lwf.before_step(part)
+        found = torch.autograd.grad(lwf.penalty(), list(model.parameters()))
+        total = [t + len(part) / n * g for t, g in zip(total, found, strict=True)]
+    return total
+
+
+@pytest.mark.parametrize(
+    "before",
+    ["nothing", "a logged penalty", "a step that was left out", "a batch that was dropped"],
+)
+def test_the_passes_of_a_step_are_its_own_each_with_its_observations(before):
+    model, lwf = after_one_task("LwF")
+    move(model)
+    optimizer, scaler = sgd(model), torch.amp.GradScaler("cpu", init_scale=2.0)
+    lwf.attach(optimizer)
+    x, y = task(1, n=32)
+    if before == "a logged penalty":
+        lwf.before_step(x)
+        lwf.penalty()
+    if before == "a step that was left out":
+        scaler.scale(F.cross_entropy(model(x), y)).backward()
+        next(model.parameters()).grad[0, 0] = torch.inf
+        scaler.step(optimizer)
+    if before == "a batch that was dropped":
+        model(x)
+    optimizer.zero_grad()
+    for part in (slice(28), slice(28, 32)):
+        (F.cross_entropy(model(x[part]), y[part])).backward()
+    alone = gradients(model)
+    wanted = gradient_of_lwf(lwf, model, [x[:28], x[28:]])
+    optimizer.step()
+    for p, own, g in zip(model.parameters(), alone.values(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, own + g)
+
+
+def test_copies_of_a_watched_model_and_stored_ones_say_nothing():
+    model, lwf = after_one_task("LwF")
+    optimizer = sgd(model)
+    lwf.attach(optimizer)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    twin(task()[0])
+    assert not lwf._passes
+    pickle.dumps(lwf)
+    del optimizer
+    model(task()[0])
+    assert not model._forward_pre_hooks
+
+
+def test_a_refused_attachment_leaves_nothing_behind():
+    model, lwf = after_one_task("LwF")
+    optimizer = sgd(model)
+    handle = lwf.attach(optimizer)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="already"):
+            lwf.attach(optimizer)
+    assert len(model._forward_pre_hooks) == 1
+    handle.remove()
+    model(task()[0])
+    assert not model._forward_pre_hooks
+    assert not lwf._passes
+
+
+def test_a_model_that_was_not_seen_in_training_is_said_to_be():
+    model, lwf = after_one_task("LwF")
+    optimizer = sgd(model)
+    lwf.attach(optimizer)
+    F.cross_entropy(model.eval()(task()[0]), task()[1]).backward()
+    with pytest.raises(ValueError, match="forward passes in training mode"):
+        optimizer.step()
+
+
+def test_inputs_by_name_and_in_a_region_of_autocast_are_taken_as_they_were():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, features):
+            return self.layer(features)
+
+    model = Named()
+    lwf, optimizer = LwF(model), torch.optim.SGD(model.parameters(), lr=RATE)
+    x, y = task(dtype=torch.float32)
+    lwf.consolidate((x, y))
+    lwf.attach(optimizer)
+    with torch.autocast("cpu", torch.bfloat16):
+        encoded = nn.Linear(3, 3)(x)
+        loss = F.cross_entropy(model(features=encoded), y)
+    loss.backward()
+    optimizer.step()
+
+
 def test_a_pattern_of_two_lines_holds_the_first_task():
     def forgotten(held):
         torch.manual_seed(0)

@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
-from collections import deque
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ewc_lib._arguments import check_choice, check_strength
-from ewc_lib.attaching import Attachment, Form, watch_inputs
+from ewc_lib.attaching import Attachment, Form, accumulate_, own_parameters, watch_inputs
 
-MOST_PASSES = 64
-"""Forward passes of one step whose inputs are kept; of more, the last."""
+
+class Pass(NamedTuple):
+    """What a model was called with in training.
+
+    Attributes
+    ----------
+    inputs
+        By position or by name, without the graph that they come from.
+    size
+        Number of observations.
+    autocast
+        The precision of a region of autocast, or None outside of one.
+    device
+        Where.
+    """
+
+    inputs: Any
+    size: int
+    autocast: torch.dtype | None
+    device: torch.device
+
+    @classmethod
+    def of(cls, inputs: Any, device: torch.device) -> Pass:
+        inputs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, inputs)
+        lengths = [len(x) for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
+        cast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if cast else None
+        return cls(inputs, max(lengths, default=1), dtype, device)
+
+    def cast(self) -> AbstractContextManager[Any]:
+        """Compute as the pass was computed."""
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
 
 class FunctionPenalty:
@@ -22,13 +56,19 @@ class FunctionPenalty:
     _needs_inputs: ClassVar[bool] = False
     """Whether the penalty depends on the inputs of a step."""
 
+    _looks_at_data: ClassVar[bool] = False
+    """Whether it depends on any data, which differ between processes."""
+
     def __init__(self, model: nn.Module, strength: float | None) -> None:
+        self._group: Any = None
+        if isinstance(model, DistributedDataParallel):
+            self._group, model = model.process_group, model.module
         self.model = model
         self.strength = strength
         self._heads: list[range] = []
         self._n_tasks = 0
-        self._inputs_seen: deque[Any] = deque(maxlen=MOST_PASSES)
-        self._acting = False
+        self._passes: list[Pass] = []
+        self._is_used = self._acting = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(strength={self.strength!r}, n_tasks={self.n_tasks})"
@@ -55,9 +95,10 @@ class FunctionPenalty:
         """Add the gradient of the penalty before every step of an optimizer, from now on.
 
         The training loop stays as it is without a penalty, and only ``consolidate`` is left to
-        call. Where the penalty needs the inputs of a step, they are those of all forward passes
-        in training mode since the step before: under gradient accumulation there are several,
-        and the penalty is their mean.
+        call. Where the penalty needs the inputs of a step, they are those of the forward passes
+        in training mode since the step before, or since the gradients were cleared: under
+        gradient accumulation there are several, and the penalty is their mean, each observation
+        with the same weight.
 
         Parameters
         ----------
@@ -76,29 +117,72 @@ class FunctionPenalty:
         TypeError
             If it is no optimizer of PyTorch.
         ValueError
-            If this penalty is attached to it already, or if it holds none of the parameters.
+            If this penalty is attached to it already, if it holds none of the parameters, or if
+            a gradient does not go with it (:class:`ewc_lib.attaching.Attachment`).
         """
         check_choice("form", form, ("gradient",), f"; {type(self).__name__} has no proximal step")
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        stop = watch_inputs(self.model, self._saw) if self._needs_inputs else _nothing
-        return Attachment(self, optimizer, form, parameters, stop)
+        alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
+        if self._looks_at_data and self._group is None and not alone:
+            raise ValueError(
+                f"{type(self).__name__} looks at other data in each process, so its gradient has "
+                "to be averaged: make it with the model that DistributedDataParallel returns"
+            )
+        attachment = Attachment(self, optimizer, form, parameters)
+        if self._needs_inputs:
+            watch_inputs(self.model, optimizer, self._saw)
+        return attachment
 
     def _saw(self, inputs: Any) -> None:
-        """Note the inputs of a forward pass in training."""
-        if self._n_tasks and not self._acting:
-            self._inputs_seen.append(inputs)
+        """Note the inputs of a forward pass in training; the first of a step forgets the others."""
+        if self._n_tasks == 0 or self._acting:
+            return
+        if self._is_used or all(p.grad is None for p in self.model.parameters()):
+            self._passes = []
+        self._is_used = False
+        self._passes.append(Pass.of(inputs, self._device))
 
-    def _before(self, optimizer: torch.optim.Optimizer, form: Form) -> None:
-        passes = self._inputs_seen or [None]
-        self._inputs_seen, self._acting = deque(maxlen=MOST_PASSES), True
-        try:
-            for inputs in passes:
-                self.before_step(inputs)
-                self._add_gradient(1 / len(passes))
-        finally:
-            self._acting = False
+    def _reads_gradients(self, form: Form) -> bool:
+        return True
 
-    def _after(self, optimizer: torch.optim.Optimizer, form: Form) -> None:
+    def _note_before(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have nothing to note: the inputs were."""
+
+    def _pull(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._n_tasks:
+            own = own_parameters(optimizer)
+            self._each_pass(optimizer, lambda share: self._add_gradient(share, own))
+
+    def _value(self) -> Tensor:
+        values: list[Tensor] = []
+        with torch.no_grad():
+            self._each_pass(None, lambda share: values.append(share * self.penalty()))
+        return torch.stack(values).sum()
+
+    def _each_pass(self, optimizer: Any, act: Callable[[float], None]) -> None:
+        """Do something for each pass of this step, with its share of the observations."""
+        if not self._needs_inputs:
+            if optimizer is not None:
+                self.before_step()
+            act(1.0)
+            return
+        if self._n_tasks and not self._passes:
+            raise ValueError(
+                f"{type(self).__name__} has not seen what the model was called with: it looks at "
+                "forward passes in training mode of the model that it was made for, and of one "
+                "that is compiled only if it was attached before the first of them"
+            )
+        self._is_used = True
+        total = sum(one.size for one in self._passes)
+        for one in self._passes:
+            with one.cast():
+                self.before_step(one.inputs)
+                act(one.size / total)
+
+    def _go(self, optimizer: torch.optim.Optimizer) -> None:
+        raise NotImplementedError  # there is no such form
+
+    def _note_after(self) -> None:
         self.after_step()
 
     def before_task(self) -> None:
@@ -121,18 +205,37 @@ class FunctionPenalty:
         if self._n_tasks == 0:
             return torch.zeros((), device=self._device)
         weight = self._n_tasks if self.strength is None else self.strength
-        return weight * self._loss()
+        self._acting = True
+        try:
+            return weight * self._loss()
+        finally:
+            self._acting = False
 
     def add_gradient_(self) -> None:
         """Add the gradient of :meth:`penalty` to ``.grad`` of the trainable parameters."""
-        self._add_gradient(1.0)
+        self._add_gradient(1.0, None)
 
-    def _add_gradient(self, share: float) -> None:
-        with torch.enable_grad(), torch.autocast(self._device.type, enabled=False):
+    def _add_gradient(self, share: float, own: set[int] | None) -> None:
+        """Add a share of the gradient, in some parameters by their identities or in all."""
+        with torch.inference_mode(False), torch.enable_grad():
             penalty = share * self.penalty()
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        if penalty.requires_grad:
-            penalty.backward(inputs=trainable)
+            trainable = [
+                p
+                for p in self.model.parameters()
+                if p.requires_grad and (own is None or id(p) in own)
+            ]
+            if penalty.requires_grad and trainable:
+                found = torch.autograd.grad(penalty, trainable, allow_unused=True)
+                accumulate_(trainable, self._over_processes(found))
+
+    def _over_processes(self, gradients: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+        """Average over processes that train one model: each has looked at data of its own."""
+        if self._group is not None:
+            for gradient in gradients:
+                if gradient is not None:
+                    dist.all_reduce(gradient, group=self._group)
+                    gradient /= dist.get_world_size(self._group)
+        return list(gradients)
 
     def _loss(self) -> Float[Tensor, ""]:
         """Return the penalty of strength 1."""
@@ -162,10 +265,6 @@ class FunctionPenalty:
 def contains(outer: range, inner: range) -> bool:
     """Tell whether all outputs of one range are in another."""
     return outer.start <= inner.start and inner.stop <= outer.stop
-
-
-def _nothing() -> None:
-    """Have nothing to stop."""
 
 
 def no_step() -> ValueError:

@@ -48,6 +48,8 @@ class OutputPenalty(FunctionPenalty):
         How to read the outputs, as in :func:`ewc_lib.fisher_information`.
     """
 
+    _looks_at_data = True
+
     def __init__(
         self,
         model: nn.Module,

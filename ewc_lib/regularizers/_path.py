@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from ewc_lib._held import grown_from
 from ewc_lib._parameters import Vector
 from ewc_lib._selecting import Selection
 from ewc_lib._states import Loader, by_plain_names
-from ewc_lib.attaching import Attachment, Form, unwrapped
+from ewc_lib.attaching import Attachment, Form, own_parameters, unwrapped
 from ewc_lib.fisher.structures import check_shapes
 from ewc_lib.fisher.structures.states import under
 from ewc_lib.fisher.structures.vectors import grown, has_room
@@ -35,6 +36,7 @@ class PathPenalty(ImportancePenalty):
         self._memory: dict[str, Vector] = {}
         self._noted: tuple[Vector, Vector] | None = None
         self._n_steps = 0
+        self._stepping: ref[torch.optim.Optimizer] | None = None
 
     def attach(self, optimizer: torch.optim.Optimizer, form: Form = "proximal") -> Attachment:
         if isinstance(unwrapped(optimizer), torch.optim.LBFGS):
@@ -43,6 +45,26 @@ class PathPenalty(ImportancePenalty):
                 "makes many steps in one"
             )
         return super().attach(optimizer, form)
+
+    def _reads_gradients(self, form: Form) -> bool:
+        return True
+
+    def _note_before(self, optimizer: torch.optim.Optimizer) -> None:
+        self.before_step()
+        assert self._noted is not None
+        now, gradients = self._noted
+        own, mine = own_parameters(optimizer), self._parameters()
+        others = [name for name, p in mine.items() if id(p) not in own]
+        self._noted = now, gradients | {n: torch.zeros_like(gradients[n]) for n in others}
+        first = self._stepping and self._stepping()
+        if self._n_steps == 0 or first is None:
+            self._stepping = ref(optimizer)
+        elif first is not optimizer:
+            self._of_another()
+
+    def _of_another(self) -> None:
+        """Let a step of a second optimizer in the same task not count as one more."""
+        self._n_steps -= 1
 
     def before_task(self) -> None:
         self._noted = None

@@ -6,7 +6,6 @@ r"""Low-rank adapters: the weights stay, and a product of two small matrices is 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from ewc_lib._parameters import Vector
 from ewc_lib._precision import Precision
 from ewc_lib._selecting import Selection
 from ewc_lib._states import check_settings, settings_of
+from ewc_lib.attaching import accumulate_
 from ewc_lib.fisher import Diagonal, fisher_information
 from ewc_lib.fisher.estimate import check_request
 from ewc_lib.fisher.output import Kind
@@ -309,7 +309,7 @@ class AdapterEWC(FunctionPenalty):
         said = {"mode": self.mode, "kind": self.kind} | decay
         return said | in_words_if_given(self.likelihood)
 
-    def _add_gradient(self, share: float) -> None:
+    def _add_gradient(self, share: float, own: set[int] | None) -> None:
         """Add the gradient for one layer after the other: one weight is made at a time."""
         if self._precision is None:
             return
@@ -324,9 +324,10 @@ class AdapterEWC(FunctionPenalty):
                 ]
                 if pulls:
                     weights, directions = zip(*pulls, strict=True)
-                    trained = unit.trainable()
-                    found = torch.autograd.grad(weights, trained, directions, allow_unused=True)
-                    _accumulate(trained, found)
+                    trained = [p for p in unit.trainable() if own is None or id(p) in own]
+                    if trained:
+                        found = torch.autograd.grad(weights, trained, directions, allow_unused=True)
+                        accumulate_(trained, found)
 
     def _loss(self) -> Float[Tensor, ""]:
         with self._uncast():
@@ -395,14 +396,3 @@ def _filled(fisher: Diagonal, like: Vector) -> Diagonal:
         for name, w in like.items()
     }
     return replace(fisher, values=values, paths={n: fisher.paths.get(n, "unused") for n in like})
-
-
-def _accumulate(parameters: list[nn.Parameter], gradients: Iterable[Tensor | None]) -> None:
-    with torch.no_grad():
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is None:
-                continue
-            if parameter.grad is None:
-                parameter.grad = gradient.clone()
-            else:
-                parameter.grad += gradient.to(parameter.grad.dtype)
