@@ -1,0 +1,111 @@
+"""What the callbacks of all trainers share: one training is one task."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, IterableDataset
+
+from ewc_lib._anchored import displacement
+from ewc_lib._foreach import inner
+from ewc_lib.attaching import Attachment, Form, own_parameters, unwrapped
+from ewc_lib.quadratic import QuadraticPenalty
+from ewc_lib.regularizers import Regularizer
+
+
+class Task:
+    """A regularizer that acts while a trainer learns a task.
+
+    Parameters
+    ----------
+    regularizer
+        What acts.
+    form
+        How; None for what the regularizer does by itself.
+    options
+        Of its ``consolidate``.
+    """
+
+    def __init__(
+        self, regularizer: Regularizer, form: Form | None, options: dict[str, Any]
+    ) -> None:
+        self.regularizer = regularizer
+        self.form = form
+        self.options = {key: value for key, value in options.items() if value is not None}
+        self.ended = False
+        self._attached: list[Attachment] = []
+
+    def begin(self, optimizers: Sequence[Optimizer], *, resumed: bool) -> None:
+        """Act in the steps of these optimizers, and of no others any more."""
+        self.stop()
+        if not resumed:
+            self.ended = False
+            self.regularizer.before_task()
+        options = {} if self.form is None else {"form": self.form}
+        for optimizer in _holding(self.regularizer, optimizers):
+            self._attached.append(self.regularizer.attach(optimizer, **options))
+
+    @property
+    def attached(self) -> bool:
+        """Whether it acts."""
+        return bool(self._attached)
+
+    def stop(self) -> None:
+        """Let the optimizers make their steps alone."""
+        while self._attached:
+            self._attached.pop().remove()
+
+    def end(self, data: Any) -> None:
+        """Consolidate, unless that was done."""
+        if not self.ended:
+            with torch.inference_mode(False), torch.enable_grad():
+                self.regularizer.consolidate(data, **self.options)
+            self.ended = True
+
+    @torch.no_grad()
+    def readings(self) -> dict[str, float]:
+        """Return the penalty, and the distance from the anchor; nothing if there is no anchor."""
+        penalty = self.regularizer
+        if not isinstance(penalty, QuadraticPenalty):
+            return {}
+        distance = 0.0
+        if anchor := penalty.anchor:
+            moved = displacement(penalty._parameters(), anchor)
+            distance = float(inner(moved, moved).abs().sqrt())
+        return {"ewc/penalty": float(penalty.penalty()), "ewc/distance": distance}
+
+
+def in_batches(dataset: Any, batch_size: int | None, collate: Any) -> DataLoader[Any]:
+    """Give each observation once, in a random order that is always the same.
+
+    The first ones of sorted data would tell of one class only. The global random state is left
+    alone, so that a training goes on as if nothing had been read.
+    """
+    shuffle = not isinstance(dataset, IterableDataset)
+    generator = torch.Generator().manual_seed(0)
+    return DataLoader(dataset, batch_size, shuffle, collate_fn=collate, generator=generator)
+
+
+def warn_of_next(checkpoint: Any) -> None:
+    """Say that a training that resumes where a task has ended learns another one."""
+    warnings.warn(
+        f"{checkpoint} was saved at the end of a task, and holds that task: what is learned from "
+        "here on counts as the next one. To learn more of the same task, resume from an earlier "
+        "checkpoint",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _holding(regularizer: Regularizer, optimizers: Sequence[Optimizer]) -> Sequence[Optimizer]:
+    """Return the optimizers that move what is held; all, if none does."""
+    if isinstance(regularizer, QuadraticPenalty):
+        held = iter(regularizer._parameters().values())
+    else:
+        held = regularizer.model.parameters()  # type: ignore[attr-defined]
+    own = set(map(id, held))
+    return [o for o in optimizers if own & own_parameters(unwrapped(o))] or optimizers
