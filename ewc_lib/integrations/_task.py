@@ -26,15 +26,18 @@ class Task:
         What acts.
     form
         How; None for what the regularizer does by itself.
+    whole
+        Whether each training is a task; else it is the user who begins and ends them.
     options
         Of its ``consolidate``.
     """
 
     def __init__(
-        self, regularizer: Regularizer, form: Form | None, options: dict[str, Any]
+        self, regularizer: Regularizer, form: Form | None, whole: bool, options: dict[str, Any]
     ) -> None:
         self.regularizer = regularizer
         self.form = form
+        self.whole = whole
         self.options = {key: value for key, value in options.items() if value is not None}
         self.ended = False
         self._attached: list[Attachment] = []
@@ -44,7 +47,8 @@ class Task:
         self.stop()
         if not resumed:
             self.ended = False
-            self.regularizer.before_task()
+            if self.whole:
+                self.regularizer.before_task()
         options = {} if self.form is None else {"form": self.form}
         for optimizer in _holding(self.regularizer, optimizers):
             self._attached.append(self.regularizer.attach(optimizer, **options))

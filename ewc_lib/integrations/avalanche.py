@@ -81,7 +81,7 @@ class EWCPlugin:
         **options: Any,
     ) -> None:
         self.ewc = ewc
-        self._task = Task(ewc, form, {"n_samples": n_samples, **options})
+        self._task = Task(ewc, form, True, {"n_samples": n_samples, **options})
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Attach the regularizer, after the model has grown and the optimizer knows of that."""

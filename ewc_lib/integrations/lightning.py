@@ -46,8 +46,8 @@ class EWCCallback(Callback):
     consolidate_with
         The data of this task, for its end: a DataLoader or other data that ``ewc.consolidate``
         takes; a data module, for its ``train_dataloader``; True for the data that the trainer
-        learns from, each once. By default nothing is consolidated, and ``ewc.consolidate`` is
-        left to you.
+        learns from, each once. By default a training is a part of a task, and
+        ``ewc.consolidate`` is left to you.
     n_samples, **options
         Of ``ewc.consolidate``.
 
@@ -93,7 +93,8 @@ class EWCCallback(Callback):
     ) -> None:
         self.ewc = ewc
         self.consolidate_with = consolidate_with
-        self._task = Task(ewc, form, {"n_samples": n_samples, **options})
+        options["n_samples"] = n_samples
+        self._task = Task(ewc, form, consolidate_with is not None, options)
         self._resumed = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

@@ -48,8 +48,8 @@ class EWCCallback(TrainerCallback):
     consolidate_with
         The data of this task, for its end: a data set as the trainer's ``train_dataset``, which
         is read in the trainer's batch size and by its collator; a DataLoader, as it is; True for
-        the data that the trainer learns from. By default nothing is consolidated, and
-        ``ewc.consolidate`` is left to you.
+        the data that the trainer learns from. By default a training is a part of a
+        task, and ``ewc.consolidate`` is left to you.
     n_samples, **options
         Of ``ewc.consolidate``.
 
@@ -99,7 +99,8 @@ class EWCCallback(TrainerCallback):
     ) -> None:
         self.ewc = ewc
         self.consolidate_with = consolidate_with
-        self._task = Task(ewc, form, {"n_samples": n_samples, **options})
+        options["n_samples"] = n_samples
+        self._task = Task(ewc, form, consolidate_with is not None, options)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -215,6 +215,15 @@ def test_two_fits_are_two_tasks(tmp_path):
     close(by_hand_ewc.state_dict(), ewc.state_dict())
 
 
+def test_without_data_for_its_end_a_task_may_be_learned_in_two_fits(tmp_path):
+    one, other = network(), network()
+    first, second = SI(one, 1.0), SI(other, 1.0)
+    fit(Automatic(one), task(0), EWCCallback(first), tmp_path, max_epochs=4)
+    for _ in range(2):
+        fit(Automatic(other), task(0), EWCCallback(second), tmp_path, max_epochs=2)
+    close(first.consolidate(None).values, second.consolidate(None).values)
+
+
 class Data(pl.LightningDataModule):
     def train_dataloader(self):
         return loader(task(0))
