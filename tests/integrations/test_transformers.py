@@ -371,6 +371,40 @@ def test_a_function_penalty_acts_by_its_gradient(tmp_path):
         train(model, task(1), tmp_path, EWCCallback(LwF(model, 1.0), form="proximal"))
 
 
+def test_the_trainer_of_trl_takes_it(tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: i for i, word in enumerate(["[PAD]", "[EOS]", *"abcde"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[EOS]"
+    )
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 8, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    texts = datasets.Dataset.from_dict({"text": ["a b c d", "b c d e a", "c d", "d e a b"]})
+    ewc = EWC(model, 100.0)
+    for n in (1, 2):
+        trainer = trl.SFTTrainer(
+            model,
+            args=trl.SFTConfig(
+                str(tmp_path), max_steps=2, per_device_train_batch_size=2, logging_steps=1,
+                report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
+            ),
+            train_dataset=texts,
+            processing_class=tokenizer,
+            callbacks=[EWCCallback(ewc, consolidate_with=True)],
+        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.train()
+        assert load_file(last_checkpoint(tmp_path) / FILE)["n_tasks"] == n
+    assert trainer.state.log_history[-2]["ewc/penalty"] > 0
+    assert ewc.precision.trace() > 0
+
+
 # Interruptions
 
 LONG = {
@@ -416,7 +450,6 @@ def killed(folder, make):
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=Path(__file__).parents[2],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         timeout=300,
     )
