@@ -36,10 +36,25 @@ CONFIG = {
 }
 
 
-def network(dropout=0.0, **options):
+class Words(nn.Module):
+    """A model of one's own."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.dropout = nn.Embedding(12, 4), nn.Dropout(dropout)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, input_ids, labels=None):
+        logits = self.head(self.dropout(self.embed(input_ids).tanh().mean(1)))
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits}
+
+
+def bert(**options):
     torch.manual_seed(0)
-    own = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    config = transformers.BertConfig(**CONFIG, **own, **options)
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.BertConfig(**CONFIG, **none, **options)
     return transformers.BertForSequenceClassification(config)
 
 
@@ -106,7 +121,7 @@ def by_hand(model, regularizer, data, form, steps=3):
 
 def after_task_a(make=EWC, strength=20.0, **options):
     """Return a network that has left its optimum, and what holds it there."""
-    model = network(**options)
+    model = Words(**options)
     regularizer = make(model, strength)
     by_hand(model, regularizer, task(0), "gradient")
     return model, regularizer
@@ -115,21 +130,6 @@ def after_task_a(make=EWC, strength=20.0, **options):
 def close(one, other):
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6)
-
-
-class Words(nn.Module):
-    """A model of one's own."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(12, 4)
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, input_ids, labels=None):
-        logits = self.head(self.embed(input_ids).tanh().mean(1))
-        loss = None if labels is None else F.cross_entropy(logits, labels)
-        return {"loss": loss, "logits": logits}
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -181,7 +181,7 @@ def test_the_log_has_the_penalty_and_the_distance(tmp_path):
 
 
 def test_the_log_of_a_first_task_has_no_penalty_yet(tmp_path):
-    model = network()
+    model = Words()
     trainer = train(model, task(0), tmp_path, EWCCallback(EWC(model, 1.0)))
     assert trainer.state.log_history[0]["ewc/penalty"] == 0
     assert trainer.state.log_history[0]["ewc/distance"] == 0
@@ -214,13 +214,14 @@ def last_checkpoint(folder):
     ],
 )
 def test_the_last_checkpoint_holds_the_task(options, event, tmp_path):
-    model = network()
+    model = Words()
     ewc = EWC(model, 10.0)
     callbacks = [Stop(event)] if event else []
     train(model, task(0), tmp_path, EWCCallback(ewc, consolidate_with=True),
           callbacks=callbacks, **options)  # fmt: skip
     last = last_checkpoint(tmp_path)
-    twin = transformers.BertForSequenceClassification.from_pretrained(last)
+    twin = Words()
+    twin.load_state_dict(load_file(last / "model.safetensors"))
     restored = EWC(twin, 10.0)
     restored.load_state_dict(load_file(last / FILE))
     assert restored.n_tasks == ewc.n_tasks == 1
@@ -229,7 +230,7 @@ def test_the_last_checkpoint_holds_the_task(options, event, tmp_path):
 
 
 def test_the_task_is_consolidated_at_the_best_parameters_if_these_are_loaded(tmp_path):
-    model = network()
+    model = Words()
     ewc = EWC(model, 10.0)
     trainer = train(
         model, task(0), tmp_path, EWCCallback(ewc, consolidate_with=True),
@@ -244,7 +245,7 @@ def test_the_task_is_consolidated_at_the_best_parameters_if_these_are_loaded(tmp
 
 
 def test_without_checkpoints_the_task_is_consolidated_when_training_ends(tmp_path):
-    model = network()
+    model = Words()
     ewc = EWC(model, 10.0)
     train(model, task(0), tmp_path, EWCCallback(ewc, consolidate_with=True, n_samples=3))
     assert ewc.n_tasks == 1
@@ -254,7 +255,7 @@ def test_without_checkpoints_the_task_is_consolidated_when_training_ends(tmp_pat
 
 @pytest.mark.parametrize("kind", ["data set", "loader", "own"])
 def test_the_data_of_a_task_may_come_in_several_forms(kind, tmp_path):
-    model = network()
+    model = Words()
     ewc = EWC(model, 10.0)
     loader = DataLoader(task(0), 3, collate_fn=transformers.default_data_collator)
     data = {"data set": task(0), "loader": loader, "own": True}[kind]
@@ -264,7 +265,7 @@ def test_the_data_of_a_task_may_come_in_several_forms(kind, tmp_path):
 
 
 def test_a_callback_serves_two_trainers_one_after_the_other(tmp_path):
-    model = network()
+    model = Words()
     ewc = EWC(model, 20.0)
     callback = EWCCallback(ewc, consolidate_with=True)
     first = train(model, task(0), tmp_path / "a", callback)
@@ -272,7 +273,7 @@ def test_a_callback_serves_two_trainers_one_after_the_other(tmp_path):
     train(model, task(1), tmp_path / "b", callback)
     assert ewc.n_tasks == 2
     assert not first.optimizer.optimizer._optimizer_step_post_hooks
-    free = network()
+    free = Words()
     free.load_state_dict(before)
     train(free, task(1), tmp_path / "c", None)
     far, near = (
@@ -309,7 +310,7 @@ def test_evaluations_in_between_change_nothing(tmp_path):
 def test_consolidating_leaves_the_random_state_alone(tmp_path):
     states = []
     for data in (None, True):
-        model = network()
+        model = Words()
         train(model, task(0), tmp_path, EWCCallback(EWC(model, 1.0), consolidate_with=data))
         states.append(torch.get_rng_state())
     assert same(*states)
@@ -324,7 +325,7 @@ def test_a_collator_that_pads_is_used_for_the_task_as_well(tmp_path):
         {"input_ids": list(range(1, 3 + i % 3)), "attention_mask": [1] * (2 + i % 3),
          "labels": i % 2, "text": "not for the model"} for i in range(8)
     ]  # fmt: skip
-    model = network()
+    model = bert()
     ewc = EWC(model, 10.0)
     args = TrainingArguments(str(tmp_path), max_steps=2, per_device_train_batch_size=4,
                              report_to="none", disable_tqdm=True, use_cpu=True)  # fmt: skip
@@ -341,7 +342,7 @@ def test_a_collator_that_pads_is_used_for_the_task_as_well(tmp_path):
 
 @pytest.mark.parametrize("options", [{"return_dict": False}, {"num_labels": 3}])
 def test_models_that_return_tuples_or_have_more_classes_are_held(options, tmp_path):
-    model = network(**options)
+    model = bert(**options)
     ewc = EWC(model, 10.0)
     train(model, task(0), tmp_path, EWCCallback(ewc, consolidate_with=True))
     assert ewc.precision.trace() > 0
@@ -349,7 +350,7 @@ def test_models_that_return_tuples_or_have_more_classes_are_held(options, tmp_pa
 
 
 def test_label_smoothing_leaves_the_likelihood_that_of_the_output(tmp_path):
-    model = network()
+    model = bert()
     ewc = EWC(model, 10.0)
     callback = EWCCallback(ewc, consolidate_with=True)
     train(model, task(0), tmp_path, callback, label_smoothing_factor=0.2)
@@ -359,11 +360,11 @@ def test_label_smoothing_leaves_the_likelihood_that_of_the_output(tmp_path):
 
 def test_a_callback_of_another_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds none of the parameters"):
-        train(network(), task(0), tmp_path, EWCCallback(EWC(network(), 1.0)))
+        train(Words(), task(0), tmp_path, EWCCallback(EWC(Words(), 1.0)))
 
 
 def test_a_function_penalty_acts_by_its_gradient(tmp_path):
-    model = network()
+    model = Words()
     callback = EWCCallback(LwF(model, 1.0))
     trainer = train(model, task(1), tmp_path, callback)
     assert "ewc/penalty" not in trainer.state.log_history[0]
@@ -431,7 +432,7 @@ def second_task(folder, make=EWC, resume=None, callbacks=(), held=True, **option
     if held:
         model, regularizer = after_task_a(make, strength, dropout=0.1)
     else:
-        model = network(dropout=0.1)
+        model = Words(dropout=0.1)
         regularizer = make(model, strength)
     torch.manual_seed(int(held))
     callback = EWCCallback(regularizer, consolidate_with=True)
