@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from ewc_lib._anchored import displacement
-from ewc_lib._foreach import inner
+from ewc_lib._names import plain_name
 from ewc_lib.attaching import Attachment, Form, own_parameters, unwrapped
 from ewc_lib.quadratic import QuadraticPenalty
 from ewc_lib.regularizers import Regularizer
@@ -76,11 +76,9 @@ class Task:
         penalty = self.regularizer
         if not isinstance(penalty, QuadraticPenalty):
             return {}
-        distance = 0.0
-        if anchor := penalty.anchor:
-            moved = displacement(penalty._parameters(), anchor)
-            distance = float(inner(moved, moved).abs().sqrt())
-        return {"ewc/penalty": float(penalty.penalty()), "ewc/distance": distance}
+        value = float(penalty.penalty())
+        squares = [moved.abs().square().sum() for moved in _moved(penalty)]
+        return {"ewc/penalty": value, "ewc/distance": float(sum(squares)) ** 0.5}
 
 
 def in_batches(dataset: Any, batch_size: int | None, collate: Any) -> DataLoader[Any]:
@@ -103,6 +101,16 @@ def warn_of_next(checkpoint: Any) -> None:
         RuntimeWarning,
         stacklevel=3,
     )
+
+
+def _moved(penalty: QuadraticPenalty) -> Iterator[Tensor]:
+    """Yield parameters minus anchor; of a parameter that has grown, the part that was there."""
+    parameters = dict(penalty.model.named_parameters())
+    parameters |= {plain_name(name): p for name, p in parameters.items()}
+    for name, place in penalty.anchor.items():
+        if (p := parameters.get(name)) is not None:
+            part = p if p.shape == place.shape else p[tuple(map(slice, place.shape))]
+            yield part.to(place.dtype) - place
 
 
 def _holding(regularizer: Regularizer, optimizers: Sequence[Optimizer]) -> Sequence[Optimizer]:
