@@ -236,7 +236,6 @@ def test_5_a_wrapped_model_learns_as_the_model_in_it():
     close(one, other)
 
 
-@pytest.mark.xfail(raises=ValueError, strict=True, reason="names of wrappers are not taken off")
 @pytest.mark.usefixtures("_one_process")
 def test_5_what_a_wrapped_model_remembers_goes_into_a_plain_one():
     inner = network()
@@ -249,7 +248,6 @@ def test_5_what_a_wrapped_model_remembers_goes_into_a_plain_one():
 # 6: a head that grows
 
 
-@pytest.mark.xfail(raises=ValueError, strict=True, reason="a parameter that grows is not held")
 def test_6_a_larger_head_and_a_new_layer_need_no_line():
     model = network()
     ewc = EWC(model, STRENGTH)
