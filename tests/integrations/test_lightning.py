@@ -193,6 +193,32 @@ def test_of_several_optimizers_the_one_that_moves_what_is_held_is_found(form, tm
     close(parameters(one), parameters(other))
 
 
+class Split(Automatic):
+    """Two optimizers, each of which moves a part of what is held."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, number):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.net[i].parameters(), RATE) for i in (0, 2)]
+
+
+@pytest.mark.parametrize("form", ["proximal", "gradient"])
+@pytest.mark.parametrize(("make", "strength"), [(EWC, 50.0), (SI, 200.0)])
+def test_several_optimizers_count_the_penalty_once(make, strength, form, tmp_path):
+    one, first = wanted(form, make, strength)
+    other, second = after_task_a(make, strength)
+    fit(Split(other), task(1), EWCCallback(second, form=form, consolidate_with=True), tmp_path)
+    close(parameters(one), parameters(other))
+    close(first.precision.diagonal(), second.precision.diagonal())
+
+
 def test_the_log_has_the_penalty_and_the_distance(tmp_path):
     net, ewc = after_task_a()
     trainer = fit(Automatic(net), task(1), EWCCallback(ewc), tmp_path)
