@@ -175,7 +175,6 @@ def whole_weights(model):
     }
 
 
-@pytest.mark.xfail(raises=ValueError, strict=True, reason="adapters of peft are not known")
 def test_4_adapters_of_peft_are_held_by_the_weights_that_they_make():
     model = with_adapters()
     ewc = AdapterEWC(model, STRENGTH)
@@ -348,7 +347,6 @@ def sgd(own):
     return torch.optim.SGD(own, RATE)
 
 
-@pytest.mark.xfail(raises=(TypeError, ValueError), strict=True, reason="loaders are not learned")
 def test_10_tasks_may_be_loaders():
     model = network()
     tasks = [(f"task {t}", DataLoader(TensorDataset(*task(t)), 16), None) for t in range(2)]
