@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ewc_lib._names import plain_name
 from ewc_lib.attaching import Attachment, Form, own_parameters, unwrapped
 from ewc_lib.quadratic import QuadraticPenalty
-from ewc_lib.regularizers import Regularizer
+from ewc_lib.regularizers import AdapterEWC, Regularizer
 
 
 class Task:
@@ -72,8 +72,10 @@ class Task:
 
     @torch.no_grad()
     def readings(self) -> dict[str, float]:
-        """Return the penalty, and the distance from the anchor; nothing if there is no anchor."""
+        """Return the penalty, unless it depends on a batch, and the distance from an anchor."""
         penalty = self.regularizer
+        if isinstance(penalty, AdapterEWC):
+            return {"ewc/penalty": float(penalty.penalty())}
         if not isinstance(penalty, QuadraticPenalty):
             return {}
         value = float(penalty.penalty())

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ewc_lib import EWC
-from ewc_lib.regularizers import L2, MAS, SI, LwF
+from ewc_lib.regularizers import L2, MAS, SI, AdapterEWC, LwF
 from tests.scenarios import same
 
 transformers = pytest.importorskip("transformers")
@@ -495,6 +495,53 @@ def test_what_follows_the_end_of_a_task_is_the_next_one_and_that_is_said(tmp_pat
     with pytest.warns(RuntimeWarning, match="counts as the next one"):
         _, ewc, _ = second_task(tmp_path, resume=True, held=False, max_steps=12)
     assert ewc.n_tasks == 3
+
+
+def with_adapters():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False)
+    model = peft.get_peft_model(bert(), config)
+    return model, AdapterEWC(model, 20.0)
+
+
+def test_adapters_of_peft_resume_bit_by_bit(tmp_path):
+    def learn(folder, resume=None, held=True):
+        model, ewc = with_adapters()
+        callback = EWCCallback(ewc, consolidate_with=True)
+        if held:
+            train(model, task(0), tmp_path / "a", callback)
+        trainer = train(model, task(1), folder, callback, resume=resume, **LONG)
+        return parameters(model), ewc, trainer
+
+    whole, first, _ = learn(tmp_path / "whole")
+    found, second, trainer = learn(
+        tmp_path / "other", str(tmp_path / "whole" / "checkpoint-4"), held=False
+    )
+    assert same(whole, found)
+    assert second.n_tasks == 2
+    assert same(first.state_dict(), second.state_dict())
+    assert trainer.state.log_history[-2]["ewc/penalty"] > 0
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_half_precision_resumes_bit_by_bit_as_well(tmp_path):
+    model, ewc, _ = second_task(tmp_path / "a", bf16=True)
+    start = str(tmp_path / "a" / "checkpoint-4")
+    found, restored, _ = second_task(tmp_path / "b", resume=start, held=False, bf16=True)
+    assert same(parameters(model), parameters(found))
+    assert same(ewc.state_dict(), restored.state_dict())
+
+
+def test_a_trainer_that_trains_again_learns_the_next_task(tmp_path):
+    model = Words()
+    ewc = EWC(model, 20.0)
+    trainer = train(model, task(0), tmp_path, EWCCallback(ewc, consolidate_with=True))
+    trainer.train_dataset = task(1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'pin_memory' argument")
+        trainer.train()
+    assert ewc.n_tasks == 2
+    assert not trainer.optimizer.optimizer._optimizer_step_post_hooks
 
 
 def test_a_checkpoint_without_a_state_is_refused(tmp_path):
