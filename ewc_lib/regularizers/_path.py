@@ -67,7 +67,7 @@ class PathPenalty(ImportancePenalty):
         self._n_steps -= 1
 
     def before_task(self) -> None:
-        self._noted = None
+        self._noted = self._stepping = None
         self._begin()
 
     @torch.no_grad()

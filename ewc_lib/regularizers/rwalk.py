@@ -115,6 +115,11 @@ class RWalk(PathPenalty):
         super().__init__(model, strength, params=params)
         self.alpha, self.epsilon, self.interval = alpha, epsilon, interval
 
+    def _of_another(self) -> None:
+        raise ValueError(
+            "RWalk counts the steps of its intervals, so only one optimizer may step in a task"
+        )
+
     def _begin(self) -> None:
         self._memory, self._n_steps = self._lasting() | {"start": self._copy()}, 0
 
