@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ewc_lib._foreach import at_once, copy_back_, each, in_dtypes_of, inner, side_by_side
+from ewc_lib._foreach import at_once, each, in_dtypes_of, inner, side_by_side
 from ewc_lib._parameters import Vector
+from ewc_lib._rounding import Rests
 from ewc_lib.fisher.structures import Diagonal, Fisher
 
 
@@ -118,18 +119,22 @@ def add_pull_(
     parameters: Mapping[str, Tensor],
     moving: Mapping[str, nn.Parameter],
     strength: float,
+    rests: Rests,
 ) -> None:
-    r"""Add :math:`\lambda A (\theta - m)` to the ``.grad`` of some, in place where there is one."""
+    r"""Add :math:`\lambda A (\theta - m)` to the ``.grad`` of some, in place where there is one.
+
+    What a gradient of half precision loses is kept in the rests, and added the next time.
+    """
     swept = isinstance(precision, Diagonal)
     moved = displacement(moving if swept else parameters, anchor)
     pull = moved if swept else precision._product(moved)
     if there := _gradients(moving):
-        sums = in_dtypes_of(pull, there)
+        sums = rests.whole(there, pull)
         if isinstance(precision, Diagonal):
             each("addcmul_", sums, precision.values, moved, value=strength)
         else:
             each("add_", sums, pull, alpha=strength)
-        copy_back_(there, sums)
+        rests.write_(there, sums)
     if new := {name: pull[name] for name in moving if name not in there}:
         if isinstance(precision, Diagonal):
             new = each("mul", new, precision.values)
@@ -166,11 +171,11 @@ def shares(
     return in_dtypes_of(anchor, found)  # that of a complex parameter is real
 
 
-def go_(parameters: Mapping[str, Tensor], anchor: Vector, shares: Vector) -> None:
-    """Go a share of the way to the anchor."""
-    places = in_dtypes_of(anchor, parameters)
+def go_(parameters: Mapping[str, Tensor], anchor: Vector, shares: Vector, rests: Rests) -> None:
+    """Go a share of the way to the anchor, from where the parameters are with their rests."""
+    places = rests.whole(parameters, anchor)
     each("lerp_", places, anchor, shares)
-    copy_back_(parameters, places)
+    rests.write_(parameters, places)
 
 
 def in_layout_of(like: Mapping[str, Tensor], values: Vector) -> Vector:

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ewc_lib._anchored import Sweep, add_pull_, displacement, go_, shares, squared_distance
-from ewc_lib._foreach import each
+from ewc_lib._foreach import each, inner
+from ewc_lib._multiplier import MOST, multiplier
 from ewc_lib._names import plain_name
 from ewc_lib._parameters import Vector, ravel, unravel
+from ewc_lib._rounding import Rests
 from ewc_lib.fisher.iterative import conjugate_gradients
 from ewc_lib.fisher.structures import Diagonal, Fisher
 from ewc_lib.fisher.structures.base import NotKept
 from ewc_lib.fisher.structures.vectors import has_room
+
+Square: TypeAlias = Callable[[float], tuple[float, float]]
+"""Returns a square distance that is left after a step of some strength, and its slope."""
 
 MOST_PRODUCTS = 1000
 """Of conjugate gradients, where a structure cannot be solved for some of its parameters."""
@@ -35,6 +40,8 @@ class Held:
     ----------
     parameters
         All that are held, by plain names.
+    rests
+        What those of half precision have lost by rounding, in earlier steps.
     moving
         Those that require grad, or some of them; all others are constants.
     """
@@ -44,9 +51,11 @@ class Held:
         precision: Fisher,
         anchor: Vector,
         parameters: dict[str, nn.Parameter],
+        rests: Rests,
         moving: dict[str, nn.Parameter] | None = None,
     ) -> None:
         self.precision, self.anchor, self.parameters = precision, anchor, parameters
+        self.rests = rests
         if moving is None:
             moving = {name: p for name, p in parameters.items() if p.requires_grad}
         self.moving = moving
@@ -54,6 +63,7 @@ class Held:
         self._sweep: Sweep | None = None
         if isinstance(precision, Diagonal) and not torch.compiler.is_compiling():
             self._sweep = Sweep.of(moving, anchor, precision.values) if moving else None
+        self._pulled = Rests()
         self._parts: dict[tuple[str, ...], Held] = {}
         self._kept: tuple[Any, Any] = None, None
 
@@ -69,7 +79,8 @@ class Held:
         found = self._parts.get(tuple(names))
         if found is None:
             moving = {name: self.moving[name] for name in names}
-            found = Held(self.precision, self.anchor, self.parameters, moving)
+            found = Held(self.precision, self.anchor, self.parameters, self.rests, moving)
+            found._pulled = self._pulled
             if not torch.compiler.is_compiling():
                 self._parts[tuple(names)] = found
         return found
@@ -81,27 +92,87 @@ class Held:
 
     def squared_distance(self) -> Tensor:
         """Return that from the anchor, differentiable."""
-        return squared_distance(self.precision, self.anchor, self.parameters)
+        return squared_distance(self.precision, self._seen_anchor(), self.parameters)
+
+    def _seen_anchor(self) -> Vector:
+        """Return the anchor less the rests: from there, rounded parameters are as far away."""
+        if not self.rests.values:
+            return self.anchor
+        rests = {n: rest.to(self.anchor[n].device) for n, rest in self.rests.values.items()}
+        return {n: m - rests[n] if n in rests else m for n, m in self.anchor.items()}
 
     def add_pull_(self, strength: float) -> None:
         """Add the gradient of the penalty to that of what moves."""
         if self._sweep is None or not self._sweep.add_pull_(strength):
-            add_pull_(self.precision, self.anchor, self.parameters, self.moving, strength)
+            anchor, moving = self._seen_anchor(), self.moving
+            add_pull_(self.precision, anchor, self.parameters, moving, strength, self._pulled)
 
     def go_(self, strength: float, rates: dict[str, float]) -> None:
         """Take the proximal step, each parameter that moves with its rate."""
         if isinstance(self.precision, Diagonal):
             found = self._shares(self.precision, strength, rates)
             if self._sweep is None:
-                go_(self.moving, self.anchor, found)
+                go_(self.moving, self.anchor, found, self.rests)
             else:
                 self._sweep.go_([found[name] for name in self.moving])
-        elif moving := {name: rate for name, rate in rates.items() if rate > 0}:
-            top = max(moving.values())
-            scales = {name: (rate / top) ** 0.5 for name, rate in moving.items()}
-            left = self._left(top * strength, scales)
+        elif scales := _scales(rates):
+            left = self._left(max(rates.values()) * strength, scales)
             places = each("add", {name: self.anchor[name] for name in left}, left)
-            each("copy_", {name: self.moving[name] for name in left}, places)
+            self.rests.write_({name: self.moving[name] for name in left}, places)
+
+    def go_within_(self, limit: float, rates: dict[str, float], guess: float) -> float:
+        """Take the proximal step of the smallest strength that keeps the square below a limit.
+
+        Return that strength; a guess of it saves time.
+        """
+        if isinstance(self.precision, Diagonal):
+            at, constant = self._diagonal_square(self.precision, rates)
+        else:
+            at, constant = self._square(rates)
+        strength = multiplier(at, limit - constant, guess)
+        if strength:
+            self.go_(strength, rates)
+        return strength
+
+    def _diagonal_square(
+        self, precision: Diagonal, rates: dict[str, float]
+    ) -> tuple[Square, float]:
+        """Return the square of what moves after a step, by its strength, and that of the rest."""
+        moved = displacement(self.parameters, self._seen_anchor())
+        sizes = each("abs", moved)  # which may be complex
+        squares = each("mul", each("mul", sizes, sizes), precision.values)
+        fixed = [squares[name].sum() for name in squares if name not in rates]
+        own = {name: squares[name] for name in rates}
+        stiffness = {name: rate * precision.values[name] for name, rate in rates.items()}
+
+        def at(strength: float) -> tuple[float, float]:
+            w = each("mul", stiffness, strength)
+            each("add_", w, 1.0)
+            each("reciprocal_", w)
+            left = each("mul", own, w)
+            slopes = each("mul", each("mul", w, w), stiffness)
+            q, slope = torch.stack([inner(left, w), inner(left, slopes)]).tolist()
+            return q, -2 * slope
+
+        return at, float(sum(fixed))
+
+    def _square(self, rates: dict[str, float]) -> tuple[Square, float]:
+        """Return the same for a precision with coupling, beyond what no strength takes away."""
+        scales, top = _scales(rates), max(rates.values())
+
+        def at(strength: float) -> tuple[float, float]:
+            moved = displacement(self.parameters, self._seen_anchor())
+            left = self._left(top * strength, scales) if strength else {}
+            moved = {**moved, **left}
+            pull = self.precision._product(moved)
+            along = {name: scale * pull[name] for name, scale in scales.items()}
+            turned = self._resolved(top * strength, scales, along)
+            q, slope = torch.stack([inner(moved, pull), inner(along, turned)]).tolist()
+            return q, -2 * top * slope
+
+        everything = len(scales) == len(self.parameters)
+        constant = 0.0 if everything else at(MOST)[0]
+        return lambda strength: (at(strength)[0] - constant, at(strength)[1]), constant
 
     def _shares(self, precision: Diagonal, strength: float, rates: dict[str, float]) -> Vector:
         """Return how far to go towards the anchor; they stay the same from step to step."""
@@ -120,32 +191,44 @@ class Held:
 
         .. math:: (I + f S A S)\, u = S^{-1} d - f S A c
         """
-        moved = displacement(self.parameters, self.anchor)
+        moved = displacement(self.parameters, self._seen_anchor())
         start = {name: moved[name] / scale for name, scale in scales.items()}
         if len(start) < len(moved):
             rest = {n: torch.zeros_like(d) if n in scales else d for n, d in moved.items()}
             pull = self.precision._product(rest)
             start = {name: d - factor * scales[name] * pull[name] for name, d in start.items()}
-        system = self._system(factor, scales)
-        if system is None:
-            left = _by_products(self.precision, factor, scales, start)
-        else:
-            left = system.solve(start, damping=1.0)
+        left = self._resolved(factor, scales, start)
         return {name: scale * left[name] for name, scale in scales.items()}
 
-    def _system(self, factor: float, scales: dict[str, float]) -> Fisher | None:
-        """Return the precision of what moves; it stays the same, with its eigenvectors."""
-        if self._kept[0] != (factor, scales):
-            self._kept = (factor, scales), _scaled(self.precision, factor, scales)
+    def _resolved(self, factor: float, scales: dict[str, float], b: Vector) -> Vector:
+        """Return the solution of :math:`(I + f S A S)\, u = b`."""
+        if not factor:
+            return b
+        system = self._system(scales)
+        if system is None:
+            return _by_products(self.precision, factor, scales, b)
+        return each("div", system.solve(b, damping=1 / factor), factor)
+
+    def _system(self, scales: dict[str, float]) -> Fisher | None:
+        """Return :math:`S A S` of what moves; it stays the same, with its eigenvectors."""
+        if self._kept[0] != scales:
+            self._kept = scales, _scaled(self.precision, scales)
         found: Fisher | None = self._kept[1]
         return found
 
 
-def _scaled(precision: Fisher, factor: float, scales: dict[str, float]) -> Fisher | None:
-    """Return :math:`f S A S` of some parameters, or None if the structure cannot hold it."""
+def _scales(rates: dict[str, float]) -> dict[str, float]:
+    """Return the roots of the rates, relative to the largest; what has none does not move."""
+    moving = {name: rate for name, rate in rates.items() if rate > 0}
+    top = max(moving.values(), default=1.0)
+    return {name: (rate / top) ** 0.5 for name, rate in moving.items()}
+
+
+def _scaled(precision: Fisher, scales: dict[str, float]) -> Fisher | None:
+    """Return :math:`S A S` of some parameters, or None if the structure cannot hold it."""
     try:
         alike = set(scales.values()) == {1.0}
-        return factor * (precision._within(scales) if alike else precision._congruent(scales))
+        return precision._within(scales) if alike else precision._congruent(scales)
     except NotKept:
         return None
 

@@ -48,7 +48,7 @@ def multiplier(at: Callable[[float], tuple[float, float]], limit: float, start: 
         if not q > 0:  # the guess was far too large
             found = 0.0
             continue
-        if (1 - 4 * SLACK) * limit <= q <= limit:
+        if (1 - 4 * SLACK) * limit <= q <= (1 - SLACK / 2) * limit:
             return found
         found = max(0.0, found + 2 * q / slope * (1 - math.sqrt(q / aim)))
     return found

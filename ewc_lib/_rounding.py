@@ -27,7 +27,7 @@ class Rests:
     def whole(self, rounded: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Vector:
         """Return tensors in other dtypes, with what they have lost; not always copies."""
         found = in_dtypes_of(like, rounded)
-        lost = {name: rest for name, rest in self.values.items() if name in found}
+        lost = {n: rest.to(found[n].device) for n, rest in self.values.items() if n in found}
         if not lost:
             return found
         return {**found, **each("add", {name: found[name] for name in lost}, lost)}

@@ -8,11 +8,13 @@ The precision of the :mod:`quadratic penalty <ewc_lib.quadratic>` is a Fisher in
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from ewc_lib._adapted.network import factors
 from ewc_lib._arguments import check_choice
@@ -61,7 +63,7 @@ class EWC(QuadraticPenalty):
     strength
         :math:`\lambda \ge 0`, for a loss that is the *mean* over observations. There is no good
         default: :meth:`bayesian_strength` gives the value that the derivation implies, and a
-        sweep over powers of ten around it is the practice.
+        sweep over powers of ten around it is the practice. Either this or a budget.
     mode
         ``"separate"``: one penalty for each task (Kirkpatrick et al. 2017). They are merged
         into one quadratic exactly, so the memory does not grow with the number of tasks.
@@ -76,6 +78,11 @@ class EWC(QuadraticPenalty):
         another structure. With ``"lowrank"`` the rank, and so the memory, grows with every task.
     params
         As there: the parameters that are held. All others are free.
+    budget
+        Instead of a strength: how much of the old tasks may be lost, in nats an observation,
+        summed over tasks, as far as their Fisher information tells (:meth:`nats`). Every
+        proximal step takes the smallest :math:`\lambda` that keeps it (:prf:ref:`thm-budget`),
+        and ``strength`` then tells which that was.
     n_samples, draws, rank, certify, precision, dtype, device
         As there, for every task. They are settings: :meth:`state_dict` does not store them. What
         was summed on another ``device`` moves to the model's with the next penalty. The attribute
@@ -84,7 +91,8 @@ class EWC(QuadraticPenalty):
     Raises
     ------
     ValueError
-        If the strength is negative or not finite, if the decay is outside [0, 1] or is given
+        If not one of strength and budget is given, if it is negative or not finite, or a budget
+        of 0, if the decay is outside [0, 1] or is given
         for the separate mode, if the mode or another word is unknown, if ``params`` chooses
         nothing, or if a number, precision or device is none that
         :func:`ewc_lib.fisher_information` takes.
@@ -118,9 +126,10 @@ class EWC(QuadraticPenalty):
     def __init__(
         self,
         model: nn.Module,
-        strength: float,
+        strength: float | None = None,
         mode: Literal["separate", "online"] = "separate",
         *,
+        budget: float | None = None,
         decay: float = 1.0,
         likelihood: Likelihood | None = None,
         criterion: Criterion | None = None,
@@ -142,7 +151,10 @@ class EWC(QuadraticPenalty):
             raise ValueError(f"decay must lie between 0 and 1, got {decay}")
         if mode == "separate" and decay != 1:
             raise ValueError("decay belongs to mode='online'; separate penalties do not decay")
-        super().__init__(model, strength, params=params)
+        if (strength is None) == (budget is None):
+            raise ValueError("EWC needs either a strength or a budget")
+        super().__init__(model, 0.0 if strength is None else strength, params=params)
+        self.budget = budget
         self.mode = mode
         self.decay = decay
         self.likelihood = likelihood
@@ -155,6 +167,43 @@ class EWC(QuadraticPenalty):
         self.dtype, self.device = dtype, device
 
     @property
+    def budget(self) -> float | None:
+        """What may be lost of the old tasks, in nats; it may be changed at any time."""
+        return self._budget
+
+    @budget.setter
+    def budget(self, value: float | None) -> None:
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"a budget must be positive and finite, got {value}")
+        self._budget = value
+
+    def nats(self) -> Float[Tensor, ""]:
+        r"""Return what the old tasks are predicted to have lost, in nats an observation.
+
+        .. math:: \frac12 \sum_t (\theta - \theta^*_t)^\top F_t (\theta - \theta^*_t)
+
+        This is the penalty of strength one. To second order in the displacement, each term is
+        the divergence of what the network says of an observation of that task from what it said
+        (:prf:ref:`thm-kl`); for the whole matrix, that is: a diagonal leaves out what parameters
+        do together, so it may be far off, and so may every quadratic form far from the anchor.
+
+        Examples
+        --------
+        >>> import torch
+        >>> model, x, y = torch.nn.Linear(3, 2), torch.randn(8, 3), torch.arange(8) % 2
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> ewc = EWC(model, budget=0.01)
+        >>> F, handle = ewc.consolidate((x, y)), ewc.attach(optimizer)
+        >>> for _ in range(100):
+        ...     optimizer.zero_grad()
+        ...     torch.nn.functional.cross_entropy(model(x), 1 - y).backward()
+        ...     optimizer.step()
+        >>> 0.0099 < ewc.nats().item() <= 0.01
+        True
+        """
+        return self._half_square()
+
+    @property
     def _structure(self) -> str:
         return self.structure
 
@@ -164,7 +213,8 @@ class EWC(QuadraticPenalty):
         return said | in_words_if_given(self.likelihood)
 
     def _shown(self) -> dict[str, Any]:
-        return super()._shown() | {"mode": self.mode, "kind": self.kind}
+        limited = {} if self.budget is None else {"budget": self.budget}
+        return super()._shown() | {"mode": self.mode, "kind": self.kind} | limited
 
     def consolidate(
         self,

@@ -28,6 +28,7 @@ from ewc_lib._held import Held, grown_from, held_ones, names_like
 from ewc_lib._identity import whole
 from ewc_lib._names import plain_name
 from ewc_lib._parameters import Vector
+from ewc_lib._rounding import Rests
 from ewc_lib._selecting import Chooser, Selection, fixed, select_parameters
 from ewc_lib._states import (
     Loader,
@@ -94,6 +95,8 @@ class QuadraticPenalty:
         self._anchor: Vector = {}
         self._offset = torch.zeros(())
         self._n_tasks = 0
+        self._budget: float | None = None
+        self._rests = Rests()
         self._warned = False
         self._kept_held: tuple[Any, Held] | None = None
         select_parameters(model, self.params)
@@ -145,14 +148,26 @@ class QuadraticPenalty:
         ------
         ValueError
             If the model has a held parameter no more, or a smaller one (:meth:`forget`), or if
-            one has no values.
+            one has no values; or if a budget is kept, which only the proximal step can do.
         """
+        self._check_no_budget()
+        return self.strength * self._half_square()
+
+    def _half_square(self) -> Float[Tensor, ""]:
+        """Return the penalty of strength one."""
         if self._precision is None:
             return torch.zeros((), device=next(self.model.parameters()).device)
         held = self._held()
         with self._uncast():
             distance = held.squared_distance()
-        return 0.5 * self.strength * (distance + self._offset)
+        return 0.5 * (distance + self._offset)
+
+    def _check_no_budget(self) -> None:
+        if self._budget is not None:
+            raise ValueError(
+                "a budget is kept by the proximal step alone, as attach(optimizer) makes it; "
+                "nats() tells how much of it is used"
+            )
 
     def add_gradient_(self) -> None:
         r"""Add the gradient of the penalty, :math:`\lambda A (\theta - m)`, to ``.grad``.
@@ -161,6 +176,7 @@ class QuadraticPenalty:
         builds no graph. A sparse gradient becomes dense, as it would there. With a gradient
         scaler, ``scaler.unscale_(optimizer)`` comes first.
         """
+        self._check_no_budget()
         self._add_gradient(None)
 
     def _held_by(self, optimizer: torch.optim.Optimizer) -> list[str]:
@@ -187,7 +203,9 @@ class QuadraticPenalty:
         gradient. To first order in :math:`\eta \lambda` it is the gradient step of plain SGD.
         But it is stable for every strength, where a gradient step diverges once
         :math:`\eta \lambda A_i > 2`. And an adaptive optimizer such as Adam does not rescale
-        it, as AdamW does not rescale weight decay (Loshchilov and Hutter 2019). With momentum
+        it, as AdamW does not rescale weight decay (Loshchilov and Hutter 2019). Parameters of
+        half precision move as those of float32 do: what is rounded away is kept and added to
+        the next step; the penalty knows of it, and so does a state. With momentum
         :math:`\mu`, the gradient of the loss accumulates and the penalty does not: for the same
         balance multiply the strength by :math:`1/(1-\mu)`.
 
@@ -210,12 +228,17 @@ class QuadraticPenalty:
         ----------
         Parikh and Boyd 2014, section 4.2: the proximal gradient method.
         """
-        if self._precision is None or self.strength == 0:
+        if self._precision is None or (self._budget is None and self.strength == 0):
             return
         held = self._held()
         if rates := _rates(optimizer, held):
+            held = held.part(rates)
             with self._uncast():
-                held.part(rates).go_(self.strength, rates)
+                if self._budget is None:
+                    held.go_(self.strength, rates)
+                else:
+                    limit = 2 * self._budget - float(self._offset)
+                    self._strength = held.go_within_(limit, rates, self._strength)
 
     def forget(self, pattern: str | Iterable[str]) -> None:
         """Drop parameters from the penalty, which then are free until the next task is finished.
@@ -308,6 +331,8 @@ class QuadraticPenalty:
         >>> torch.allclose(model.weight, before, atol=1e-5)  # so strong that nothing moves
         True
         """
+        if form == "gradient":
+            self._check_no_budget()
         return Attachment(self, optimizer, form, self._parameters())
 
     def _reads_gradients(self, form: Form) -> bool:
@@ -357,6 +382,7 @@ class QuadraticPenalty:
             "offset": self._offset.clone(),
             **settings_of(self._settings(), self._precision),
             **{f"anchor.{key}": v for key, v in by_plain_names(self._anchor).items()},
+            **{f"rest.{key}": v for key, v in by_plain_names(self._rests.values).items()},
             **{f"precision.{key}": v for key, v in precision_state(self._precision).items()},
         }
 
@@ -389,6 +415,7 @@ class QuadraticPenalty:
             check_shapes(grown_from(shapes, every), shapes)
             held_ones(every, anchor)
         self._keep(precision, anchor)
+        self._rests.values.update(loader.vector(under("rest.", state)))
         self._offset = whole(state["offset"]).to(loader.device, copy=True)
         self._n_tasks = int(state["n_tasks"])
 
@@ -478,7 +505,7 @@ class QuadraticPenalty:
         self._follow(next(iter(parameters.values())).device)
         self._grow(parameters)
         assert self._precision is not None
-        held = Held(self._precision, self._anchor, parameters)
+        held = Held(self._precision, self._anchor, parameters, self._rests)
         if not compiling:
             self._kept_held = every, held
         return held
@@ -572,6 +599,7 @@ class QuadraticPenalty:
             anchor = in_layout_of(every, anchor)
             precision = replace(precision, values=in_layout_of(every, precision.values))
         self._precision, self._anchor = precision, anchor
+        self._rests.values.clear()
         self._kept_held = None  # free what was held
 
 
