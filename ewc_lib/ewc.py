@@ -21,8 +21,9 @@ from ewc_lib._arguments import check_choice
 from ewc_lib._forms import Pick
 from ewc_lib._names import plain_name
 from ewc_lib._precision import Precision
+from ewc_lib._processes import Group, fisher_of_ranks
 from ewc_lib._selecting import Selection
-from ewc_lib.fisher.estimate import Structure, check_request, fisher_information
+from ewc_lib.fisher.estimate import Structure, check_request
 from ewc_lib.fisher.output import Kind
 from ewc_lib.fisher.structures import (
     BlockDiagonal,
@@ -224,6 +225,7 @@ class EWC(QuadraticPenalty):
         batch: Pick | None = None,
         generator: torch.Generator | None = None,
         progress: bool | None = None,
+        group: Group = None,
     ) -> Fisher:
         """Finish a task: compute its Fisher information and remember its parameters.
 
@@ -236,9 +238,16 @@ class EWC(QuadraticPenalty):
             As in :func:`ewc_lib.fisher_information`.
         generator
             As there; by default a fresh one with the number of tasks so far as its seed, so that
-            no two tasks have the same random numbers.
+            no two tasks have the same random numbers, nor two processes.
         n_samples
-            As there, for this task; by default what the constructor was given.
+            As there, for this task; by default what the constructor was given. Of several
+            processes, each takes so many.
+        group
+            Where ``torch.distributed`` is initialised, all processes of this group have to call
+            this, each with its own part of the data, and all get the Fisher information of all
+            data (:func:`ewc_lib.integrations.distributed.fisher_information`); by default all
+            processes. ``False`` where each process has all the data, or a model of its own: then
+            it works for itself.
 
         Returns
         -------
@@ -249,25 +258,28 @@ class EWC(QuadraticPenalty):
         ------
         ValueError
             If this is the second task and the structure holds one only, and as
-            :func:`ewc_lib.fisher_information`.
+            :func:`ewc_lib.fisher_information`. If processes have other parameters, or the
+            structure is one that does not add up over processes.
+        RuntimeError
+            If another process has failed, or if this one is not in the group.
 
         Warns
         -----
         RuntimeWarning
             If it is zero everywhere, so that nothing would be protected; for a factor of an
-            adapter, because the other factor is zero (:prf:ref:`thm-adapter-blind`); and, once,
-            if the model has running statistics that will move with the next task
+            adapter, because the other factor is zero (:prf:ref:`thm-adapter-blind`); if a loader
+            may repeat observations of another process, and which they are cannot be told; and,
+            once, if the model has running statistics that will move with the next task
             (:func:`ewc_lib.freeze_norms`).
         """
         self._check_room()
         chosen = list(self._of_task())
-        if generator is None:  # the random errors of two tasks are not to be the same
-            device = next(self.model.parameters()).device
-            generator = torch.Generator(device).manual_seed(self.n_tasks)
-        fisher = fisher_information(
+        fisher = fisher_of_ranks(
             self.model,
             data,
             self.likelihood,
+            group=group,
+            seed=self.n_tasks,  # the random errors of two tasks are not to be the same
             criterion=self.criterion,
             kind=self.kind,
             structure=self.structure,
@@ -289,9 +301,8 @@ class EWC(QuadraticPenalty):
     def remember(self, fisher: Fisher) -> None:
         """Finish a task whose Fisher information was computed elsewhere.
 
-        :meth:`consolidate` computes it and calls this. Call it yourself if the data are spread
-        over processes (:func:`ewc_lib.integrations.distributed.fisher_information`) or come in
-        parts (:meth:`ewc_lib.Fisher.pool`). If it raises, nothing has changed.
+        :meth:`consolidate` computes it and calls this. Call it yourself if the data come in parts
+        (:meth:`ewc_lib.Fisher.pool`). If it raises, nothing has changed.
 
         Parameters
         ----------

@@ -11,29 +11,16 @@ numbers. A rank that fails says so in the message, and every rank raises an erro
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch import nn
 
-from ewc_lib import fisher
-from ewc_lib._selecting import fixed, select_parameters
-from ewc_lib.errors import EmptyData
-from ewc_lib.fisher import BlockDiagonal, Diagonal, EigenKronecker, Fisher, LowRank
+from ewc_lib._processes import Ranks, add_up, check_adds_up, fisher_of_ranks
+from ewc_lib.fisher import Fisher
 from ewc_lib.likelihood.outputs import Likelihood
 
 __all__ = ["all_reduce", "fisher_information"]
-
-NOT_LINEAR = "eigenkronecker", "lowrank"
-"""Structures that those of parts of the data do not add up to."""
 
 
 def fisher_information(
@@ -115,32 +102,8 @@ def fisher_information(
     8
     >>> dist.destroy_process_group()
     """
-    rank = _rank(group)
-    options.setdefault("progress", False if rank else None)
-    mistake = None
-    try:  # while parameters that are sharded are still those that the caller knows
-        options["params"] = fixed(model, options.get("params"))
-    except ValueError as error:
-        mistake = error
-    device = options.get("device") or next(model.parameters(), torch.empty(0)).device
-
-    def compute() -> Fisher | None:
-        if mistake:
-            raise mistake
-        if options.get("structure") in NOT_LINEAR:
-            raise ValueError(_not_linear(f"structure={options['structure']!r}"))
-        if options.get("generator") is None:
-            chosen = select_parameters(plain, options["params"])
-            source = torch.Generator(next(iter(chosen.values())).device)
-            options["generator"] = source.manual_seed(rank)
-        try:
-            return fisher.fisher_information(plain, shard, likelihood, **options)
-        except EmptyData:
-            return None
-
-    with _plain(model) as plain:
-        F = _add_up(compute, device, group)
-    return _shard_like(model, F)
+    Ranks.of(group)  # fails now where there is none
+    return fisher_of_ranks(model, shard, likelihood, group=group or dist.group.WORLD, **options)
 
 
 def all_reduce(F: Fisher, group: dist.ProcessGroup | None = None) -> Fisher:
@@ -181,197 +144,4 @@ def all_reduce(F: Fisher, group: dist.ProcessGroup | None = None) -> Fisher:
     8
     >>> dist.destroy_process_group()
     """
-    _rank(group)
-
-    def check() -> Fisher:
-        for block in _blocks(F):
-            if isinstance(block, EigenKronecker | LowRank):
-                raise ValueError(_not_linear(f"{type(block).__name__} of {list(block.shapes)}"))
-        if any(isinstance(tensor, DTensor) for tensor in F._numbers()):
-            raise ValueError("F is sharded, so it is that of all ranks already")
-        return F
-
-    return _add_up(check, "cpu", group)
-
-
-def _not_linear(what: str) -> str:
-    return (
-        f"{what}: the eigenvectors of parts of the data do not add up to those of all data; "
-        "choose another structure, or compute it in one process"
-    )
-
-
-def _rank(group: dist.ProcessGroup | None) -> int:
-    if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError(
-            "torch.distributed is not initialised: start the processes with torchrun and call "
-            "torch.distributed.init_process_group() in each"
-        )
-    if (rank := dist.get_rank(group)) < 0:
-        raise RuntimeError(f"rank {dist.get_rank()} is not in the group")
-    return rank
-
-
-class Message(NamedTuple):
-    """What a rank tells the others before the numbers are added.
-
-    Attributes
-    ----------
-    error
-        Type and first line of the error that it met, or None.
-    form
-        Its Fisher information without the numbers, or None if it has no observation.
-    """
-
-    error: str | None
-    form: Fisher | None
-
-
-def _add_up(
-    compute: Callable[[], Fisher | None],
-    device: torch.device | str,
-    group: dist.ProcessGroup | None,
-) -> Fisher:
-    """Compute on this rank, and return the mean over the observations of all ranks.
-
-    A rank without observations computes None, and adds zeros on the given device.
-    """
-    F, failure = None, None
-    try:
-        if F := compute():
-            numbers = torch.cat([tensor.reshape(-1) for tensor in F._numbers()])
-    except Exception as error:
-        failure = error
-    whole = _pool(_exchange(F, failure, group))
-    if F:
-        numbers *= F.n_samples / whole.n_samples
-    else:
-        like = torch.cat([tensor.reshape(-1) for tensor in whole._numbers()])
-        numbers = torch.zeros_like(like, device=device)
-    dist.all_reduce(numbers, group=group)
-    pieces = iter(numbers.split([tensor.numel() for tensor in whole._numbers()]))
-    return whole._map(lambda tensor: next(pieces).view(tensor.shape).to(tensor.dtype))
-
-
-def _exchange(
-    F: Fisher | None, failure: Exception | None, group: dist.ProcessGroup | None
-) -> list[Fisher | None]:
-    """Return what every rank has, without the numbers, or raise if one has failed."""
-    own = Message(_first_line(failure) if failure else None, F and F.to("meta"))
-    messages: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(messages, own, group)
-    if failure:
-        raise failure
-    if failed := [f"rank {rank} failed: {m.error}" for rank, m in enumerate(messages) if m.error]:
-        raise RuntimeError("; ".join(failed))
-    return [message.form for message in messages]
-
-
-def _first_line(error: Exception) -> str:
-    return traceback.format_exception_only(error)[-1].partition("\n")[0]
-
-
-def _pool(forms: list[Fisher | None]) -> Fisher:
-    """Return what all ranks have together, without the numbers."""
-    present = [(rank, form) for rank, form in enumerate(forms) if form is not None]
-    if not present:
-        raise EmptyData("data is empty: no rank holds an observation")
-    (first, example), *others = present
-    whole = example
-    for rank, form in others:
-        try:
-            whole = whole.pool(form)
-            if _order(form) != _order(example):
-                raise ValueError("the parameters are of another order or dtype")
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"rank {rank} does not fit rank {first}: {error}") from None
-    return whole
-
-
-def _order(F: Fisher) -> Any:
-    return list(F.shapes), [tensor.dtype for tensor in F._numbers()]
-
-
-def _blocks(F: Fisher) -> list[Fisher]:
-    if isinstance(F, BlockDiagonal):
-        return [part for block in F.blocks for part in _blocks(block)]
-    return [F]
-
-
-class _Unwrapped(nn.Module):
-    """The model in a wrapper, with the names that the wrapper gives, without what it adds."""
-
-    def __init__(self, wrapper: DataParallel[nn.Module] | DistributedDataParallel) -> None:
-        super().__init__()
-        self.module = wrapper.module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
-
-
-@contextmanager
-def _plain(model: nn.Module) -> Iterator[nn.Module]:
-    """Give a model that no other process takes part in: unwrapped, with whole parameters."""
-    if isinstance(model, DataParallel | DistributedDataParallel):
-        model = _Unwrapped(model)
-    modules = list(model.modules())
-    if any(isinstance(module, FullyShardedDataParallel) for module in modules):
-        raise ValueError("FullyShardedDataParallel hides the parameters; use fully_shard")
-    with _whole(modules), _without_sharding_hooks(modules):
-        yield model
-
-
-@contextmanager
-def _whole(modules: list[nn.Module]) -> Iterator[None]:
-    """Put whole parameters in the place of sharded ones."""
-    for module in modules:
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    sharded = [
-        (module, name, parameter)
-        for module in modules
-        for name, parameter in module.named_parameters(recurse=False)
-        if isinstance(parameter, DTensor)
-    ]
-    with torch.no_grad():
-        whole = {p: nn.Parameter(p.full_tensor(), p.requires_grad) for _, _, p in sharded}
-    try:
-        for module, name, parameter in sharded:
-            setattr(module, name, whole[parameter])
-        yield
-    finally:
-        for module, name, parameter in sharded:
-            setattr(module, name, parameter)
-
-
-@contextmanager
-def _without_sharding_hooks(modules: list[nn.Module]) -> Iterator[None]:
-    """Leave out the hooks of ``fully_shard``, which gather and free parameters."""
-    tables = [table for m in modules for table in (m._forward_pre_hooks, m._forward_hooks)]
-    entries = [dict(table) for table in tables]
-    try:
-        for table in tables:
-            for key, hook in list(table.items()):
-                if str(hook.__module__).startswith("torch.distributed.fsdp"):
-                    del table[key]
-        yield
-    finally:
-        for table, before in zip(tables, entries, strict=True):
-            table.clear()
-            table.update(before)
-
-
-def _shard_like(model: nn.Module, F: Fisher) -> Fisher:
-    """Keep of a diagonal what this rank keeps of the parameters."""
-    parameters = dict(model.named_parameters())
-    if not isinstance(F, Diagonal):
-        return F
-    values = {name: _part(value, parameters[name]) for name, value in F.values.items()}
-    return replace(F, values=values)
-
-
-def _part(whole: Tensor, parameter: Tensor) -> Tensor:
-    if not isinstance(parameter, DTensor):
-        return whole
-    everywhere = DTensor.from_local(whole, parameter.device_mesh, run_check=False)
-    return everywhere.redistribute(placements=parameter.placements)
+    return add_up(lambda: check_adds_up(F), "cpu", Ranks.of(group))

@@ -15,9 +15,11 @@ from ewc_lib._arguments import random_source
 from ewc_lib._calling import output_tensor
 from ewc_lib._drawing import random_part
 from ewc_lib._forms import Pick, picked
+from ewc_lib._loaders import unpadded
+from ewc_lib._processes import Group, over_ranks, taking_part
 from ewc_lib._restoring import untouched
 from ewc_lib.fisher.estimate import fisher_information
-from ewc_lib.fisher.structures import Diagonal
+from ewc_lib.fisher.structures import Diagonal, Fisher
 from ewc_lib.likelihood.agreement import agreed
 from ewc_lib.likelihood.categorical import Categorical
 from ewc_lib.regularizers._importance import ImportancePenalty
@@ -90,6 +92,7 @@ class EWCDR(ImportancePenalty):
         batch: Pick | None = None,
         generator: torch.Generator | None = None,
         progress: bool | None = None,
+        group: Group = None,
     ) -> Diagonal:
         """Finish a task: compute its importance and remember its parameters.
 
@@ -97,6 +100,8 @@ class EWCDR(ImportancePenalty):
         ----------
         data, n_samples, batch, generator, progress
             As in :func:`ewc_lib.fisher_information`. The targets are classes.
+        group
+            Of several processes, who has a part of the data, as in :meth:`ewc_lib.EWC.consolidate`.
 
         Returns
         -------
@@ -114,22 +119,29 @@ class EWCDR(ImportancePenalty):
             If it is zero everywhere, so that nothing of this task would be protected.
         """
         chosen = self._of_task()
-        generator = random_source(generator, next(self.model.parameters()).device)
-        data = random_part(picked(data, batch), n_samples, generator)
-        with untouched(self.model):
-            data, likelihood = agreed(self.model, data)
-        if not isinstance(likelihood, Categorical):
-            raise ValueError(f"EWC-DR reverses the logits of classes, and the loss is {likelihood}")
-        squares = fisher_information(
-            _Reversed(self.model),
-            data,
-            likelihood,
-            kind="empirical",
-            params=[PREFIX + name for name in chosen],
-            n_samples=n_samples,
-            generator=generator,
-            progress=progress,
-        )
+        ranks = taking_part(group)
+
+        def compute() -> Fisher:
+            own = picked(unpadded(data) if ranks else data, batch)
+            source = random_source(generator, next(self.model.parameters()).device)
+            with untouched(self.model):
+                own, likelihood = agreed(self.model, random_part(own, n_samples, source))
+            if not isinstance(likelihood, Categorical):
+                raise ValueError(
+                    f"EWC-DR reverses the logits of classes, and the loss is {likelihood}"
+                )
+            return fisher_information(
+                _Reversed(self.model),
+                own,
+                likelihood,
+                kind="empirical",
+                params=[PREFIX + name for name in chosen],
+                n_samples=n_samples,
+                generator=source,
+                progress=progress,
+            )
+
+        squares = over_ranks(_Reversed(self.model), compute, ranks)
         plain = self._plain_names(chosen)
         values = {plain[k.removeprefix(PREFIX)]: v for k, v in squares.diagonal().items()}
         task = self._diagonal(values, squares.n_samples, "Do the parameters reach the outputs?")

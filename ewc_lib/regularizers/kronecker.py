@@ -13,8 +13,8 @@ from torch import nn
 
 from ewc_lib._arguments import check_choice
 from ewc_lib._forms import Pick
+from ewc_lib._processes import Group, fisher_of_ranks
 from ewc_lib._selecting import Selection
-from ewc_lib.fisher.estimate import fisher_information
 from ewc_lib.fisher.output import KINDS, Kind
 from ewc_lib.fisher.structures import Fisher
 from ewc_lib.likelihood.outputs import Likelihood, given_distribution, in_words_if_given
@@ -103,6 +103,7 @@ class KroneckerLaplace(QuadraticPenalty):
         batch: Pick | None = None,
         generator: torch.Generator | None = None,
         progress: bool | None = None,
+        group: Group = None,
     ) -> Fisher:
         """Finish a task: take its Fisher information into the factors, remember the parameters.
 
@@ -112,6 +113,8 @@ class KroneckerLaplace(QuadraticPenalty):
         ----------
         data, n_samples, batch, generator, progress
             As in :func:`ewc_lib.fisher_information`.
+        group
+            Of several processes, who has a part of the data, as in :meth:`ewc_lib.EWC.consolidate`.
 
         Returns
         -------
@@ -131,10 +134,11 @@ class KroneckerLaplace(QuadraticPenalty):
             If it is zero everywhere, so that nothing of this task would be protected.
         """
         chosen = list(self._of_task())
-        fisher = fisher_information(
+        fisher = fisher_of_ranks(
             self.model,
             data,
             self.likelihood,
+            group=group,
             kind=self.kind,
             structure="kronecker",
             params=chosen,

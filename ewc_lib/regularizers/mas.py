@@ -14,6 +14,8 @@ from torch import Tensor
 from ewc_lib._arguments import check_whole, random_source
 from ewc_lib._drawing import random_part
 from ewc_lib._forms import Pick, picked
+from ewc_lib._loaders import unpadded
+from ewc_lib._processes import Group, over_ranks, taking_part
 from ewc_lib._restoring import untouched
 from ewc_lib.fisher.structures import Diagonal
 from ewc_lib.regularizers._importance import ImportancePenalty
@@ -76,6 +78,7 @@ class MAS(ImportancePenalty):
         n_samples: int | None = None,
         batch: Pick | None = None,
         generator: torch.Generator | None = None,
+        group: Group = None,
     ) -> Diagonal:
         """Finish a task: add its importance, and remember the parameters.
 
@@ -84,6 +87,8 @@ class MAS(ImportancePenalty):
         data, n_samples, batch, generator
             As in :func:`ewc_lib.fisher_information`. Of the targets only this matters: where
             one of them is -100, as at the padding of a text, the outputs do not count.
+        group
+            Of several processes, who has a part of the data, as in :meth:`ewc_lib.EWC.consolidate`.
 
         Returns
         -------
@@ -100,11 +105,29 @@ class MAS(ImportancePenalty):
         RuntimeWarning
             If it is zero everywhere, so that nothing of this task would be protected.
         """
-        chosen = list(self._of_task())
-        total, n = self._zeros(), 0
         check_whole(n_samples=n_samples)
+        chosen, ranks = list(self._of_task()), taking_part(group)
+        data = unpadded(data) if ranks else data
+        found = over_ranks(
+            self.model, lambda: self._mean(chosen, picked(data, batch), n_samples, generator), ranks
+        )
+        assert isinstance(found, Diagonal)
+        values, n = found.values, found.n_samples
+        task = self._diagonal(values, n, "Are the outputs of the model always zero?")
+        self._accumulate(task)
+        return task
+
+    def _mean(
+        self,
+        chosen: list[str],
+        data: Any,
+        n_samples: int | None,
+        generator: torch.Generator | None,
+    ) -> Diagonal:
+        """Return the mean over the observations that this process has."""
+        total, n = self._zeros(), 0
         device = next(iter(total.values())).device
-        data = random_part(picked(data, batch), n_samples, random_source(generator, device))
+        data = random_part(data, n_samples, random_source(generator, device))
         found = per_observation_gradients(
             self.model,
             data,
@@ -120,9 +143,7 @@ class MAS(ImportancePenalty):
                     total[plain[name]] += g.abs().sum(0)
                 n += len(g)
         values = {name: value / n for name, value in total.items()}
-        task = self._diagonal(values, n, "Are the outputs of the model always zero?")
-        self._accumulate(task)
-        return task
+        return Diagonal(n, self.importance, dict.fromkeys(values, "rule"), values)
 
 
 def of_squared_length(output: Tensor, target: Tensor) -> Tensor:

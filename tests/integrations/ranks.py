@@ -16,10 +16,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from ewc_lib import EWC, freeze_norms
 from ewc_lib import fisher_information as in_one_process
 from ewc_lib.integrations.distributed import all_reduce, fisher_information
+from ewc_lib.regularizers import EWCDR, MAS, KroneckerLaplace
 
 N = 23
 STRUCTURES = ("diagonal", "block", "module", "dense", "kronecker", "kronecker-reduce")
@@ -84,6 +86,25 @@ def read_never():
     yield
 
 
+METHODS = {
+    "EWC": lambda model: EWC(model, strength=10.0),
+    "EWC in blocks": lambda model: EWC(model, strength=10.0, structure="block"),
+    "KroneckerLaplace": lambda model: KroneckerLaplace(model, strength=10.0),
+    "MAS": lambda model: MAS(model, strength=10.0),
+    "EWCDR": lambda model: EWCDR(model, strength=10.0),
+}
+"""Those that compute an importance at the end of a task."""
+
+
+def precision_and_penalty(regularizer):
+    """Return what is remembered, and the penalty one step aside."""
+    with torch.no_grad():
+        for p in regularizer.model.parameters():
+            p += 1
+    precision = regularizer.precision
+    return precision.n_samples, precision.to_dense(), regularizer.penalty().detach()
+
+
 class Checks:
     """Every check is a method; all are run in the order of their names."""
 
@@ -121,6 +142,78 @@ class Checks:
             for p in model.parameters():
                 p += 1
         return ewc.penalty().detach()
+
+    def consolidated(self):
+        """What each method makes of the data of all ranks, in the wrapper for training."""
+        found = {}
+        for name, make in METHODS.items():
+            regularizer = make(DistributedDataParallel(images()[0]))
+            regularizer.consolidate((self.x, self.y))
+            found[name] = precision_and_penalty(regularizer)
+        return found
+
+    def consolidated_each_for_itself(self):
+        made = {n: make(DistributedDataParallel(images()[0])) for n, make in METHODS.items()}
+        for regularizer in made.values():
+            regularizer.consolidate((self.x, self.y), group=False)
+        return {name: precision_and_penalty(regularizer) for name, regularizer in made.items()}
+
+    def consolidated_by_some(self):
+        """The ranks at both ends."""
+        group = dist.new_group([0, self.ranks - 1])
+        ewc = EWC(self.model, strength=10.0)
+        return ewc.consolidate((self.x, self.y), group=group).state_dict()
+
+    def consolidated_twice(self):
+        """The random numbers of two tasks, and of two ranks, differ."""
+        ewc = EWC(self.model, strength=10.0, kind="sketch")
+        x, y = images()[1:]  # the same on all ranks
+        own = [ewc.consolidate((x, y), group=False).state_dict() for _ in range(2)]
+        apart = [fisher_information(self.model, (x, y), kind="sketch").state_dict()]
+        return own + apart
+
+    def other_parameters_on_one_rank(self):
+        with torch.no_grad():
+            self.model.head.weight *= 1.0 + 0.01 * self.rank
+        try:
+            return EWC(self.model, strength=1.0).consolidate((self.x, self.y))
+        finally:
+            self.model = images()[0]
+
+    def running_statistics_of_the_first_rank(self):
+        model = DistributedDataParallel(images()[0])
+        model.module.norm.running_mean += 0.1 + self.rank
+        F = EWC(model, strength=1.0).consolidate((self.x, self.y))
+        kept = model.module.norm.running_mean
+        return {"F": F.state_dict(), "own kept": bool((kept == 0.1 + self.rank).all())}
+
+    def sampled_for_all_ranks(self):
+        """Of 23 observations, and of 1, which all but one rank only repeat."""
+        _, x, y = images()
+        return {
+            n: EWC(self.model, strength=1.0).consolidate(self._loader(x[:n], y[:n])).state_dict()
+            for n in (N, 1)
+        }
+
+    def _loader(self, x, y):
+        dataset = TensorDataset(x, y)
+        return DataLoader(dataset, 2, sampler=DistributedSampler(dataset))
+
+    def dispatched_by_accelerate(self):
+        from accelerate.data_loader import prepare_data_loader
+        from accelerate.state import PartialState
+
+        PartialState(cpu=True)
+        _, x, y = images()
+        counts = {}
+        for split in (False, True):
+            loader = DataLoader(TensorDataset(x, y), 4)
+            prepared = prepare_data_loader(
+                loader, put_on_device=True, dispatch_batches=True, split_batches=split
+            )
+            F = EWC(self.model, strength=1.0).consolidate(prepared)
+            counts[split] = F.state_dict()
+        return counts
 
     def half_precision(self):
         model = images()[0].bfloat16()

@@ -11,13 +11,24 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from ewc_lib import EWC, Fisher, freeze_norms
 from ewc_lib import fisher_information as in_one_process
 from ewc_lib.errors import EmptyData
 from ewc_lib.fisher import Diagonal
 from ewc_lib.integrations.distributed import all_reduce, fisher_information
-from tests.integrations.ranks import CASES, STRUCTURES, N, as_batches, images, part, words
+from tests.integrations.ranks import (
+    CASES,
+    METHODS,
+    STRUCTURES,
+    N,
+    as_batches,
+    images,
+    part,
+    precision_and_penalty,
+    words,
+)
 from tests.scenarios import relative_error
 
 EXACT = 1e-12
@@ -117,6 +128,74 @@ class TestManyProcesses:
         assert ewc.penalty() > 0
         for found in everywhere(ranks, "elastic_weight_consolidation"):
             torch.testing.assert_close(found, ewc.penalty().detach(), rtol=EXACT, atol=0)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_a_task_that_is_finished_together_is_that_of_all_data(self, ranks, method):
+        model, x, y = images()
+        regularizer = METHODS[method](model)
+        regularizer.consolidate((x, y))
+        n, precision, penalty = precision_and_penalty(regularizer)
+        for found in everywhere(ranks, "consolidated"):
+            assert found[method][0] == n == N
+            assert relative_error(found[method][1], precision) < EXACT
+            torch.testing.assert_close(found[method][2], penalty, rtol=EXACT, atol=0)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_a_process_that_shall_work_for_itself_does(self, ranks, method):
+        for rank, results in enumerate(ranks):
+            model, x, y = images()
+            own = part(rank, len(ranks))
+            if own.start == own.stop:
+                assert results["consolidated_each_for_itself"].startswith("EmptyData")
+                continue
+            regularizer = METHODS[method](model)
+            regularizer.consolidate((x[own], y[own]))
+            n, precision, penalty = precision_and_penalty(regularizer)
+            found = results["consolidated_each_for_itself"][method]
+            assert found[0] == n
+            assert torch.equal(found[1], precision)
+            assert torch.equal(found[2], penalty)
+
+    def test_some_of_the_ranks_finish_a_task_together(self, ranks):
+        model, x, y = images()
+        first, last = part(0, len(ranks)), part(len(ranks) - 1, len(ranks))
+        both = torch.cat([x[first], x[last]]), torch.cat([y[first], y[last]])
+        found = same_everywhere([ranks[0], ranks[-1]], "consolidated_by_some")
+        assert_same(found, in_one_process(model, both))
+        for results in ranks[1:-1]:
+            assert "is not in the group" in results["consolidated_by_some"]
+
+    def test_two_tasks_have_other_random_numbers_and_so_have_two_ranks(self, ranks):
+        for found in everywhere(ranks, "consolidated_twice"):
+            one, two, of_ranks = (Fisher.from_state_dict(state).to_dense() for state in found)
+            assert relative_error(one, two) > 1e-3
+            assert relative_error(one, of_ranks) > 1e-3
+
+    def test_ranks_with_other_parameters_are_refused(self, ranks):
+        (error,) = {results["other_parameters_on_one_rank"] for results in ranks}
+        assert error.startswith("ValueError: the parameters on rank 1 have other values than those")
+
+    def test_all_ranks_have_the_running_statistics_of_the_first(self, ranks):
+        model, x, y = images()
+        model.norm.running_mean += 0.1
+        found = everywhere(ranks, "running_statistics_of_the_first_rank")
+        assert all(rank["own kept"] for rank in found)
+        picked = same_everywhere(ranks, "running_statistics_of_the_first_rank", lambda f: f["F"])
+        expected = in_one_process(model, (x, y))
+        assert relative_error(picked.to_dense(), expected.to_dense()) < EXACT
+
+    @pytest.mark.parametrize("n", [N, 1])
+    def test_what_a_sampler_repeats_does_not_count(self, ranks, n):
+        model, x, y = images()
+        found = same_everywhere(ranks, "sampled_for_all_ranks", lambda found: found[n])
+        assert found.n_samples == n
+        assert_same(found, in_one_process(model, (x[:n], y[:n])))
+
+    @pytest.mark.parametrize("split", [False, True])
+    def test_what_accelerate_repeats_in_the_last_batch_does_not_count(self, ranks, split):
+        model, x, y = images()
+        found = same_everywhere(ranks, "dispatched_by_accelerate", lambda found: found[split])
+        assert_same(found, in_one_process(model, (x, y)))
 
     @pytest.mark.parametrize("kind", ["sketch", "sampled"])
     def test_each_rank_draws_its_own_random_numbers(self, ranks, kind):
@@ -351,6 +430,26 @@ class TestOneProcess:
 class Cast(nn.Module):
     def forward(self, x):
         return x.double()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_wrapper_whose_processes_are_gone_is_no_obstacle(method):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model, x, y = images()
+    regularizer = METHODS[method](DistributedDataParallel(model))
+    dist.destroy_process_group()
+    expected = METHODS[method](images()[0])
+    regularizer.consolidate((x, y))
+    expected.consolidate((x, y))
+    assert torch.equal(regularizer.precision.to_dense(), expected.precision.to_dense())
+
+
+def test_one_process_with_all_data_needs_no_group_and_may_keep_what_does_not_add_up():
+    model, x, y = images()
+    ewc = EWC(model, strength=1.0, structure="lowrank")
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        ewc.consolidate((x, y), group=object())
+    assert ewc.consolidate((x, y)).n_samples == N
 
 
 def test_without_a_group_the_error_says_how_to_make_one():
