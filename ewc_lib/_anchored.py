@@ -7,7 +7,7 @@ With a diagonal precision all this is a few sweeps over all parameters, however 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ewc_lib._foreach import at_once, each, in_dtypes_of, inner, side_by_side
 from ewc_lib._parameters import Vector
 from ewc_lib._rounding import Rests
-from ewc_lib.fisher.structures import Diagonal, Fisher
+from ewc_lib._sharded import any_sharded, placed_like, whole
+from ewc_lib.fisher.structures import BlockDiagonal, Diagonal, Fisher
 
 
 def displacement(parameters: Mapping[str, Tensor], anchor: Vector) -> Vector:
@@ -24,10 +25,38 @@ def displacement(parameters: Mapping[str, Tensor], anchor: Vector) -> Vector:
     return each("sub", in_dtypes_of(anchor, parameters), anchor)
 
 
+def product(precision: Fisher, v: Vector) -> Vector:
+    """Return the product with a vector, sharded as the vector is."""
+    return _block_by_block(precision, v, lambda F, x: F._product(x))
+
+
+def solve(precision: Fisher, v: Vector, damping: float = 0.0) -> Vector:
+    """Return the solution of :meth:`ewc_lib.Fisher.solve`, sharded as the vector is."""
+    return _block_by_block(precision, v, lambda F, x: F.solve(x, damping))
+
+
+def quadratic(precision: Fisher, v: Vector) -> Tensor:
+    r"""Return :math:`v^\top A\, v`, a plain number also where processes share the vector."""
+    return inner(product(precision, v), v)
+
+
+def _block_by_block(
+    precision: Fisher, v: Vector, change: Callable[[Fisher, Vector], Vector]
+) -> Vector:
+    """Apply a matrix to a vector of which each process has a part, whole blocks one by one."""
+    if not any_sharded(v.values()) or any_sharded(precision._numbers()):
+        return change(precision, v)
+    blocks = precision.blocks if isinstance(precision, BlockDiagonal) else (precision,)
+    found: Vector = {}
+    for block in blocks:
+        found |= placed_like(v, change(block, {name: whole(v[name]) for name in block.shapes}))
+    return {name: found[name] for name in v}
+
+
 def squared_distance(precision: Fisher, anchor: Vector, parameters: Mapping[str, Tensor]) -> Tensor:
     r"""Return :math:`(\theta - m)^\top A\, (\theta - m)`, differentiable in the parameters."""
     if torch.compiler.is_compiling() or not at_once(list(parameters.values())):
-        return precision.quadratic(displacement(parameters, anchor))
+        return quadratic(precision, displacement(parameters, anchor))
     names, own = zip(*parameters.items(), strict=True)
     found: Any = _SquaredDistance.apply(precision, anchor, names, *own)  # type: ignore[no-untyped-call]
     value: Tensor = found[0]
@@ -127,7 +156,7 @@ def add_pull_(
     """
     swept = isinstance(precision, Diagonal)
     moved = displacement(moving if swept else parameters, anchor)
-    pull = moved if swept else precision._product(moved)
+    pull = moved if swept else product(precision, moved)
     if there := _gradients(moving):
         sums = rests.whole(there, pull)
         if isinstance(precision, Diagonal):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ewc_lib._parameters import Vector
+from ewc_lib._sharded import total
 
 Operand: TypeAlias = Mapping[str, Tensor] | Tensor | float
 """Tensors of the same names, or one number for all."""
@@ -83,7 +84,7 @@ def inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     products = each("mul", _real(a), _real(b)).values()
     if at_once(list(products)):
         return torch.cat([_flat(product) for product in products]).sum()
-    return torch.stack([product.sum() for product in products]).sum()
+    return total([product.sum() for product in products])
 
 
 def _alike(names: list[str], *columns: Any) -> list[list[str]]:

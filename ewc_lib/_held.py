@@ -15,12 +15,22 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ewc_lib._anchored import Sweep, add_pull_, displacement, go_, shares, squared_distance
+from ewc_lib._anchored import (
+    Sweep,
+    add_pull_,
+    displacement,
+    go_,
+    product,
+    shares,
+    solve,
+    squared_distance,
+)
 from ewc_lib._foreach import each, inner
 from ewc_lib._multiplier import MOST, multiplier
 from ewc_lib._names import plain_name
 from ewc_lib._parameters import Vector, ravel, unravel
 from ewc_lib._rounding import Rests
+from ewc_lib._sharded import placed_like, whole
 from ewc_lib.fisher.iterative import conjugate_gradients
 from ewc_lib.fisher.structures import Diagonal, Fisher
 from ewc_lib.fisher.structures.base import NotKept
@@ -164,7 +174,7 @@ class Held:
             moved = displacement(self.parameters, self._seen_anchor())
             left = self._left(top * strength, scales) if strength else {}
             moved = {**moved, **left}
-            pull = self.precision._product(moved)
+            pull = product(self.precision, moved)
             along = {name: scale * pull[name] for name, scale in scales.items()}
             turned = self._resolved(top * strength, scales, along)
             q, slope = torch.stack([inner(moved, pull), inner(along, turned)]).tolist()
@@ -195,7 +205,7 @@ class Held:
         start = {name: moved[name] / scale for name, scale in scales.items()}
         if len(start) < len(moved):
             rest = {n: torch.zeros_like(d) if n in scales else d for n, d in moved.items()}
-            pull = self.precision._product(rest)
+            pull = product(self.precision, rest)
             start = {name: d - factor * scales[name] * pull[name] for name, d in start.items()}
         left = self._resolved(factor, scales, start)
         return {name: scale * left[name] for name, scale in scales.items()}
@@ -206,8 +216,9 @@ class Held:
             return b
         system = self._system(scales)
         if system is None:
-            return _by_products(self.precision, factor, scales, b)
-        return each("div", system.solve(b, damping=1 / factor), factor)
+            alone = {name: whole(value) for name, value in b.items()}
+            return placed_like(b, _by_products(self.precision, factor, scales, alone))
+        return each("div", solve(system, b, damping=1 / factor), factor)
 
     def _system(self, scales: dict[str, float]) -> Fisher | None:
         """Return :math:`S A S` of what moves; it stays the same, with its eigenvectors."""

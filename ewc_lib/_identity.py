@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ewc_lib._names import plain_names
+from ewc_lib._sharded import whole
 
 COMPARED = (torch.float32, torch.bfloat16, torch.float16)
 """Precisions in which people load one checkpoint."""
@@ -69,12 +70,6 @@ def values_in(model: nn.Module, wanted: Mapping[str, Mapping[str, Any]]) -> dict
     if problems:
         raise ValueError(_few(problems, "; "))
     return {name: own[name] for name in wanted}
-
-
-def whole(value: Tensor) -> Tensor:
-    """Gather a sharded tensor; every process has to ask."""
-    found: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return found
 
 
 def _check_values(own: Mapping[str, Tensor], said: Mapping[str, Any], path: object) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from ewc_lib._parameters import Vector
@@ -28,6 +29,17 @@ def any_sharded(tensors: Iterable[Any]) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor, differentiable; every process that shares it has to ask."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def total(numbers: list[Tensor]) -> Tensor:
+    """Add scalars, of which each process may have a part only."""
+    if not any_sharded(numbers):
+        return torch.stack(numbers).sum()
+    alike: dict[Any, list[Tensor]] = {}
+    for number in numbers:
+        key = (number.device_mesh, number.placements) if is_sharded(number) else None
+        alike.setdefault(key, []).append(number)
+    return torch.stack([whole(torch.stack(some).sum()) for some in alike.values()]).sum()
 
 
 def part_like(like: Tensor, tensor: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ewc_lib._identity import whole
 from ewc_lib._names import plain_names
 from ewc_lib._parameters import Vector
+from ewc_lib._sharded import whole
 from ewc_lib.fisher.structures import Diagonal, Fisher
 from ewc_lib.fisher.structures.states import decode, encode
 

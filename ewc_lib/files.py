@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ewc_lib._identity import described, of_all, values_in, whole
+from ewc_lib._identity import described, of_all, values_in
 from ewc_lib._names import plain_names
+from ewc_lib._sharded import whole
 
 if TYPE_CHECKING:
     from ewc_lib.fisher.structures import Fisher

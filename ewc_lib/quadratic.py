@@ -21,15 +21,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ewc_lib._anchored import in_layout_of
+from ewc_lib._anchored import in_layout_of, product, quadratic, solve
 from ewc_lib._arguments import check_strength
 from ewc_lib._foreach import each
 from ewc_lib._held import Held, grown_from, held_ones, names_like
-from ewc_lib._identity import whole
 from ewc_lib._names import plain_name
 from ewc_lib._parameters import Vector
 from ewc_lib._rounding import Rests
 from ewc_lib._selecting import Chooser, Selection, fixed, select_parameters
+from ewc_lib._sharded import any_sharded, placed_like, reshard, whole
 from ewc_lib._states import (
     Loader,
     by_plain_names,
@@ -97,6 +97,7 @@ class QuadraticPenalty:
         self._n_tasks = 0
         self._budget: float | None = None
         self._rests = Rests()
+        self._is_sharded = False
         self._warned = False
         self._kept_held: tuple[Any, Held] | None = None
         select_parameters(model, self.params)
@@ -495,8 +496,10 @@ class QuadraticPenalty:
 
         Raise a ValueError if that cannot be.
         """
-        every = self._choose.every(self.model)
         compiling = torch.compiler.is_compiling()
+        if self._is_sharded and not compiling:
+            reshard(self.model)
+        every = self._choose.every(self.model)
         if not compiling and self._kept_held is not None:
             seen, held = self._kept_held
             if every is seen and held.is_of(self._precision, self._anchor):
@@ -533,6 +536,7 @@ class QuadraticPenalty:
 
     def _optimum(self, precision: Fisher) -> Vector:
         """Copy the present parameters, where a precision is and in its dtypes."""
+        reshard(self.model)
         every, found = self._choose.every(self.model), {}
         for name, like in precision.diagonal().items():
             parameter, dtype = every[name], like.dtype
@@ -555,13 +559,13 @@ class QuadraticPenalty:
         old = self._precision
         both = {**optimum, **self._anchor}
         anchor = {name: both[name] for name in merged.shapes}
-        pull = precision @ {name: t - anchor[name] for name, t in optimum.items()}
+        pull = product(precision, {name: t - anchor[name] for name, t in optimum.items()})
         nothing = {name: torch.zeros_like(m) for name, m in anchor.items() if name not in pull}
-        centre = each("add", anchor, merged.solve({**nothing, **pull}))
+        centre = each("add", anchor, solve(merged, {**nothing, **pull}))
         self._offset = (
             self._offset
-            + old.quadratic({name: centre[name] - m for name, m in self._anchor.items()})
-            + precision.quadratic({name: t - centre[name] for name, t in optimum.items()})
+            + quadratic(old, {name: centre[name] - m for name, m in self._anchor.items()})
+            + quadratic(precision, {name: t - centre[name] for name, t in optimum.items()})
         )
         self._keep(merged, centre)
         self._n_tasks += 1
@@ -594,8 +598,13 @@ class QuadraticPenalty:
 
     def _keep(self, precision: Fisher | None, anchor: Vector) -> None:
         """Keep both in the memory layout of the parameters, so that one sweep takes all."""
+        every = self._choose.every(self.model)
+        self._is_sharded = any_sharded(every.values())
+        if self._is_sharded:
+            anchor = placed_like(every, anchor)
+            if isinstance(precision, Diagonal):
+                precision = replace(precision, values=placed_like(every, precision.values))
         if isinstance(precision, Diagonal):
-            every = self._choose.every(self.model)
             anchor = in_layout_of(every, anchor)
             precision = replace(precision, values=in_layout_of(every, precision.values))
         self._precision, self._anchor = precision, anchor

@@ -105,6 +105,44 @@ def precision_and_penalty(regularizer):
     return precision.n_samples, precision.to_dense(), regularizer.penalty().detach()
 
 
+def aside(regularizer):
+    """Return the penalty a step aside."""
+    with torch.no_grad():
+        for p in regularizer.model.parameters():
+            p += 0.1
+    return regularizer.penalty().detach()
+
+
+def trained(model, ewc, *parts):
+    """Return the gradients with a penalty in the loss, without, and after a step of each kind."""
+
+    def gradients():
+        own = dict(ewc.model.named_parameters())
+        found = {n: p.grad for n, p in own.items() if p.grad is not None}
+        model.zero_grad()
+        return whole(found)
+
+    def loss():
+        return sum(nn.functional.cross_entropy(model(x), y) for x, y in parts) / len(parts)
+
+    found = {"penalty": aside(ewc)}
+    (loss() + ewc.penalty()).backward()
+    found["in the loss"] = gradients()
+    loss().backward()
+    ewc.add_gradient_()
+    found["added"] = gradients()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    loss()  # and with it, outer modules hold whole parameters for a way back
+    ewc.proximal_step_(optimizer)
+    found["step"] = whole(dict(model.named_parameters()))
+    return found
+
+
+def whole(tensors):
+    plain = {n: getattr(t, "full_tensor", lambda t=t: t)() for n, t in tensors.items()}
+    return {n.removeprefix("module."): t.detach().clone() for n, t in plain.items()}
+
+
 class Checks:
     """Every check is a method; all are run in the order of their names."""
 
@@ -310,7 +348,7 @@ class Checks:
                 for name, f in F.diagonal().items()
             ),
             "diagonal": {name: f.full_tensor() for name, f in F.diagonal().items()},
-            "quadratic": F.quadratic(F.diagonal()).full_tensor(),
+            "quadratic": F.quadratic(F.diagonal()),
             "shares": [row.share for row in F.report()],
             "kronecker": whole.to_dense(),
             "gradients": {
@@ -319,6 +357,36 @@ class Checks:
                 if p.grad is not None
             },
         }
+
+    def trained_in_a_wrapper(self):
+        model = DistributedDataParallel(images()[0])
+        ewc = EWC(model, strength=10.0)
+        ewc.consolidate((self.x, self.y))
+        return trained(model, ewc, (self.x, self.y))
+
+    def trained_sharded(self):
+        warnings.filterwarnings("ignore", "vmap cannot follow FSDPWords", RuntimeWarning)
+        found = {}
+        for structure in STRUCTURES:
+            model, x, y = words()
+            fully_shard(model.mix)
+            fully_shard(model)
+            ewc = EWC(model, strength=10.0, structure=structure)
+            ewc.consolidate((x[self.own], y[self.own]))
+            found[structure] = trained(model, ewc, (x, y))
+        return found
+
+    def states_go_over(self):
+        """From a whole model to a sharded one, and back."""
+        model, x, y = words()
+        ewc = EWC(model, strength=10.0)
+        ewc.consolidate((x, y), group=False)
+        fully_shard(sharded := words()[0])
+        other = EWC(sharded, strength=10.0)
+        other.load_state_dict(ewc.state_dict())
+        back = EWC(words()[0], strength=10.0)
+        back.load_state_dict(other.state_dict())
+        return [aside(regularizer) for regularizer in (ewc, other, back)]
 
     def sharded_and_one_rank_fails(self):
         model, x, y = words()

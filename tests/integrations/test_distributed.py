@@ -27,6 +27,7 @@ from tests.integrations.ranks import (
     images,
     part,
     precision_and_penalty,
+    trained,
     words,
 )
 from tests.scenarios import relative_error
@@ -96,6 +97,14 @@ def assert_same(found, expected, tolerance=EXACT):
     assert found.paths == expected.paths
     assert list(found.shapes) == list(expected.shapes)
     assert relative_error(found.to_dense(), expected.to_dense()) < tolerance
+
+
+def assert_trained(found, expected):
+    torch.testing.assert_close(found["penalty"], expected["penalty"], rtol=EXACT, atol=0)
+    for stage in ("in the loss", "added", "step"):
+        assert found[stage].keys() == expected[stage].keys()
+        for name, value in expected[stage].items():
+            assert relative_error(found[stage][name], value) < EXACT, (stage, name)
 
 
 def merged(ranks, own):
@@ -183,6 +192,17 @@ class TestManyProcesses:
         picked = same_everywhere(ranks, "running_statistics_of_the_first_rank", lambda f: f["F"])
         expected = in_one_process(model, (x, y))
         assert relative_error(picked.to_dense(), expected.to_dense()) < EXACT
+
+    def test_a_model_in_a_wrapper_trains_as_one_process_on_all_data(self, ranks):
+        if len(ranks) > 2:
+            pytest.skip("one of four ranks has no data to train on")
+        model, x, y = images()
+        ewc = EWC(model, strength=10.0)
+        ewc.consolidate((x, y))
+        parts = [part(rank, len(ranks)) for rank in range(len(ranks))]
+        expected = trained(model, ewc, *((x[own], y[own]) for own in parts))
+        for found in everywhere(ranks, "trained_in_a_wrapper"):
+            assert_trained(found, expected)
 
     @pytest.mark.parametrize("n", [N, 1])
     def test_what_a_sampler_repeats_does_not_count(self, ranks, n):
@@ -329,6 +349,21 @@ class TestShardedParameters:
             assert rank["gradients"].keys() == expected.keys()
             for name, gradient in expected.items():
                 assert relative_error(rank["gradients"][name], 2 * gradient) < EXACT
+
+    @pytest.mark.parametrize("structure", STRUCTURES)
+    def test_they_train_as_whole_ones_do(self, ranks, structure):
+        model, x, y = words()
+        ewc = EWC(model, strength=10.0, structure=structure)
+        ewc.consolidate((x, y))
+        expected = trained(model, ewc, (x, y))
+        for found in everywhere(ranks, "trained_sharded"):
+            assert_trained(found[structure], expected)
+
+    def test_states_go_from_whole_models_to_sharded_ones_and_back(self, ranks):
+        for found in everywhere(ranks, "states_go_over"):
+            assert found[0] > 0
+            for other in found[1:]:
+                torch.testing.assert_close(other, found[0], rtol=EXACT, atol=0)
 
     def test_a_rank_that_fails_is_named_on_all_others(self, ranks):
         failed, *others = [results["sharded_and_one_rank_fails"] for results in ranks]

@@ -20,6 +20,7 @@ from ewc_lib._foreach import inner
 from ewc_lib._identity import names_in
 from ewc_lib._names import plain_names
 from ewc_lib._parameters import Vector
+from ewc_lib._sharded import total, whole
 from ewc_lib.fisher.structures.states import decode, encode
 from ewc_lib.fisher.structures.vectors import V, check_shapes, in_form_of, named
 
@@ -165,7 +166,7 @@ class Fisher(ABC):
 
     def trace(self) -> Float[Tensor, ""]:
         """Return the sum of the diagonal."""
-        return torch.stack([d.sum() for d in self.diagonal().values()]).sum()
+        return total([d.sum() for d in self.diagonal().values()])
 
     def logdet(self, damping: float = 0.0) -> Float[Tensor, ""]:
         r"""Return :math:`\log\det(F + \text{damping} \cdot I)`; minus infinity if singular."""
@@ -180,7 +181,7 @@ class Fisher(ABC):
 
     def report(self) -> list[ReportRow]:
         """Return, for each parameter, the path taken, what is kept, and its share of the trace."""
-        shares = {name: _number(d.sum()) for name, d in self.diagonal().items()}
+        shares = {name: float(whole(d.sum())) for name, d in self.diagonal().items()}
         trace, keeps = sum(shares.values()), self.keeps
         return [
             ReportRow(name, self.paths[name], keeps[name], share / trace if trace else 0.0)
@@ -479,8 +480,3 @@ class Fisher(ABC):
             tolerance=max(known, default=None),
             likelihood=self.likelihood if self.likelihood == other.likelihood else None,
         )
-
-
-def _number(value: Tensor) -> float:
-    """Return a scalar; of a sharded one, each rank holds a part only."""
-    return float(value.full_tensor() if hasattr(value, "full_tensor") else value)

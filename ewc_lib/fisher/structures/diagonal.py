@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ewc_lib._foreach import each
 from ewc_lib._parameters import Vector, ravel
+from ewc_lib._sharded import total
 from ewc_lib.fisher.structures.base import Fisher, Join
 from ewc_lib.fisher.structures.vectors import divide, padded
 
@@ -46,7 +47,7 @@ class Diagonal(Fisher):
         return {name: divide(v[name], value + damping) for name, value in self.values.items()}
 
     def _logdet(self, damping: float) -> Float[Tensor, ""]:
-        return torch.stack([(d + damping).log().sum() for d in self.values.values()]).sum()
+        return total([(d + damping).log().sum() for d in self.values.values()])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
         return replace(self, values={name: change(d) for name, d in self.values.items()})
