@@ -1,25 +1,30 @@
-"""A model that no other process takes part in: without wrappers for training, parameters whole."""
+"""A model that is run by one process: without what wrappers for training add to it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ewc_lib._sharded import hiding_modules, is_sharded, sharding_modules, whole
+from ewc_lib._sharded import hiding_modules, reshard
+
+if TYPE_CHECKING:
+    from ewc_lib._gathering import Layers
 
 
 @contextmanager
-def alone(model: nn.Module) -> Iterator[None]:
-    """Let a model be run by this process alone, with the names of parameters that it has.
+def alone(model: nn.Module, layers: Layers | None = None) -> Iterator[None]:
+    """Let a model be run by this process, with the names of parameters that it has.
 
-    Every process that shares its parameters has to enter.
+    Sharded parameters are gathered layer by layer, and all who share them have to enter.
     """
     check_not_hidden(model)
-    with unwrapped(model), _whole_parameters(model), _without_sharding_hooks(model):
+    reshard(model)
+    gathered = nullcontext() if layers is None else layers.held()
+    with unwrapped(model), _without_sharding_hooks(model), gathered:
         yield
 
 
@@ -41,28 +46,6 @@ def unwrapped(model: nn.Module) -> Iterator[None]:
     finally:
         for wrapper in wrappers:
             vars(wrapper).pop("forward", None)
-
-
-@contextmanager
-def _whole_parameters(model: nn.Module) -> Iterator[None]:
-    """Put whole parameters in the place of sharded ones."""
-    for module in sharding_modules(model):
-        module.reshard()
-    sharded = [
-        (module, name, parameter)
-        for module in model.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if is_sharded(parameter)
-    ]
-    with torch.no_grad():
-        found = {p: nn.Parameter(whole(p), p.requires_grad) for _, _, p in sharded}
-    try:
-        for module, name, parameter in sharded:
-            setattr(module, name, found[parameter])
-        yield
-    finally:
-        for module, name, parameter in sharded:
-            setattr(module, name, parameter)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.nn.parameter import is_lazy
 
+from ewc_lib._sharded import is_absent
+
 T = TypeVar("T")
 
 _BATCH_NORM = inspect.signature(F.batch_norm)
@@ -60,6 +62,7 @@ def all_finite(tensors: list[Tensor]) -> bool:
 
 def check_finite_parameters(parameters: dict[str, Tensor]) -> None:
     """Raise a ValueError that names the first parameter with a NaN or infinity."""
+    parameters = {name: p for name, p in parameters.items() if not is_absent(p)}
     for name, parameter in parameters.items():
         if parameter.is_meta:
             raise ValueError(f"parameter {name!r} is on the meta device: it has no values yet")

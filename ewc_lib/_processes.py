@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -24,13 +24,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ewc_lib._alone import alone
+from ewc_lib._checking import check_finite_sums
 from ewc_lib._loaders import unpadded
 from ewc_lib._names import plain_names
+from ewc_lib._parameters import Vector
 from ewc_lib._selecting import fixed, select_parameters
-from ewc_lib._sharded import any_sharded, placed_like
+from ewc_lib._sharded import any_sharded, is_sharded, placed_like
 from ewc_lib.errors import EmptyData
 from ewc_lib.fisher.estimate import fisher_information
 from ewc_lib.fisher.structures import BlockDiagonal, Diagonal, EigenKronecker, Fisher, LowRank
+
+if TYPE_CHECKING:
+    from ewc_lib._gathering import Layers
 
 Group: TypeAlias = "dist.ProcessGroup | Literal[False] | None"
 """The processes that have a part of the data each: these, only this one (False), or all."""
@@ -120,7 +125,7 @@ def fisher_of_ranks(
         own = unpadded(data) if ranks else data
         return fisher_information(model, own, likelihood, **options | {"params": params})
 
-    return over_ranks(model, compute, ranks)
+    return over_ranks(model, compute, ranks, wide=options.get("precision") != "high")
 
 
 def attempted(function: Callable[[], Any]) -> Callable[[], Any]:
@@ -137,16 +142,89 @@ def attempted(function: Callable[[], Any]) -> Callable[[], Any]:
     return lambda: found
 
 
-def over_ranks(model: nn.Module, compute: Callable[[], Fisher], ranks: Ranks | None) -> Fisher:
-    """Compute on each rank, where no other takes part in the model, and merge what they find."""
+def over_ranks(
+    model: nn.Module, compute: Callable[[], Fisher], ranks: Ranks | None, wide: bool = True
+) -> Fisher:
+    """Compute on each rank, where no other takes part in the model, and merge what they find.
+
+    ``wide`` tells whether what is sharded in half precision is run in single precision.
+    """
     device = next(model.parameters(), torch.empty(0)).device
-    with alone(model):
+    layers = _layers(model, ranks, wide)
+    with alone(model, layers):
         if ranks is None:
-            F = compute()
+            F = _with_sums(_served(compute, layers)(), layers)
         else:
+            model_is = None if layers else _fingerprint(model)
             with _same_buffers(model, ranks):
-                F = add_up(compute, device, ranks, _fingerprint(model))
+                F = add_up(_served(compute, layers), device, ranks, model_is, layers)
     return _shard_like(model, F)
+
+
+def _layers(model: nn.Module, ranks: Ranks | None, wide: bool) -> Layers | None:
+    """Return what gathers the parameters that processes share, if they do."""
+    sharded: list[Any] = [p for p in model.parameters() if is_sharded(p)]
+    if not sharded:
+        return None
+    from ewc_lib._gathering import Layers  # which imports what takes half a second
+
+    meshes = list(dict.fromkeys(p.device_mesh for p in sharded))
+    group = ranks.group if ranks else _group_of(meshes)
+    members = set(dist.get_process_group_ranks(group))
+    if strangers := {rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()} - members:
+        raise ValueError(
+            f"ranks {sorted(strangers)} share the parameters of the model, but are not in the group"
+        )
+    return Layers(model, group, ranks is not None, wide)
+
+
+def _group_of(meshes: list[Any]) -> dist.ProcessGroup | None:
+    """Return a group of all who share a model."""
+    if len(meshes) == 1 and meshes[0].ndim == 1:
+        group: dist.ProcessGroup = meshes[0].get_group()
+        return group
+    return None
+
+
+def _served(compute: Callable[[], Fisher], layers: Layers | None) -> Callable[[], Fisher]:
+    """Compute, then help the others to do so."""
+    if layers is None:
+        return compute
+
+    def served() -> Fisher:
+        try:
+            layers.check_finite()
+            return compute()
+        finally:
+            layers.serve()
+
+    return served
+
+
+def _with_sums(F: Fisher, layers: Layers | None) -> Fisher:
+    """Fill in the means of sums that processes share, each of which has its part."""
+    if layers is None or not isinstance(F, Diagonal):
+        return F
+    numbers = layers.names()
+    means = {
+        name: layers.sum_of(numbers[name], value.dtype) / F.n_samples
+        for name, value in F.values.items()
+        if value.is_meta
+    }
+    _check_finite(means, layers)
+    return replace(F, values={**F.values, **means})
+
+
+def _check_finite(shared: Vector, layers: Layers) -> None:
+    """Raise the same ValueError on all ranks if a part of some mean has overflowed."""
+    if not shared:
+        return
+    parts: list[Any] = list(shared.values())
+    finite = torch.stack([part.to_local().isfinite().all() for part in parts]).int()
+    dist.all_reduce(finite, dist.ReduceOp.MIN, group=layers.group)
+    for (name, value), fine in zip(shared.items(), finite.tolist(), strict=True):
+        if not fine:
+            check_finite_sums({name: torch.full((), torch.nan, dtype=value.dtype)})
 
 
 def not_linear(what: str) -> str:
@@ -168,11 +246,14 @@ class Message(NamedTuple):
         Its Fisher information without the numbers, or None if it has no observation.
     model
         Sum and length of its parameters, and how much these may differ.
+    away
+        Whether the processes keep some of its numbers in parts.
     """
 
     error: str | None
     form: Fisher | None
     model: tuple[float, float, float] | None
+    away: bool
 
 
 def _fingerprint(model: nn.Module) -> tuple[float, float, float] | None:
@@ -194,6 +275,7 @@ def add_up(
     device: torch.device | str,
     ranks: Ranks,
     model: tuple[float, float, float] | None = None,
+    layers: Layers | None = None,
 ) -> Fisher:
     """Compute on this rank, and return the mean over the observations of all ranks.
 
@@ -202,17 +284,34 @@ def add_up(
     F, failure = None, None
     try:
         F = compute()
-        numbers = torch.cat([tensor.reshape(-1) for tensor in F._numbers()])
     except EmptyData:
         pass
     except Exception as error:
         failure = error
-    whole = _pool(_exchange(F, failure, ranks, model))
-    if F:
-        numbers *= F.n_samples / whole.n_samples
-    else:
+    found, away = _exchange(F, failure, ranks, model)
+    whole = _pool(found)
+    if not away or layers is None or not isinstance(whole, Diagonal):
+        return _reduced(F, whole, device, ranks)
+    names = layers.names().keys()  # of what is in parts, which are those of all ranks already
+    there: Vector = {}
+    if whole.values.keys() - names:
+        own = _without(F, names) if isinstance(F, Diagonal) else None
+        there = _reduced(own, _without(whole, names), device, ranks).diagonal()
+    return _with_sums(replace(whole, values=whole.values | there), layers)
+
+
+def _without(F: Diagonal, names: Collection[str]) -> Diagonal:
+    return replace(F, values={n: d for n, d in F.diagonal().items() if n not in names})
+
+
+def _reduced(F: Fisher | None, whole: Fisher, device: torch.device | str, ranks: Ranks) -> Fisher:
+    """Add the numbers of all ranks, each with its weight."""
+    if F is None:
         like = torch.cat([tensor.reshape(-1) for tensor in whole._numbers()])
         numbers = torch.zeros_like(like, device=device)
+    else:
+        numbers = torch.cat([tensor.reshape(-1) for tensor in F._numbers()])
+        numbers *= F.n_samples / whole.n_samples
     dist.all_reduce(numbers, group=ranks.group)
     pieces = iter(numbers.split([tensor.numel() for tensor in whole._numbers()]))
     return whole._map(lambda tensor: next(pieces).view(tensor.shape).to(tensor.dtype))
@@ -223,9 +322,13 @@ def _exchange(
     failure: Exception | None,
     ranks: Ranks,
     model: tuple[float, float, float] | None,
-) -> list[Fisher | None]:
-    """Return what every rank has, without the numbers, or raise if one has failed."""
-    own = Message(_first_line(failure) if failure else None, F and F.to("meta"), model)
+) -> tuple[list[Fisher | None], bool]:
+    """Return what every rank has, without the numbers, or raise if one has failed.
+
+    The second tells whether some numbers are kept in parts, elsewhere.
+    """
+    away = F is not None and any(tensor.is_meta for tensor in F._numbers())
+    own = Message(_first_line(failure) if failure else None, F and F.to("meta"), model, away)
     messages: list[Any] = [None] * ranks.size
     dist.all_gather_object(messages, own, ranks.group)
     if failure:
@@ -233,7 +336,7 @@ def _exchange(
     if failed := [f"rank {rank} failed: {m.error}" for rank, m in enumerate(messages) if m.error]:
         raise RuntimeError("; ".join(failed))
     _check_same_model(messages)
-    return [message.form for message in messages]
+    return [message.form for message in messages], any(message.away for message in messages)
 
 
 def _check_same_model(messages: list[Message]) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ewc_lib._sharded import is_absent
+
 CONTAINERS = (dict, list, set, deque)
 """What is given its content back."""
 
@@ -29,7 +31,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     acting = [m for m, mode in modes if type(m).train is not nn.Module.train and mode]
     touched = {id(t): t for m in acting for t in [*m.parameters(), *m.buffers()]}
-    values = [(t, t.detach().clone()) for t in touched.values()]
+    values = [(t, t.detach().clone()) for t in touched.values() if not is_absent(t)]
     try:
         _switch_to_eval(model)
         yield
@@ -202,7 +204,8 @@ def held_tensors(model: nn.Module) -> list[Tensor]:
     for module in open_modules(model):
         places = [vars(module), *_containers(vars(module))]
         entries = [e for p in places for e in (p.values() if isinstance(p, dict) else p)]
-        found += [e for e in entries if isinstance(e, Tensor) and not e.requires_grad]
+        plain = (e for e in entries if isinstance(e, Tensor) and not is_absent(e))
+        found += [e for e in plain if not e.requires_grad]
     return list({id(tensor): tensor for tensor in found}.values())
 
 

@@ -8,12 +8,33 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from ewc_lib._parameters import Vector
+
+OWNER = "_layers_of_a_sharded_model"
+"""An attribute of parameters that stand for sharded ones: what gathers their values."""
+
+
+def owner_of(tensors: Iterable[Tensor]) -> Any:
+    """Return what gathers the values of some parameters, or None if they have values."""
+    return next((getattr(t, OWNER) for t in tensors if hasattr(t, OWNER)), None)
+
+
+def is_absent(tensor: Tensor) -> bool:
+    """Tell whether a parameter stands for a sharded one whose values are not there now."""
+    return hasattr(tensor, OWNER) and not any(tensor.stride())
+
+
+def present(tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
+    """Have the values of all parameters, if some of these stand for sharded ones."""
+    owner = owner_of(tensors)
+    found: AbstractContextManager[None] = nullcontext() if owner is None else owner.all_present()
+    return found
 
 
 def is_sharded(tensor: Any) -> TypeGuard[Any]:

@@ -286,7 +286,7 @@ def _sum(structure: Structure, space: ParameterSpace, rank: int) -> Sum:
     """Return the sum that a structure needs."""
     match structure:
         case "diagonal":
-            return DiagonalSum(space)
+            return DiagonalSum(space, in_parts=True)
         case "block":
             return BlockSum(space, groups=[[name] for name in space.parameters])
         case "module":

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from ewc_lib._calling import Caller, forward
+from ewc_lib._sharded import present
 from ewc_lib.score import memory
 
 Gradients: TypeAlias = dict[str, Float[Tensor, "K n ..."]]
@@ -105,6 +106,10 @@ class VmapGradients:
             yield part, self._part(names, xs, columns[:, part])
 
     def _part(self, names: list[str], inputs: Any, columns: Tensor) -> Gradients:
+        with present(self.parameters.values()):  # a transform sees no values that come later
+            return self._of_present(names, inputs, columns)
+
+    def _of_present(self, names: list[str], inputs: Any, columns: Tensor) -> Gradients:
         if not self.by_loop:
             try:
                 with warnings.catch_warnings():

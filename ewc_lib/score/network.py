@@ -24,6 +24,7 @@ from ewc_lib._precision import Precision, products
 from ewc_lib._progress import progress as show_progress
 from ewc_lib._restoring import untouched
 from ewc_lib._selecting import Selection, select_parameters
+from ewc_lib._sharded import is_absent
 from ewc_lib._single_precision import SinglePrecision
 from ewc_lib.likelihood.agreement import Criterion, agreed, ready
 from ewc_lib.likelihood.outputs import Likelihood, OutputDistribution
@@ -259,7 +260,7 @@ class NetworkScores:
                 yield
             finally:
                 for parameter, value in self._originals.values():
-                    if not torch.equal(parameter, value):
+                    if not is_absent(parameter) and not torch.equal(parameter, value):
                         parameter.data.copy_(value)
                 self._originals = {}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ewc_lib._parameters import Vector, zeros_of
+from ewc_lib._sharded import owner_of
 from ewc_lib.fisher.structures import Diagonal
 from ewc_lib.fisher.sums.base import ParameterSpace, Sum
 from ewc_lib.score import memory
@@ -19,12 +20,27 @@ from ewc_lib.score.squares import SquareSums
 
 
 class DiagonalSum(Sum):
-    """Sums of squares, one tensor a parameter."""
+    """Sums of squares, one tensor a parameter.
 
-    def __init__(self, space: ParameterSpace) -> None:
+    Parameters
+    ----------
+    space
+        The parameters.
+    in_parts
+        Leave the sums of sharded parameters to the processes that share them. Those here are on
+        the meta device then.
+    """
+
+    def __init__(self, space: ParameterSpace, in_parts: bool = False) -> None:
         super().__init__(space)
+        owners = {name: owner_of([p]) for name, p in space.parameters.items() if in_parts}
+        self._sharing = {name: owner for name, owner in owners.items() if owner}
+        away = dict.fromkeys(self._sharing, torch.device("meta"))
         self.sums = zeros_of(
-            {n: (shape, space.dtype_of(n), space.device_of(n)) for n, shape in space.shapes.items()}
+            {
+                n: (shape, space.dtype_of(n), away.get(n) or space.device_of(n))
+                for n, shape in space.shapes.items()
+            }
         )
         self._terms: dict[str, tuple[ParameterGradients, Tensor]] = {}
         self._squares_on: dict[torch.device, SquareSums] = {}
@@ -34,7 +50,7 @@ class DiagonalSum(Sum):
             for name in found.keys() & self.sums.keys():
                 sizes = found[name].abs() if found[name].is_complex() else found[name]
                 squares = sizes.to(self.space.dtype_of(name)).square().sum((0, 1))
-                self.sums[name] += squares.to(self.space.device_of(name))
+                self._join(name, squares)
 
     def add_block(self, batch: BatchScores, block: Columns) -> None:
         for part in batch.parts(block):
@@ -73,14 +89,21 @@ class DiagonalSum(Sum):
 
     def _add(self, name: str, like: Tensor, add: Callable[[Tensor, SquareSums], None]) -> None:
         """Add to the sum in place if it is like the gradients, else to a part that then joins."""
-        total, squares = self.sums[name], self._on(like.device)
+        total, squares = self.sums[name], self._on(like.device)  # of shared ones, on none
         if (total.device, total.dtype) == (like.device, like.dtype):
             add(total, squares)
         else:
             part = like.new_zeros(total.shape)
             add(part, squares)
             squares.finish()
-            total += part.to(total)
+            self._join(name, part)
+
+    def _join(self, name: str, part: Tensor) -> None:
+        """Add a part to the sum of this process, or to the one that processes share."""
+        if name in self._sharing:
+            self._sharing[name].add(self.space.parameters[name], part.to(self.sums[name].dtype))
+        else:
+            self.sums[name] += part.to(self.sums[name])
 
     def mean(self, kind: str, paths: dict[str, str]) -> Diagonal:
         means = torch._foreach_div(list(self.sums.values()), self.n)
