@@ -11,7 +11,7 @@ Who is done goes on serving until all are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -278,10 +278,18 @@ class Layers:
         self._keep_part(i, part)
 
     def check_finite(self) -> None:
-        """Raise a ValueError if this process has a NaN or infinity of some parameter."""
-        for name, p in self.names().items():
-            if not self.given[p].to_local().isfinite().all():
+        """Raise a ValueError on all ranks if one has a NaN or infinity of some parameter."""
+        numbers = self.names()
+        finite = self.finite(self.given[i] for i in numbers.values())
+        for name, fine in zip(numbers, finite, strict=True):
+            if not fine:
                 raise ValueError(f"parameter {name!r} holds NaN or infinite values")
+
+    def finite(self, shared: Iterable[Any]) -> list[bool]:
+        """Tell of sharded tensors whether all processes have finite numbers only."""
+        found = torch.stack([tensor.to_local().isfinite().all() for tensor in shared]).int()
+        dist.all_reduce(found, dist.ReduceOp.MIN, group=self.group)
+        return [bool(fine) for fine in found.tolist()]
 
     def names(self) -> dict[str, int]:
         """Return the numbers of the parameters, by their names in the model."""

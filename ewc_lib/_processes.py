@@ -219,10 +219,8 @@ def _check_finite(shared: Vector, layers: Layers) -> None:
     """Raise the same ValueError on all ranks if a part of some mean has overflowed."""
     if not shared:
         return
-    parts: list[Any] = list(shared.values())
-    finite = torch.stack([part.to_local().isfinite().all() for part in parts]).int()
-    dist.all_reduce(finite, dist.ReduceOp.MIN, group=layers.group)
-    for (name, value), fine in zip(shared.items(), finite.tolist(), strict=True):
+    finite = layers.finite(shared.values())
+    for (name, value), fine in zip(shared.items(), finite, strict=True):
         if not fine:
             check_finite_sums({name: torch.full((), torch.nan, dtype=value.dtype)})
 

@@ -35,9 +35,10 @@ ten-thousandth of a gradient can hide; in doubt, run the model in double precisi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ewc_lib._checking import Problem
+from ewc_lib._parameters import Vector
+from ewc_lib._sharded import owner_of
 from ewc_lib.score import lengths, memory
 from ewc_lib.score.batch_axis import BatchAxis, Placement, RaggedRows, batch_axes, weigh
 from ewc_lib.score.forward_pass import pull_through
@@ -86,6 +89,9 @@ class GradientCheck:
     answer
         The weighted gradient of each parameter, by autograd. A parameter that the output does
         not depend on is left out.
+    later
+        The output, and parameters whose values come and go with their layer. All their gradients
+        at once would be as large as the model, so each is compared when it arrives.
     graph
         The graph of the output, which tells how precise each gradient is.
     at_edges
@@ -101,6 +107,7 @@ class GradientCheck:
     answer: dict[str, Tensor]
     graph: Graph = NOTHING
     at_edges: dict[GradientEdge, Tensor | None] = field(default_factory=dict)
+    later: tuple[Tensor, dict[str, Tensor]] | None = None
     sizes: dict[str, float] = field(default_factory=dict)
     unsettled: set[str] = field(default_factory=set)
 
@@ -118,15 +125,20 @@ class GradientCheck:
         weights = random_weights(len(output)).to(output)
         if not output.requires_grad:  # it depends on none of the parameters
             return cls(direction, weights, {}, graph)
-        places = [*map(get_gradient_edge, parameters.values()), *edges]
-        gradients = pull_through(output, places, weigh(direction, weights))
+        later: dict[str, Tensor] = {
+            n: p for n, p in parameters.items() if owner_of([p]) and graph.reaches(p)
+        }
+        at_once = {name: p for name, p in parameters.items() if not owner_of([p])}
+        places = [*map(get_gradient_edge, at_once.values()), *edges]
+        gradients = pull_through(output, places, weigh(direction, weights)) if places else ()
         answer = {
             name: g.to_dense() if g.is_sparse else g
-            for name, g in zip(parameters, gradients, strict=False)
+            for name, g in zip(at_once, gradients, strict=False)
             if g is not None
         }
-        at_edges = dict(zip(edges, gradients[len(parameters) :], strict=True))
-        return cls(direction, weights, answer, graph, at_edges)
+        at_edges = dict(zip(edges, gradients[len(at_once) :], strict=True))
+        waiting = (output, later) if later else None
+        return cls(direction, weights, answer, graph, at_edges, waiting)
 
     @property
     def weighted(self) -> Float[Tensor, "N ..."]:
@@ -222,13 +234,15 @@ class GradientCheck:
         They may differ by the rounding of their terms.
         """
         compared = self._compared_totals(found)
+        own = dict(zip(self.answer, lengths.of(list(self.answer.values())), strict=True))
+        own |= self._compare_later(found, compared)
         sizes, distances, found_sizes = lengths.read(
-            lengths.of(list(self.answer.values())),
+            list(own.values()),
             [distance for distance, _ in compared.values()],
             [length for _, length in compared.values()],
         )
-        self.sizes.update(zip(self.answer, sizes, strict=True))
-        failed = self.answer.keys() - compared.keys()
+        self.sizes.update(zip(own, sizes, strict=True))
+        failed = own.keys() - compared.keys()
         for name, distance, length in zip(compared, distances, found_sizes, strict=True):
             agrees = self._agrees(name, distance, found[name].parameter)
             if not agrees and not self._cancels(name, length, found[name]):
@@ -261,13 +275,36 @@ class GradientCheck:
             compared |= dict(zip(totals, pairs, strict=True))
         return compared
 
+    def _compare_later(
+        self, found: dict[str, ParameterGradients], compared: dict[str, tuple[Tensor, Tensor]]
+    ) -> Vector:
+        """Go back once more, compare each gradient when it arrives, and return their lengths."""
+        if self.later is None:
+            return {}
+        output, parameters = self.later
+        own: Vector = {}
+
+        def arrive(name: str, answer: Tensor) -> None:
+            own[name] = lengths.of([answer])[0]
+            total = lengths.zeros({name: answer})[name]
+            if name in found:
+                with suppress(RuntimeError):  # of another shape than the rule expects
+                    self._weighted({name: found[name]})[name].add_total(total)
+                    apart = lengths.of(lengths.differences([total], [answer]))[0]
+                    compared[name] = apart, lengths.of([total])[0]
+
+        with torch.enable_grad():
+            number = (output * self.weighted).sum()
+        visit_gradients(number, parameters, arrive)
+        return own
+
     @property
     def _room(self) -> int:
         """What the pieces of a comparison may take."""
         return memory.budget(self.direction.device).rows
 
     def _agrees(self, name: str, distance: float, parameter: Tensor) -> bool:
-        unit = _unit(self.answer[name], self.graph.eps_of(parameter))
+        unit = _unit(parameter, self.graph.eps_of(parameter))
         noise = min(4 * unit, math.sqrt(unit) / 50) * self._largest
         return distance <= math.sqrt(unit) * self.sizes[name] + noise
 
@@ -280,7 +317,7 @@ class GradientCheck:
             return False  # the signs of what was computed from the parameter are not known
         if math.isnan(self.sizes[name]):
             return False
-        expected, size = self.answer[name], max(length, self.sizes[name])
+        expected, size = gradients.parameter, max(length, self.sizes[name])
         unit = _unit(expected, self.graph.eps_of(gradients.parameter))
         total = lengths.zeros({name: expected})[name]
         self._weighted({name: gradients})[name].absolute().add_total(total)
@@ -317,7 +354,7 @@ class GradientCheck:
 
         They have a forward pass of their own, which rounds in another way than that of the batch.
         """
-        expected = self.answer.get(name, torch.zeros_like(weighted))
+        expected = self._answer(name, torch.zeros_like(weighted))
         eps = max(forward_eps, self.graph.eps_of(parameter))
         if expected.isnan().any():
             raise ValueError(
@@ -337,11 +374,43 @@ class GradientCheck:
                 f"of contributions of single observations, {NO_SCORES}"
             )
 
+    def _answer(self, name: str, default: Tensor) -> Tensor:
+        if self.later is None or name not in self.later[1]:
+            return self.answer.get(name, default)
+        output, parameters = self.later
+        edge = get_gradient_edge(parameters[name])
+        found = pull_through(output, [edge], self.weighted)[0]
+        return default if found is None else found.to_dense() if found.is_sparse else found
+
     def has_answer(self, name: str) -> bool:
         """Whether the gradient of a parameter tells right from wrong, or can only be zero."""
-        if name not in self.answer:
+        if name not in self.answer and (self.later is None or name not in self.later[1]):
             return True
         return name not in self.unsettled and self.sizes[name] > 0
+
+
+def visit_gradients(
+    number: Tensor, parameters: Mapping[str, Tensor], arrive: Callable[[str, Tensor], None]
+) -> None:
+    """Hand out the gradient of each parameter as soon as it is known, and keep none of them."""
+
+    def hand_out(name: str, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is not None:
+            with torch.no_grad():
+                arrive(name, gradient.to_dense() if gradient.is_sparse else gradient)
+
+    handles = [
+        p.register_post_accumulate_grad_hook(partial(hand_out, name))
+        for name, p in parameters.items()
+    ]
+    try:
+        torch.autograd.backward(number, inputs=list(parameters.values()), retain_graph=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in parameters.values():
+            parameter.grad = None
 
 
 def random_direction(output: Float[Tensor, "N ..."]) -> Float[Tensor, "N ..."]:

@@ -35,6 +35,7 @@ class Graph:
     has_custom_functions: bool
     _coarsest: float
     _eps: dict[Node, float] | None
+    _leaves: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, output: Tensor) -> Graph:
@@ -51,7 +52,13 @@ class Graph:
         eps = [max(map(rounding, node._input_metadata), default=0.0) for node in nodes]
         uniform = len(set(eps) - {0.0}) < 2
         paths = None if uniform else _along_paths(nodes, eps)
-        return cls(signature, any(map(_is_custom, nodes)), max(eps), paths)
+        variables = (getattr(node, "variable", None) for node in nodes)
+        leaves = frozenset(id(v) for v in variables if v is not None)
+        return cls(signature, any(map(_is_custom, nodes)), max(eps), paths, leaves)
+
+    def reaches(self, parameter: Tensor) -> bool:
+        """Tell whether some way leads from the output to a parameter."""
+        return id(parameter) in self._leaves
 
     def eps(self, node: Node | None = None) -> float:
         """Return the machine precision of the coarsest operation between the output and a node.

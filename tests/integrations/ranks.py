@@ -6,6 +6,7 @@ as ``r.pt`` in the folder that it is given.
 
 import sys
 import warnings
+import weakref
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from ewc_lib import EWC, freeze_norms
@@ -57,6 +60,93 @@ class Words(nn.Module):
 
     def forward(self, x):
         return self.head(self.mix(self.recur(self.embed(x))[0][:, -1]).tanh())
+
+
+class Towers(nn.Module):
+    """Equal blocks, each with a linear map and a normalisation, and small ends.
+
+    They are wider than there are observations, so that no result has the size of a weight.
+    """
+
+    def __init__(self, blocks=8, width=N + 6):
+        super().__init__()
+        self.first = nn.Linear(3, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.Tanh())
+            for _ in range(blocks)
+        )
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return self.head(hidden)
+
+
+def towers():
+    torch.manual_seed(0)
+    return Towers().double(), torch.randn(N, 3).double(), torch.arange(N) % 3
+
+
+def together(model):
+    fully_shard([model.blocks[0], model.blocks[1]])
+    fully_shard(model)
+    return {}
+
+
+def only_blocks(model):
+    for block in model.blocks:
+        fully_shard(block)
+    return {}
+
+
+def frozen(model):
+    for parameter in model.blocks[1:5].parameters():
+        parameter.requires_grad_(False)
+    return only_blocks(model)
+
+
+def mixed(model):
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    return {}
+
+
+def half(model):
+    model.bfloat16()
+    return only_blocks(model)
+
+
+def for_itself(model):
+    fully_shard(model)
+    return {"group": False}
+
+
+WAYS = {way.__name__: way for way in (together, only_blocks, frozen, mixed, half, for_itself)}
+
+
+class Watch(TorchDispatchMode):
+    """Count the bytes of all tensors as large as the weight of a block that exist at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            large = type(tensor) is torch.Tensor and tensor.numel() == (N + 6) ** 2
+            if large and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                if not getattr(storage, "seen", False):
+                    storage.seen = True
+                    self._count(storage.nbytes())
+                    weakref.finalize(storage, self._count, -storage.nbytes())
+        return found
+
+    def _count(self, nbytes):
+        self.now += nbytes
+        self.most = max(self.most, self.now)
 
 
 def images():
@@ -375,6 +465,51 @@ class Checks:
             ewc.consolidate((x[self.own], y[self.own]))
             found[structure] = trained(model, ewc, (x, y))
         return found
+
+    def layer_by_layer(self):
+        """The most bytes of whole parameters, and of what is like them, that exist at once."""
+        warnings.filterwarnings("error")
+        model, x, y = towers()
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)
+        own = slice(self.own.start, self.own.stop)
+        with Watch() as watch:
+            F = fisher_information(model, as_batches(x[own], y[own], 3))
+        return {"F": whole(F.diagonal()), "most": watch.most, "n": F.n_samples}
+
+    def sharded_in_other_ways(self):
+        """Modules together, frozen parameters, mixed precision, half precision, each for itself."""
+        return {name: self._in_a_way(change) for name, change in WAYS.items()}
+
+    def _in_a_way(self, change):
+        model, x, y = towers()
+        options = change(model)
+        data = (x, y) if options.get("group") is False else (x[self.own], y[self.own])
+        if next(model.parameters()).dtype == torch.bfloat16:
+            data = data[0].bfloat16(), data[1]
+        F = EWC(model, strength=1.0).consolidate(data, **options)
+        return {"F": whole(F.diagonal()), "n": F.n_samples}
+
+    def random_and_sharded(self):
+        model, x, y = towers()
+        fully_shard(model)
+        data = as_batches(x[self.own], y[self.own])
+        return whole(fisher_information(model, data, kind="sketch").diagonal())
+
+    def sharded_over_others(self):
+        """The group has some of those who share the parameters."""
+        group = dist.new_group([0])
+        model, x, y = towers()
+        fully_shard(model)
+        return fisher_information(model, (x[self.own], y[self.own]), group=group)
+
+    def nan_in_one_part(self):
+        model, x, y = towers()
+        with torch.no_grad():
+            model.head.weight[-1] = torch.nan  # which only the last rank has
+        fully_shard(model)
+        return fisher_information(model, (x[self.own], y[self.own]))
 
     def states_go_over(self):
         """From a whole model to a sharded one, and back."""

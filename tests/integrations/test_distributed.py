@@ -1,6 +1,7 @@
 """Processes that torchrun starts, against one process that has all data."""
 
 import os
+import re
 import subprocess
 import sys
 from functools import cache, reduce
@@ -22,11 +23,13 @@ from tests.integrations.ranks import (
     CASES,
     METHODS,
     STRUCTURES,
+    WAYS,
     N,
     as_batches,
     images,
     part,
     precision_and_penalty,
+    towers,
     trained,
     words,
 )
@@ -97,6 +100,12 @@ def assert_same(found, expected, tolerance=EXACT):
     assert found.paths == expected.paths
     assert list(found.shapes) == list(expected.shapes)
     assert relative_error(found.to_dense(), expected.to_dense()) < tolerance
+
+
+def assert_alike(found, expected, tolerance=EXACT):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert relative_error(found[name], value) < tolerance, name
 
 
 def assert_trained(found, expected):
@@ -369,6 +378,57 @@ class TestShardedParameters:
         failed, *others = [results["sharded_and_one_rank_fails"] for results in ranks]
         assert failed.startswith("ValueError: label 10")
         assert set(others) == {f"RuntimeError: rank 0 failed: {failed}"}
+
+
+class TestLayerByLayer:
+    def test_no_rank_ever_holds_the_whole_model_or_as_much_of_anything_like_it(self, ranks):
+        """Weights of blocks, their gradients and their sums: of 8 blocks, fewer than 6 in all."""
+        model, x, y = towers()
+        expected = in_one_process(model, (x, y)).diagonal()
+        for found in everywhere(ranks, "layer_by_layer"):
+            assert found["n"] == N
+            assert_alike(found["F"], expected)
+            assert 0 < found["most"] < 6 * model.blocks[0][1].weight.nbytes
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_it_is_right_in_whatever_way_the_model_is_sharded(self, ranks, way):
+        model, x, y = towers()
+        if way == "frozen":
+            model.blocks[1:5].requires_grad_(False)
+        if way == "half":
+            model, x = model.bfloat16(), x.bfloat16()
+        expected = in_one_process(model, (x, y)).diagonal()
+        for found in everywhere(ranks, "sharded_in_other_ways"):
+            assert found[way]["n"] == N
+            assert_alike(found[way]["F"], expected, 1e-5 if way == "half" else EXACT)
+
+    def test_ranks_draw_random_numbers_of_their_own(self, ranks):
+        model, x, y = towers()
+        parts = [(rank, part(rank, len(ranks))) for rank in range(len(ranks))]
+        expected = reduce(
+            lambda F, G: F.pool(G),
+            [
+                in_one_process(
+                    model,
+                    as_batches(x[own], y[own]),
+                    kind="sketch",
+                    generator=torch.Generator().manual_seed(rank),
+                )
+                for rank, own in parts
+                if own.start < own.stop
+            ],
+        ).diagonal()
+        for found in everywhere(ranks, "random_and_sharded"):
+            assert_alike(found, expected)
+
+    def test_a_group_without_some_who_share_the_parameters_is_refused(self, ranks):
+        first, *others = [results["sharded_over_others"] for results in ranks]
+        assert re.match(r"ValueError: ranks \[1.*\] share the parameters of the model", first)
+        assert all("is not in the group" in error for error in others)
+
+    def test_a_part_that_is_not_finite_is_an_error_on_all_ranks(self, ranks):
+        expected = "ValueError: parameter 'head.weight' holds NaN or infinite values"
+        assert {results["nan_in_one_part"] for results in ranks} == {expected}
 
 
 @pytest.mark.usefixtures("alone")
