@@ -82,7 +82,7 @@ class Layers:
         self._uses = [0] * len(self._layers)
         self._here: dict[int, int] = {}
         self._behind: tuple[int | None, dict[int, Tensor]] = None, {}
-        self._depth = 0
+        self._depth = self._at_once = 0
         self._sums: dict[int, Tensor] = {}
         self._saving = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
@@ -126,6 +126,10 @@ class Layers:
             enter, leave = self._hooks(k)
             handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(leave, always_call=True))
+        for module in dict.fromkeys(module for module, _, _ in self._places):
+            again, done = self._hooks_of_a_part(module)
+            handles.append(module.register_forward_pre_hook(again, prepend=True))
+            handles.append(module.register_forward_hook(done, always_call=True))
         try:
             yield
         finally:
@@ -153,22 +157,41 @@ class Layers:
 
         return enter, leave
 
+    def _hooks_of_a_part(self, part: nn.Module) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """What holds parameters may run again on the way back, without the rest of its layer."""
+        numbers = [self._number[id(p)] for module, _, p in self._places if module is part]
+        layers = list(dict.fromkeys(self._layer_of[i] for i in numbers))
+
+        def again(*_: Any) -> None:
+            for k in layers:
+                self._enter(k)
+
+        def done(*_: Any) -> None:
+            for k in layers:
+                self._leave(k)
+
+        return again, done
+
     @contextmanager
     def all_present(self) -> Iterator[None]:
         """Gather the whole model, for what cannot be done layer by layer."""
         self._behind = None, {}
+        self._at_once += 1
         for k in range(len(self._layers)):
             self._enter(k)
         try:
             yield
         finally:
+            self._at_once -= 1
             for k in range(len(self._layers)):
                 self._leave(k)
 
     def _enter(self, k: int) -> None:
         self._uses[k] += 1
         if self._uses[k] == 1 and self._layers[k]:
-            for i, full in self._ask(GATHER, k).items():
+            forward = self._depth or self._at_once
+            values = self._ask(GATHER, k) if forward else self._on_the_way_back(k)
+            for i, full in values.items():
                 self.stand_ins[i].data = full
                 self._here[full.untyped_storage().data_ptr()] = i
 
@@ -191,18 +214,22 @@ class Layers:
         return Saved(i, *where)
 
     def _unpack(self, saved: Tensor | Saved) -> Tensor:
-        """Gather the layer again, of which one at a time is kept on the way back."""
+        """Return the values that a note is of."""
         if isinstance(saved, Tensor):
             return saved
         full: Tensor = self.stand_ins[saved.parameter].data
         k = self._layer_of[saved.parameter]
         if not self._uses[k]:
-            if self._behind[0] != k:
-                self._behind = None, {}  # before the next one is there
-                self._behind = k, self._ask(GATHER, k)
-            full = self._behind[1][saved.parameter]
+            full = self._on_the_way_back(k)[saved.parameter]
         place = torch.empty(0, dtype=saved.dtype, device=full.device)
         return place.set_(full.untyped_storage(), saved.offset, saved.size, saved.stride)
+
+    def _on_the_way_back(self, k: int) -> dict[int, Tensor]:
+        """Gather a layer, and keep it until another one is asked for."""
+        if self._behind[0] != k:
+            self._behind = None, {}  # before the next one is there
+            self._behind = k, self._ask(GATHER, k)
+        return self._behind[1]
 
     def add(self, stand_in: nn.Parameter, part: Tensor) -> None:
         """Add to a sum, of which this process keeps its part."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from ewc_lib import EWC, freeze_norms
 from ewc_lib import fisher_information as in_one_process
+from ewc_lib._names import plain_name
 from ewc_lib.integrations.distributed import all_reduce, fisher_information
 from ewc_lib.regularizers import EWCDR, MAS, KroneckerLaplace
 
@@ -122,7 +124,17 @@ def for_itself(model):
     return {"group": False}
 
 
-WAYS = {way.__name__: way for way in (together, only_blocks, frozen, mixed, half, for_itself)}
+def recomputed(model):
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = fully_shard(checkpoint_wrapper(block))
+    fully_shard(model)
+    return {}
+
+
+WAYS = {
+    way.__name__: way
+    for way in (together, only_blocks, frozen, mixed, half, for_itself, recomputed)
+}
 
 
 class Watch(TorchDispatchMode):
@@ -489,7 +501,8 @@ class Checks:
         if next(model.parameters()).dtype == torch.bfloat16:
             data = data[0].bfloat16(), data[1]
         F = EWC(model, strength=1.0).consolidate(data, **options)
-        return {"F": whole(F.diagonal()), "n": F.n_samples}
+        found = {plain_name(name): f for name, f in F.diagonal().items()}
+        return {"F": whole(found), "n": F.n_samples}
 
     def random_and_sharded(self):
         model, x, y = towers()
