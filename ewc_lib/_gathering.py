@@ -143,7 +143,8 @@ class Layers:
             self._depth += 1
             if self._depth == 1:
                 self._behind = None, {}
-                self._saving.__enter__()
+                if not self._at_once:  # else values stay, and transforms allow no notes
+                    self._saving.__enter__()
             self._enter(k)
             if self._widens and self._depth == 1:
                 return tree_map_only(Tensor, _widened, (args, kwargs))
@@ -152,7 +153,7 @@ class Layers:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             self._leave(k)
             self._depth -= 1
-            if self._depth == 0:
+            if self._depth == 0 and not self._at_once:
                 self._saving.__exit__()
 
         return enter, leave

@@ -70,6 +70,11 @@ def unpadded(data: Any) -> Any:
     return data if keep is None else Unpadded(data, keep)
 
 
+def waits_for_others(data: Any) -> bool:
+    """Tell whether processes get each batch from one of them, which all have to ask for."""
+    return "DataLoaderDispatcher" in _accelerate_classes(data)
+
+
 class UnknownError(Exception):
     """Something that repeats observations in a way that is not known."""
 

@@ -25,11 +25,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ewc_lib._alone import alone
 from ewc_lib._checking import check_finite_sums
-from ewc_lib._loaders import unpadded
+from ewc_lib._loaders import unpadded, waits_for_others
 from ewc_lib._names import plain_names
 from ewc_lib._parameters import Vector
 from ewc_lib._selecting import fixed, select_parameters
-from ewc_lib._sharded import any_sharded, is_sharded, placed_like
+from ewc_lib._sharded import any_sharded, is_sharded, owner_of, placed_like
 from ewc_lib.errors import EmptyData
 from ewc_lib.fisher.estimate import fisher_information
 from ewc_lib.fisher.structures import BlockDiagonal, Diagonal, EigenKronecker, Fisher, LowRank
@@ -122,10 +122,19 @@ def fisher_of_ranks(
             device = next(iter(select_parameters(model, params).values())).device
             size, rank = (ranks.size, ranks.rank) if ranks else (1, 0)
             options["generator"] = torch.Generator(device).manual_seed(seed * size + rank)
-        own = unpadded(data) if ranks else data
+        own = share_of(data, model) if ranks else data
         return fisher_information(model, own, likelihood, **options | {"params": params})
 
     return over_ranks(model, compute, ranks, wide=options.get("precision") != "high")
+
+
+def share_of(data: Any, model: nn.Module) -> Any:
+    """Return the data of this process, each observation once.
+
+    Where processes meet for each layer, they cannot also meet for each batch.
+    """
+    own = unpadded(data)
+    return list(own) if waits_for_others(data) and owner_of(model.parameters()) else own
 
 
 def attempted(function: Callable[[], Any]) -> Callable[[], Any]:

@@ -7,6 +7,24 @@ Rank :math:`r` has :math:`N_r` observations and their mean :math:`F_r`. The mean
 so the ranks work alone and meet once, at the end: they first tell each other how it went and
 how many observations they have, in a small message, and then add one flat buffer with all
 numbers. A rank that fails says so in the message, and every rank raises an error.
+
+:meth:`ewc_lib.EWC.consolidate` does the same by itself, where ``torch.distributed`` is initialised
+with more than one process.
+
+A model that ``fully_shard`` has distributed is run layer by layer. While a layer runs, forward and
+backward, it is whole on the rank; the sum of the squares of one parameter is reduced as soon as it
+is known, and each rank keeps its part. So no rank ever holds the whole model or the whole diagonal.
+The ranks need not have equally many batches: they meet before each layer and say what they need,
+and a rank that is done serves the others.
+
+All this needs broadcasts, all-gathers and all-reduces only, which every backend has, gloo as well.
+What it cannot do: parameters that ``FullyShardedDataParallel``, the older way, has flattened, are
+refused by name. Those of tensor parallelism are made whole, but its modules then get other inputs
+than they expect. Shards that are kept in main memory beside an accelerator need a group with a
+backend for both. A parameter without a rule (:attr:`ewc_lib.Fisher.paths` says ``"generic"`` or
+``"loop"``) makes the whole model present for a moment, since a transform of functions sees no
+values that come later. Structures other than the diagonal are whole on every rank, as are the
+importances of MAS while they are summed.
 """
 
 from __future__ import annotations
@@ -42,10 +60,11 @@ def fisher_information(
 
     A model in ``DistributedDataParallel`` or ``DataParallel`` is run without its wrapper, which
     would wait for other ranks in each forward pass; its parameters keep their names, which
-    begin with ``module.``. Parameters that ``fully_shard`` has sharded are made whole first, so
-    each rank needs the memory of the whole model and of the whole ``F`` while it works. The
-    diagonal that it returns is sharded like the parameters; other structures stay whole. The
-    model computes in the dtype of its shards, without the mixed precision of ``fully_shard``.
+    begin with ``module.``. It has the buffers of the first rank then, as in each forward pass of
+    the wrapper. Parameters that ``fully_shard`` has sharded are gathered layer by layer. The
+    diagonal of these is sharded like the parameters; other structures are whole on every rank. The
+    model computes in the dtype of its shards, without the mixed precision of ``fully_shard``, and
+    those in half precision are widened layer by layer, unless ``precision="high"``.
 
     Parameters
     ----------
@@ -53,8 +72,9 @@ def fisher_information(
         The same on every rank, with the same parameters.
     shard
         The data of this rank, as in :func:`ewc_lib.fisher_information`. No observation should
-        be on two ranks, as a ``DistributedSampler`` makes them to fill up its last batches;
-        it would count twice.
+        be on two ranks; it would count twice. Those that only fill up the last batches are left
+        out, where a loader has a ``DistributedSampler`` or was prepared by accelerate, as that of
+        a ``Trainer`` of Hugging Face.
     likelihood
         As in :func:`ewc_lib.fisher_information`.
     group
@@ -75,16 +95,24 @@ def fisher_information(
     ValueError
         If ``structure`` is ``"eigenkronecker"`` or ``"lowrank"``: eigenvectors of parts of the
         data do not add up to those of all. If no rank has an observation, if the ranks have
-        different parameters, or for the reasons of :func:`ewc_lib.fisher_information`.
+        different parameters or values of them, if others than the ranks of the group share a
+        model, or for the reasons of :func:`ewc_lib.fisher_information`.
     RuntimeError
         If another rank has failed, with the number of that rank and its message; or if
         ``torch.distributed`` is not initialised. A rank whose process has ended cannot report:
         the others wait for it as long as the timeout of the group says.
 
+    Warns
+    -----
+    RuntimeWarning
+        If a loader may repeat observations of other ranks, and which they are cannot be told.
+
     Notes
     -----
     There are two collectives: a message of less than a hundred bytes for each parameter tensor,
-    and one all-reduce of all numbers. With ``device="cpu"`` on an accelerator
+    and one all-reduce of all numbers. For a sharded model there are three more for each layer and
+    batch, and each way back: a message of 24 bytes, what gathers the layer, and what reduces its
+    sums. With ``device="cpu"`` on an accelerator
     the group needs a backend for the CPU, as ``init_process_group()`` sets up by default.
 
     Examples

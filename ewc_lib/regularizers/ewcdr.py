@@ -15,8 +15,7 @@ from ewc_lib._arguments import random_source
 from ewc_lib._calling import output_tensor
 from ewc_lib._drawing import random_part
 from ewc_lib._forms import Pick, picked
-from ewc_lib._loaders import unpadded
-from ewc_lib._processes import Group, over_ranks, taking_part
+from ewc_lib._processes import Group, over_ranks, share_of, taking_part
 from ewc_lib._restoring import untouched
 from ewc_lib.fisher.estimate import fisher_information
 from ewc_lib.fisher.structures import Diagonal, Fisher
@@ -122,7 +121,7 @@ class EWCDR(ImportancePenalty):
         ranks = taking_part(group)
 
         def compute() -> Fisher:
-            own = picked(unpadded(data) if ranks else data, batch)
+            own = picked(share_of(data, self.model) if ranks else data, batch)
             source = random_source(generator, next(self.model.parameters()).device)
             with untouched(self.model):
                 own, likelihood = agreed(self.model, random_part(own, n_samples, source))

@@ -14,8 +14,7 @@ from torch import Tensor
 from ewc_lib._arguments import check_whole, random_source
 from ewc_lib._drawing import random_part
 from ewc_lib._forms import Pick, picked
-from ewc_lib._loaders import unpadded
-from ewc_lib._processes import Group, over_ranks, taking_part
+from ewc_lib._processes import Group, over_ranks, share_of, taking_part
 from ewc_lib._restoring import untouched
 from ewc_lib.fisher.structures import Diagonal
 from ewc_lib.regularizers._importance import ImportancePenalty
@@ -107,10 +106,12 @@ class MAS(ImportancePenalty):
         """
         check_whole(n_samples=n_samples)
         chosen, ranks = list(self._of_task()), taking_part(group)
-        data = unpadded(data) if ranks else data
-        found = over_ranks(
-            self.model, lambda: self._mean(chosen, picked(data, batch), n_samples, generator), ranks
-        )
+
+        def compute() -> Diagonal:
+            own = share_of(data, self.model) if ranks else data
+            return self._mean(chosen, picked(own, batch), n_samples, generator)
+
+        found = over_ranks(self.model, compute, ranks)
         assert isinstance(found, Diagonal)
         values, n = found.values, found.n_samples
         task = self._diagonal(values, n, "Are the outputs of the model always zero?")

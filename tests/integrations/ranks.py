@@ -353,6 +353,9 @@ class Checks:
             )
             F = EWC(self.model, strength=1.0).consolidate(prepared)
             counts[split] = F.state_dict()
+        fully_shard(model := images()[0])
+        F = EWC(model, strength=1.0).consolidate(prepared)
+        counts["sharded"] = whole(F.diagonal())
         return counts
 
     def half_precision(self):

@@ -226,6 +226,12 @@ class TestManyProcesses:
         found = same_everywhere(ranks, "dispatched_by_accelerate", lambda found: found[split])
         assert_same(found, in_one_process(model, (x, y)))
 
+    def test_batches_that_one_rank_hands_out_meet_no_layers(self, ranks):
+        model, x, y = images()
+        expected = in_one_process(model, (x, y)).diagonal()
+        for found in everywhere(ranks, "dispatched_by_accelerate"):
+            assert_alike(found["sharded"], expected)
+
     @pytest.mark.parametrize("kind", ["sketch", "sampled"])
     def test_each_rank_draws_its_own_random_numbers(self, ranks, kind):
         def seeded(model, data, rank):
