@@ -163,7 +163,9 @@ class Watch(TorchDispatchMode):
 
 def images():
     torch.manual_seed(0)
-    return Images().double(), torch.randn(N, 1, 4, 4).double(), torch.arange(N) % 3
+    model = Images().double()
+    freeze_norms(model)
+    return model, torch.randn(N, 1, 4, 4).double(), torch.arange(N) % 3
 
 
 def words():
@@ -275,7 +277,6 @@ class Checks:
 
     def elastic_weight_consolidation(self):
         model = images()[0]
-        freeze_norms(model)
         ewc = EWC(model, strength=10.0)
         ewc.remember(fisher_information(model, (self.x, self.y)))
         with torch.no_grad():
