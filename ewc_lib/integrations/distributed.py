@@ -34,7 +34,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from ewc_lib._processes import Ranks, add_up, check_adds_up, fisher_of_ranks
+from ewc_lib._pooling import Ranks, add_up, check_adds_up
+from ewc_lib._processes import fisher_of_ranks
 from ewc_lib.fisher import Fisher
 from ewc_lib.likelihood.outputs import Likelihood
 
