@@ -39,6 +39,9 @@ from ewc_lib.fisher.structures.vectors import has_room
 Square: TypeAlias = Callable[[float], tuple[float, float]]
 """Returns a square distance that is left after a step of some strength, and its slope."""
 
+MOST_STIFF = 1e8
+"""Where only products solve: beyond this stiffness what has information is at its end anyway."""
+
 MOST_PRODUCTS = 1000
 """Of conjugate gradients, where a structure cannot be solved for some of its parameters."""
 
@@ -199,26 +202,36 @@ class Held:
         With :math:`S` the roots of the rates relative to the largest of them, which is in the
         factor :math:`f`, and with the constants :math:`c`, it is :math:`S u`, where
 
-        .. math:: (I + f S A S)\, u = S^{-1} d - f S A c
+        .. math:: (I + f S A S)\, (u + w) = S^{-1} d + w, \qquad S A S\, w = S A c
         """
         moved = displacement(self.parameters, self._seen_anchor())
         start = {name: moved[name] / scale for name, scale in scales.items()}
-        if len(start) < len(moved):
-            rest = {n: torch.zeros_like(d) if n in scales else d for n, d in moved.items()}
-            pull = product(self.precision, rest)
-            start = {name: d - factor * scales[name] * pull[name] for name, d in start.items()}
+        fixed = self._fixed_part(scales, moved) if len(start) < len(moved) else {}
+        start = each("add", start, fixed) if fixed else start
         left = self._resolved(factor, scales, start)
+        left = each("sub", left, fixed) if fixed else left
         return {name: scale * left[name] for name, scale in scales.items()}
+
+    def _fixed_part(self, scales: dict[str, float], moved: Vector) -> Vector:
+        """Return where the constants pull, :math:`w`; what they do not reach is left alone."""
+        rest = {n: torch.zeros_like(d) if n in scales else d for n, d in moved.items()}
+        pull = product(self.precision, rest)
+        b = {name: scale * pull[name] for name, scale in scales.items()}
+        system = self._system(scales)
+        if system is not None:
+            return solve(system, b)
+        alone = {name: whole(value) for name, value in b.items()}
+        return placed_like(b, _by_products(self.precision, scales, alone))
 
     def _resolved(self, factor: float, scales: dict[str, float], b: Vector) -> Vector:
         """Return the solution of :math:`(I + f S A S)\, u = b`."""
         if not factor:
             return b
         system = self._system(scales)
-        if system is None:
-            alone = {name: whole(value) for name, value in b.items()}
-            return placed_like(b, _by_products(self.precision, factor, scales, alone))
-        return each("div", solve(system, b, damping=1 / factor), factor)
+        if system is not None:
+            return each("div", solve(system, b, damping=1 / factor), factor)
+        alone = {name: whole(value) for name, value in b.items()}
+        return placed_like(b, _by_products(self.precision, scales, alone, factor))
 
     def _system(self, scales: dict[str, float]) -> Fisher | None:
         """Return :math:`S A S` of what moves; it stays the same, with its eigenvectors."""
@@ -245,16 +258,22 @@ def _scaled(precision: Fisher, scales: dict[str, float]) -> Fisher | None:
 
 
 def _by_products(
-    precision: Fisher, factor: float, scales: dict[str, float], start: Vector
+    precision: Fisher, scales: dict[str, float], start: Vector, factor: float | None = None
 ) -> Vector:
-    """Solve for what moves by products alone, to the rounding error."""
+    r"""Solve :math:`(I + f S A S)\, u = b` by products alone, to the rounding error.
+
+    Without a factor it is :math:`S A S\, u = b`.
+    """
     shapes = {name: value.shape for name, value in start.items()}
     nothing = {n: next(iter(start.values())).new_zeros(s) for n, s in precision.shapes.items()}
+    top = max(float(d.abs().max()) for d in precision.diagonal().values())
+    own = 0.0 if factor is None else 1.0
+    factor = 1.0 if factor is None else min(factor, MOST_STIFF / max(top, 1 / MOST_STIFF))
 
     def product(flat: Tensor) -> Tensor:
         x = {name: scales[name] * part for name, part in unravel(flat, shapes).items()}
         pull = precision._product({**nothing, **x})
-        return flat + factor * ravel({name: scales[name] * pull[name] for name in shapes})[0]
+        return own * flat + factor * ravel({n: scales[n] * pull[n] for n in shapes})[0]
 
     b = ravel(start)[0]
     tolerance = 4 * torch.finfo(b.dtype).eps

@@ -381,6 +381,7 @@ class QuadraticPenalty:
         return {
             "n_tasks": torch.tensor(self._n_tasks),
             "offset": self._offset.clone(),
+            **({} if self._budget is None else {"multiplier": _number(self._strength)}),
             **settings_of(self._settings(), self._precision),
             **{f"anchor.{key}": v for key, v in by_plain_names(self._anchor).items()},
             **{f"rest.{key}": v for key, v in by_plain_names(self._rests.values).items()},
@@ -417,6 +418,8 @@ class QuadraticPenalty:
             held_ones(every, anchor)
         self._keep(precision, anchor)
         self._rests.values.update(loader.vector(under("rest.", state)))
+        if self._budget is not None and "multiplier" in state:
+            self._strength = float(state["multiplier"])
         self._offset = whole(state["offset"]).to(loader.device, copy=True)
         self._n_tasks = int(state["n_tasks"])
 
@@ -624,3 +627,7 @@ def _rates(optimizer: torch.optim.Optimizer, held: Held) -> dict[str, float]:
             f"the optimizer holds none of the parameters of the penalty, {list(held.moving)}"
         )
     return found
+
+
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)

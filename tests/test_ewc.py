@@ -1019,3 +1019,228 @@ def test_adapters_that_are_not_active_need_no_warning():
     model, data = adapted(trained=True)
     model.add_adapter("other", peft.LoraConfig(r=1, target_modules=["0"]))
     EWC(model, 1.0).consolidate(data)
+
+
+# A budget
+
+ALL_STRUCTURES = [*STRUCTURES, "kronecker", "eigenkronecker"]
+
+
+def rates(model, *own):
+    """An optimizer with a rate for each layer."""
+    groups = [{"params": model[2 * i].parameters(), "lr": rate} for i, rate in enumerate(own)]
+    return torch.optim.SGD(groups)
+
+
+@pytest.mark.claim("thm-budget")
+@pytest.mark.parametrize("structure", ALL_STRUCTURES)
+@pytest.mark.parametrize("own", [(0.5, 0.5), (0.05, 0.5)], ids=["one rate", "two rates"])
+def test_a_budget_is_kept_after_every_step_and_used(structure, own):
+    model = network(torch.float32)
+    ewc = EWC(model, budget=0.02, structure=structure)
+    x, y = task(0, dtype=torch.float32, n=40)
+    ewc.consolidate((x, y))
+    optimizer, spent = rates(model, *own), []
+    ewc.attach(optimizer)
+    for _ in range(40):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), (y + 1) % 3).backward()
+        optimizer.step()
+        spent.append(ewc.nats().item())
+    assert max(spent) <= 0.02
+    assert spent[-1] > 0.99 * 0.02
+    assert ewc.strength > 0
+
+
+@pytest.mark.claim("thm-budget")
+@pytest.mark.parametrize("structure", ["diagonal", "dense"])
+def test_the_step_of_a_budget_is_the_nearest_place_within_it(structure):
+    """In the metric of the rates; no step along the border comes nearer."""
+    model = network()
+    ewc = EWC(model, budget=0.01, structure=structure)
+    F_ = ewc.consolidate(task(n=40)).to_dense()
+    m, optimizer = flat(copies(model)), rates(model, 0.1, 0.3)
+    move(model, 1)
+    z, eta = flat(copies(model)), torch.tensor([0.1] * 16 + [0.3] * 15, dtype=DOUBLE)
+    ewc.proximal_step_(optimizer)
+    x = flat(copies(model))
+    assert ewc.nats().item() <= 0.01
+    pull = F_ @ (x - m)
+    torch.testing.assert_close((z - x) / eta, ewc.strength * pull, rtol=1e-6, atol=1e-9)
+
+
+def test_within_the_budget_nothing_is_held():
+    model = network()
+    ewc = EWC(model, budget=100.0)
+    ewc.consolidate(task())
+    move(model, 1, size=0.1)
+    before = copies(model)
+    ewc.proximal_step_(rates(model, 0.1, 0.1))
+    assert same(copies(model), before)
+    assert ewc.strength == 0
+
+
+def test_a_budget_counts_all_tasks_and_can_always_be_kept():
+    model = network(torch.float32)
+    ewc = EWC(model, budget=0.05)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    ewc.attach(optimizer)
+    anchors = []
+    for t in range(3):
+        x, y = task(t, dtype=torch.float32, n=40)
+        for _ in range(30):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            terms = [
+                F_.quadratic({n: p - a[n] for n, p in copies(model).items()}) for F_, a in anchors
+            ]
+            assert sum(terms) / 2 <= 0.05 * 1.001
+        anchors.append((ewc.consolidate((x, y)), copies(model)))
+
+
+@pytest.mark.parametrize("frozen", ["0.weight", "2.bias"])
+@pytest.mark.parametrize("structure", ["diagonal", "dense", "kronecker"])
+def test_what_does_not_move_is_part_of_what_a_budget_counts(structure, frozen):
+    model = network()
+    ewc = EWC(model, budget=0.05, structure=structure)
+    ewc.consolidate(task(n=40))
+    with torch.no_grad():
+        model.get_parameter(frozen).add_(0.05)
+    model.get_parameter(frozen).requires_grad_(False)
+    fixed = ewc.nats().item()
+    assert 0 < fixed < 0.05
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(1.0)
+    ewc.proximal_step_(rates(model, 0.1, 0.1))
+    assert 0.049 < ewc.nats().item() <= 0.05
+
+
+def test_a_budget_has_no_penalty_and_no_gradient():
+    model = network()
+    ewc = EWC(model, budget=0.05)
+    for forbidden in (
+        ewc.penalty,
+        ewc.add_gradient_,
+        lambda: ewc.attach(rates(model, 0.1, 0.1), "gradient"),
+    ):
+        with pytest.raises(ValueError, match="kept by the proximal step"):
+            forbidden()
+    assert "budget=0.05" in repr(ewc)
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, math.inf, math.nan])
+def test_a_budget_that_cannot_be_kept_is_refused(wrong):
+    with pytest.raises(ValueError, match="budget"):
+        EWC(network(), budget=wrong)
+
+
+def test_either_a_strength_or_a_budget_is_given():
+    for options in ({}, {"strength": 1.0, "budget": 1.0}):
+        with pytest.raises(ValueError, match="either a strength or a budget"):
+            EWC(network(), **options)
+
+
+def test_a_resumed_budget_goes_on_with_the_same_bits():
+    def run(stop):
+        model, (x, y) = network(torch.float32), task(dtype=torch.float32, n=40)
+        ewc = EWC(model, budget=0.01)
+        ewc.consolidate((x, y))
+        for step in range(10):
+            if step == stop:
+                state = load(save(ewc.state_dict()))
+                ewc = EWC(model, budget=0.01)
+                ewc.load_state_dict(state)
+            model.zero_grad()
+            F.cross_entropy(model(x), (y + 1) % 3).backward()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+            optimizer.step()
+            ewc.proximal_step_(optimizer)
+        return copies(model)
+
+    assert same(run(None), run(5))
+
+
+# Half precision
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("structure", ["diagonal", "kronecker", "dense"])
+@pytest.mark.parametrize("strength", [1.0, 100.0, 1000.0])
+def test_half_precision_moves_as_single_precision_does(dtype, structure, strength):
+    def left(own):
+        model = network(torch.float32)
+        x, y = task(dtype=torch.float32, n=40)
+        model.to(dtype).to(own)  # the same numbers
+        ewc = EWC(model, strength, structure=structure)
+        ewc.consolidate((x.to(dtype).to(own), y))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in model.parameters():
+                step = (0.01 * p.float().abs() * torch.randn(p.shape, generator=generator)).to(
+                    dtype
+                )
+                p.copy_((p.float() + step.float()).to(dtype))
+        optimizer, before = torch.optim.SGD(model.parameters(), lr=1e-2), ewc.penalty().item()
+        for _ in range(100):
+            ewc.proximal_step_(optimizer)
+        return ewc.penalty().item() / before
+
+    assert left(dtype) == pytest.approx(left(torch.float32), rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_resumed_model_of_half_precision_goes_on_with_the_same_bits(dtype):
+    def run(stop):
+        model = network(dtype)
+        ewc = EWC(model, 300.0)
+        ewc.consolidate(task(dtype=dtype))
+        move(model, 0, size=0.02)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        for step in range(50):
+            if step == stop:
+                state = load(save(ewc.state_dict()))
+                ewc = EWC(model, 300.0)
+                ewc.load_state_dict(state)
+            ewc.proximal_step_(optimizer)
+        return copies(model)
+
+    assert same(run(None), run(25))
+
+
+def test_what_half_precision_has_lost_ends_with_the_task():
+    model = network(torch.bfloat16)
+    ewc = EWC(model, 300.0)
+    ewc.consolidate(task(dtype=torch.bfloat16))
+    move(model, 0, size=0.02)
+    ewc.proximal_step_(torch.optim.SGD(model.parameters(), lr=1e-2))
+    online = EWC(model, 300.0, "online")
+    online.load_state_dict({k: v for k, v in ewc.state_dict().items() if k != "mode"})
+    assert any(key.startswith("rest.") for key in online.state_dict())
+    online.consolidate(task(1, dtype=torch.bfloat16))
+    assert not any(key.startswith("rest.") for key in online.state_dict())
+    assert online.penalty() == 0
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_small_gradients_add_up_in_gradients_of_half_precision(dtype):
+    model = network(dtype)
+    ewc = EWC(model, 1.0)
+    ewc.consolidate(task(dtype=dtype))
+    move(model, 0, size=0.02)
+    reference = copy.deepcopy(model).float()
+    anchor, precision = ewc.anchor, ewc.precision.diagonal()
+    total = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
+    for _ in range(200):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        ewc.add_gradient_()
+        for name, p in model.named_parameters():
+            total[name] += p.grad.float() - 1
+    for name, p in reference.named_parameters():
+        wanted = precision[name] * (p.detach() - anchor[name])
+        torch.testing.assert_close(total[name] / 200, wanted, rtol=0.02, atol=1e-4)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ewc_lib._names import plain_name
 from ewc_lib.attaching import Attachment, Form, own_parameters, unwrapped
+from ewc_lib.ewc import EWC
 from ewc_lib.quadratic import QuadraticPenalty
 from ewc_lib.regularizers import AdapterEWC, Regularizer
 
@@ -72,15 +73,23 @@ class Task:
 
     @torch.no_grad()
     def readings(self) -> dict[str, float]:
-        """Return the penalty, unless it depends on a batch, and the distance from an anchor."""
+        """Return the penalty, unless it depends on a batch, and the distance from an anchor.
+
+        Of EWC also what the old tasks have lost in nats; where that has a budget, it has no
+        penalty.
+        """
         penalty = self.regularizer
         if isinstance(penalty, AdapterEWC):
             return {"ewc/penalty": float(penalty.penalty())}
         if not isinstance(penalty, QuadraticPenalty):
             return {}
-        value = float(penalty.penalty())
         squares = [moved.abs().square().sum() for moved in _moved(penalty)]
-        return {"ewc/penalty": value, "ewc/distance": float(sum(squares)) ** 0.5}
+        found = {"ewc/distance": float(sum(squares)) ** 0.5}
+        if isinstance(penalty, EWC):
+            found["ewc/nats"] = float(penalty.nats())
+            if penalty.budget is not None:
+                return found
+        return {"ewc/penalty": float(penalty.penalty()), **found}
 
 
 def in_batches(dataset: Any, batch_size: int | None, collate: Any) -> DataLoader[Any]:

@@ -33,8 +33,8 @@ class EWCCallback(Callback):
     gradient accumulation, and not in steps that a gradient scaler leaves out. When training ends
     it consolidates, if there are data for that. Its state is part of every checkpoint, so that
     ``trainer.fit(ckpt_path=...)`` goes on as if nothing had happened; the last one holds the task
-    that has just been learned. It logs ``ewc/penalty`` and ``ewc/distance``, the Euclidean
-    distance from the anchor.
+    that has just been learned. It logs ``ewc/penalty``, ``ewc/distance``, which is
+    the Euclidean distance from the anchor, and ``ewc/nats`` (:meth:`ewc_lib.EWC.nats`).
 
     Parameters
     ----------

@@ -35,8 +35,9 @@ class EWCCallback(TrainerCallback):
     that a gradient scaler leaves out. When training ends it consolidates, if there are data for
     that. Every checkpoint gets a file :data:`FILE` with the state of the regularizer, and a
     training that resumes from a checkpoint takes it from there; the last checkpoint holds the
-    task that has just been learned. The entries of the log get ``ewc/penalty`` and
-    ``ewc/distance``, the Euclidean distance from the anchor.
+    task that has just been learned. The entries of the log get ``ewc/penalty``,
+    ``ewc/distance``, which is the Euclidean distance from the anchor, and ``ewc/nats``
+    (:meth:`ewc_lib.EWC.nats`).
 
     Parameters
     ----------
