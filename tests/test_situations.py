@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Independent, Normal, StudentT
+from torch.utils.data import DataLoader, TensorDataset
 
 from ewc_lib import EWC, fisher_information, freeze_norms
 from ewc_lib.continual import train
@@ -91,6 +92,85 @@ def test_3b_a_penalty_in_a_region_of_autocast_is_that_outside(structure):
     with torch.autocast("cpu", torch.bfloat16):
         within = ewc.penalty()
     assert torch.equal(within, outside)
+
+
+def test_3c_steps_of_half_precision_add_up_to_those_of_single_precision():
+    def left(dtype):
+        model = classifier().bfloat16().to(dtype)
+        ewc = EWC(model, 100.0)
+        ewc.consolidate((observations()[0].to(dtype), observations()[1]))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_((p.float() * 1.01).bfloat16())
+        optimizer, before = torch.optim.SGD(model.parameters(), lr=1e-2), ewc.penalty().item()
+        ewc.attach(optimizer)
+        for _ in range(100):
+            optimizer.step()
+        return ewc.penalty().item() / before
+
+    assert left(torch.bfloat16) == pytest.approx(left(torch.float32), rel=0.02)
+
+
+def test_4_a_regression_is_trained_by_the_likelihood_of_its_regularizer():
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 1), observations()[0]
+    y = x @ torch.tensor([[1.0], [2.0], [-1.0], [0.5]])
+    with pytest.raises(ValueError, match="criterion"):
+        train(model, (x, y), steps=1, seed=0)
+    ewc = EWC(model, 0.0, likelihood="gaussian")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True)
+    train(model, loader, steps=200, seed=0, regularizer=ewc, optimizer=optimizer)
+    assert F.mse_loss(model(x), y) < 1e-3
+
+
+def test_5_a_classifier_that_grows_keeps_what_it_holds():
+    model, data = classifier(), observations()
+    ewc = EWC(model, 5.0)
+    ewc.consolidate(data)
+    old, larger = model[2], nn.Linear(8, 5)
+    with torch.no_grad():
+        larger.weight[:3], larger.bias[:3] = old.weight, old.bias
+    model[2] = larger
+    assert ewc.penalty() == 0
+    assert ewc.precision.diagonal()["2.weight"][3:].abs().max() == 0
+    with torch.no_grad():
+        larger.weight[3:] += 1.0
+    assert ewc.penalty() == 0
+
+
+def test_6_what_is_frozen_is_a_constant_and_what_is_new_is_free():
+    model, data = classifier(), observations()
+    ewc = EWC(model, 5.0)
+    ewc.consolidate(data)
+    model[0].requires_grad_(False)
+    model.append(nn.Linear(3, 3))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    ewc.attach(optimizer)
+    x, y = data
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    ewc.consolidate(data)
+    assert set(ewc.anchor) == {name for name, _ in model.named_parameters()}
+
+
+def test_11_several_inputs_are_one_of_a_pair_and_others_are_picked():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = classifier()
+
+        def forward(self, a, b):
+            return self.net(a + b)
+
+    model, (x, y) = Two(), observations()
+    found = fisher_information(model, [((x, x), y)])
+    with pytest.raises(ValueError, match="batch="):
+        fisher_information(model, [(x, x, y)])
+    picked = fisher_information(model, [(x, x, y)], batch=lambda b: ((b[0], b[1]), b[2]))
+    assert torch.equal(found.diagonal()["net.0.weight"], picked.diagonal()["net.0.weight"])
 
 
 def test_7_outputs_under_masks_and_of_packed_sequences_have_a_sensitivity():
