@@ -26,7 +26,7 @@ from ewc_lib import EWC, freeze_norms
 from ewc_lib import fisher_information as in_one_process
 from ewc_lib._names import plain_name
 from ewc_lib.integrations.distributed import all_reduce, fisher_information
-from ewc_lib.regularizers import EWCDR, MAS, KroneckerLaplace
+from ewc_lib.regularizers import EWCDR, MAS, SI, KroneckerLaplace, LwF, Replay
 
 N = 23
 STRUCTURES = ("diagonal", "block", "module", "dense", "kronecker", "kronecker-reduce")
@@ -242,6 +242,33 @@ def trained(model, ewc, *parts):
     return found
 
 
+ATTACHED = {
+    "EWC": lambda model: EWC(model, strength=10.0),
+    "SI": lambda model: SI(model, strength=10.0),
+    "LwF": lambda model: LwF(model, strength=3.0),
+    "replay": lambda model: Replay(model, strength=3.0, capacity=2, batch_size=4),
+}
+"""Those that act in the steps of an optimizer, however their gradient comes about."""
+
+
+def learned(name, rank, ranks, wrap):
+    """Learn a second task in which each process has equal parts, and return the parameters."""
+    torch.manual_seed(0)
+    model = wrap(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double())
+    x, y = torch.randn(32, 3, dtype=torch.float64), torch.arange(32) % 2
+    regularizer = ATTACHED[name](model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regularizer.attach(optimizer)
+    for task in range(2):
+        own = slice(rank, None, ranks)
+        for _ in range(4):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[own] + task), y[own]).backward()
+            optimizer.step()
+        regularizer.consolidate((x[own] + task, y[own]))
+    return whole(dict(model.named_parameters()))
+
+
 def whole(tensors):
     plain = {n: getattr(t, "full_tensor", lambda t=t: t)() for n, t in tensors.items()}
     return {n.removeprefix("module."): t.detach().clone() for n, t in plain.items()}
@@ -255,6 +282,16 @@ class Checks:
         self.model, x, y = images()
         self.own = part(self.rank, self.ranks)
         self.x, self.y = x[self.own], y[self.own]
+
+    def attached(self):
+        def wrap(model):
+            return DistributedDataParallel(model)
+
+        return {name: learned(name, self.rank, self.ranks, wrap) for name in ATTACHED}
+
+    def attached_without_the_wrapper(self):
+        model = nn.Linear(3, 2)
+        return LwF(model).attach(torch.optim.SGD(model.parameters(), lr=0.1))
 
     def cases(self):
         return {

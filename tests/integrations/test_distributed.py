@@ -20,6 +20,7 @@ from ewc_lib.errors import EmptyData
 from ewc_lib.fisher import Diagonal
 from ewc_lib.integrations.distributed import all_reduce, fisher_information
 from tests.integrations.ranks import (
+    ATTACHED,
     CASES,
     METHODS,
     STRUCTURES,
@@ -27,6 +28,7 @@ from tests.integrations.ranks import (
     N,
     as_batches,
     images,
+    learned,
     part,
     precision_and_penalty,
     towers,
@@ -558,3 +560,21 @@ def test_without_a_group_the_error_says_how_to_make_one():
         fisher_information(model, (x, y))
     with pytest.raises(RuntimeError, match="init_process_group"):
         all_reduce(Diagonal(1, "exact", {"a": "rule"}, {"a": torch.ones(2)}))
+
+
+@pytest.mark.parametrize("name", ATTACHED)
+def test_processes_that_train_one_model_stay_together_with_what_is_attached(ranks, name):
+    """And do what one process does with all data, unless each draws data of its own."""
+    first, *others = (rank["attached"][name] for rank in ranks)
+    for other in others:
+        assert all(torch.equal(other[n], p) for n, p in first.items())
+    if name != "replay":
+        for n, p in learned(name, 0, 1, lambda model: model).items():
+            torch.testing.assert_close(first[n], p, rtol=EXACT, atol=EXACT)
+
+
+def test_what_looks_at_data_is_attached_to_the_model_that_averages_gradients(ranks):
+    for rank in ranks:
+        assert "make it with the model that DistributedDataParallel returns" in str(
+            rank["attached_without_the_wrapper"]
+        )
