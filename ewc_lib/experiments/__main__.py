@@ -69,7 +69,7 @@ def main() -> None:
     """
 
 
-ROOMS = {"beyond-diagonal": "structures", "language-models": "language"}
+ROOMS = {"beyond-diagonal": "structures", "fine-tuning": "language", "language-models": "language"}
 """Where the experiments are that are not on streams of tasks."""
 
 
@@ -298,6 +298,13 @@ _add_comparison(
     3,
     "A small language model learns documentation, then source code, with and without penalties "
     "and adapters.\n\nTakes about an hour on one core.",
+)
+_add_comparison(
+    "fine-tuning",
+    5,
+    "What keeps an old task while a new one is learned: learning rate, early stopping, averaging, "
+    "L2, replay and EWC, on digits and on texts, chosen alike.\n\nTakes about half an hour on one "
+    "core.",
 )
 
 RESUMED = (

@@ -67,7 +67,7 @@ def adaptable(model: nn.Module) -> list[str]:
     return [name for name in linear if name != "head"]
 
 
-class _ClassesSecond(nn.Module):
+class ClassesSecond(nn.Module):
     """A language model whose logits lie where ``cross_entropy`` looks for classes."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -107,7 +107,7 @@ def learn(
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     train(
-        _ClassesSecond(model),
+        ClassesSecond(model),
         data,
         steps=steps,
         seed=seed,

@@ -1,0 +1,334 @@
+r"""What keeps task A while a model is fine-tuned on task B: eight methods on the same data.
+
+Every method has one setting besides the learning rate, and both are chosen alike: on validation
+data of both tasks, the lowest loss on B among all that lose at most so much on A. The limits give
+a curve for each method. EWC and replay may use the same few observations of A.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
+
+from ewc_lib.ewc import EWC
+from ewc_lib.experiments.language.starts import (
+    Examples,
+    Start,
+    State,
+    begin,
+    between,
+    losses,
+    rows_of,
+    tuned,
+)
+from ewc_lib.experiments.runs.folders import OUTPUT
+from ewc_lib.experiments.runs.report import interval
+from ewc_lib.experiments.runs.store import Run, run_all
+from ewc_lib.experiments.runs.strengths import decades
+from ewc_lib.fisher.estimate import Structure
+from ewc_lib.quadratic import QuadraticPenalty
+from ewc_lib.regularizers import L2
+
+__all__ = ["METHODS", "PROTOCOL", "candidates", "chosen", "comparison", "flat", "table"]
+
+METHODS = (
+    "learning rate",
+    "early stopping",
+    "averaging",
+    "L2",
+    "replay",
+    "EWC",
+    "EWC, averaging",
+    "EWC, Kronecker",
+)
+"""A lower rate alone; fewer updates; weights between before and after (Wortsman et al. 2022); the
+squared distance to the start (Li, Grandvalet and Davoine 2018); old observations in every update;
+EWC; weights between before it and after it; EWC with Kronecker factors. Each may also choose plain
+fine-tuning, which is what a lower learning rate alone is."""
+
+PROTOCOL: Mapping[str, Any] = {
+    "digits": {
+        "angle": 90,
+        "hidden": 64,
+        "steps_a": [200, 50],
+        "rate_a": 1e-3,
+        "steps": 300,
+        "batch": 64,
+        "strengths": {
+            "L2": decades(0, 3),
+            "EWC": decades(2, 6),
+            "EWC, Kronecker": decades(0, 4),
+        },
+    },
+    "texts": {
+        "width": 48,
+        "layers": 1,
+        "heads": 2,
+        "length": 32,
+        "steps_a": [2000, 500],
+        "rate_a": 3e-3,
+        "steps": 200,
+        "batch": 16,
+        "strengths": {
+            "L2": decades(0, 3),
+            "EWC": decades(0, 4),
+            "EWC, Kronecker": decades(0, 4),
+        },
+    },
+    "old": 100,
+    "rates": [3e-3, 1e-3, 3e-4, 1e-4],
+    "checkpoints": [0.02, 0.05, 0.1, 0.2, 0.5],
+    "shares": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
+    "few_shares": [0.25, 0.5, 0.75],
+    "weights": [0.1, 0.3, 1.0, 3.0, 10.0],
+    "limits": [0.01, 0.02, 0.05, 0.1, 0.2, 0.5],
+}
+"""Both pairs of tasks, and the settings. Task A is learned in two stages, the second at a tenth of
+the rate. ``checkpoints`` are shares of the updates; ``shares`` how far to go from before to after;
+``weights`` those of the old observations; ``old`` how many of these there are; ``limits`` what may
+be lost on A, in nats. All training is by Adam, with the proximal step of a penalty."""
+
+
+def comparison(
+    path: Path = OUTPUT / "fine_tuning.json",
+    *,
+    seeds: int = 5,
+    protocol: Mapping[str, Any] = PROTOCOL,
+    workers: int = 1,
+    fresh: bool = False,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Fine-tune with every method, learning rate and setting.
+
+    Parameters
+    ----------
+    path
+        The JSON file; the same call goes on where it was stopped.
+    seeds
+        Each sets the initial weights, the order of the data and the old observations.
+    protocol
+        Both pairs of tasks and the settings, as in :data:`PROTOCOL`.
+    workers
+        Processes, each with one thread.
+    fresh
+        Drop what the file holds.
+    progress
+        True or False; by default a bar appears in terminals and notebooks after two seconds.
+
+    Returns
+    -------
+    dict
+        As :func:`.run_all` returns it; :func:`flat` reads it.
+
+    Raises
+    ------
+    ValueError
+        As :func:`.run_all`.
+    """
+    pairs = [name for name in ("digits", "texts") if name in protocol]
+    trained = ("plain", "replay", "L2", "EWC", "EWC, Kronecker")
+    runs = [
+        {"data": name, "seed": seed, "rate": rate, "trained": method}
+        for name, seed, rate, method in product(pairs, range(seeds), protocol["rates"], trained)
+    ]
+    return run_all(
+        path,
+        partial(_play, protocol),
+        runs,
+        experiment="fine-tuning",
+        data="digits and standard library",
+        protocol=protocol,
+        workers=workers,
+        fresh=fresh,
+        progress=progress,
+    )
+
+
+class _Rehearsal:
+    """The mean loss on old observations, times a weight, in every update."""
+
+    def __init__(self, model: nn.Module, old: Examples, weight: float, batch: int, seed: int):
+        self.model, self.old, self.weight, self.batch = model, old, weight, batch
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def before_task(self) -> None: ...
+
+    def before_step(self, inputs: Any = None) -> None: ...
+
+    def after_step(self) -> None: ...
+
+    def add_gradient_(self) -> None:
+        drawn = torch.randint(len(self.old[0]), (self.batch,), generator=self.generator)
+        x, y = rows_of(self.old, drawn)
+        (self.weight * cross_entropy(self.model(x), y)).backward()
+
+
+def _play(protocol: Mapping[str, Any], run: Run) -> dict[str, Any]:
+    """Fine-tune once for each setting of a method, at one learning rate."""
+    start = begin(json.dumps(protocol), run["data"], run["seed"])
+    own = protocol[run["data"]]
+    found = list(_points(start, own, protocol, run))
+    before = losses(start, start.model.state_dict())
+    return {"before": before, "points": found}
+
+
+def _points(
+    start: Start, own: Mapping[str, Any], protocol: Mapping[str, Any], run: Run
+) -> Iterator[dict[str, Any]]:
+    """Yield each method's settings with their losses."""
+    before, method = copy.deepcopy(start.model.state_dict()), run["trained"]
+    tune = partial(tuned, start, own, rate=run["rate"], seed=run["seed"] + 1)
+
+    def point(method: str, setting: Any, weights: State) -> dict[str, Any]:
+        found = {"losses": losses(start, weights), "nats": _nats(start, before, weights)}
+        return {"method": method, "setting": setting, **found}
+
+    if method == "plain":
+        at = [max(1, round(share * own["steps"])) for share in protocol["checkpoints"]]
+        passed = tune(None, at)
+        yield point("learning rate", 1.0, passed[own["steps"]])
+        for steps in at:
+            yield point("early stopping", steps, passed[steps])
+        for share in protocol["shares"]:
+            yield point("averaging", share, between(before, passed[own["steps"]], share))
+    elif method == "replay":
+        for weight in protocol["weights"]:
+            replay = _Rehearsal(start.model, start.old, weight, own["batch"], run["seed"])
+            yield point("replay", weight, tune(replay)[own["steps"]])
+    else:
+        held = _penalty(method, start)
+        for held.strength in own["strengths"][method]:
+            after = tune(held)[own["steps"]]
+            yield point(method, held.strength, after)
+            for share in protocol["few_shares"] if method == "EWC" else ():
+                weights = between(before, after, share)
+                yield point("EWC, averaging", [held.strength, share], weights)
+
+
+def _nats(start: Start, before: State, after: State) -> dict[str, float]:
+    """Return what each structure says is lost on A, for each term of its loss."""
+    step = {name: after[name] - before[name] for name in start.whole.shapes}
+    found: dict[str, Tensor] = {s: F.quadratic(step) for s, F in start.fisher.items()}
+    with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no derivative of this kind
+        found["whole"] = start.whole.quadratic(step)
+    return {name: value.item() / (2 * start.terms) for name, value in found.items()}
+
+
+def _penalty(method: str, start: Start) -> QuadraticPenalty:
+    """Return a penalty around the start, its strength still 0."""
+    if "EWC" in method:
+        structure: Structure = "kronecker" if "Kronecker" in method else "diagonal"
+        ewc = EWC(start.model, 0.0, kind=start.kind, structure=structure)
+        ewc.remember(start.fisher[structure])
+        return ewc
+    l2 = L2(start.model, 0.0)
+    l2.consolidate(start.old)
+    return l2
+
+
+def flat(result: Mapping[str, Any], data: str, **wanted: Any) -> list[dict[str, Any]]:
+    """Return every setting of every method on one pair of tasks, as one flat row.
+
+    Parameters
+    ----------
+    result
+        As :func:`comparison` returns it.
+    data
+        ``"digits"`` or ``"texts"``.
+    **wanted
+        What the rows must have, as ``method="EWC"``.
+
+    Returns
+    -------
+    list of dict
+        Each with ``method``, ``seed``, ``rate``, ``setting``; the losses ``a`` and ``b`` on test
+        data and ``valid_a`` and ``valid_b``, those on A less what they were before; and ``nats``,
+        what each structure of the Fisher information says is lost on A.
+    """
+    found = []
+    for run in result["runs"]:
+        if run["data"] == data:
+            of_run = {"seed": run["seed"], "rate": run["rate"]}
+            for point in run["points"]:
+                of_point = {name: point[name] for name in ("method", "setting", "nats")}
+                found.append({**of_run, **of_point, **_lost(run["before"], point["losses"])})
+    return [row for row in found if all(row[name] == value for name, value in wanted.items())]
+
+
+def _lost(before: list[float], losses: list[float]) -> dict[str, float]:
+    """Name the losses, and take off those on A what they were before."""
+    (valid, _, test, _), (valid_a, valid_b, a, b) = before, losses
+    return {"a": a - test, "b": b, "valid_a": valid_a - valid, "valid_b": valid_b}
+
+
+def candidates(result: Mapping[str, Any], data: str, method: str) -> list[dict[str, Any]]:
+    """Return what a method may choose from: its own rows, and those of plain fine-tuning.
+
+    Parameters
+    ----------
+    result, data
+        As for :func:`flat`.
+    method
+        Of :data:`METHODS`.
+    """
+    return [row for row in flat(result, data) if row["method"] in ("learning rate", method)]
+
+
+def chosen(rows: Iterable[Mapping[str, Any]], limit: float) -> list[Mapping[str, Any]]:
+    """Return for each seed the row that validation data choose.
+
+    Parameters
+    ----------
+    rows
+        Of one method, as :func:`flat` returns them.
+    limit
+        What may be lost on A, in nats. Among the rows that lose at most that, the lowest loss
+        on B is chosen. If none does, it is the one that loses least.
+    """
+    by_seed: dict[int, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_seed.setdefault(row["seed"], []).append(row)
+    return [_best(by_seed[seed], limit) for seed in sorted(by_seed)]
+
+
+def _best(rows: list[Mapping[str, Any]], limit: float) -> Mapping[str, Any]:
+    within = [row for row in rows if row["valid_a"] <= limit]
+    if within:
+        return min(within, key=lambda row: row["valid_b"])
+    return min(rows, key=lambda row: row["valid_a"])
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Return the test loss on B, and what is lost on A, within each limit, as text.
+
+    Parameters
+    ----------
+    result
+        As :func:`comparison` returns it, with at least two seeds.
+    """
+    lines = []
+    for name in dict.fromkeys(run["data"] for run in result["runs"]):
+        limits = result["protocol"]["limits"]
+        head = "".join(f"{limit:>17g}" for limit in limits)
+        lines.append(f"{name + ', lost on A at most':25}{head}")
+        for method in METHODS:
+            rows = candidates(result, name, method)
+            cells = [_cell(chosen(rows, limit)) for limit in limits]
+            lines.append(f"{method:25}" + "".join(f"{cell:>17}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _cell(rows: Iterable[Mapping[str, Any]]) -> str:
+    b = [row["b"] for row in rows]
+    return f"{statistics.mean(b):.3f} ± {interval(b):.3f}"

@@ -1,0 +1,212 @@
+"""Two pairs of tasks, models that have learned the first of a pair, and fine-tuning on the other.
+
+The digits upright and turned, by a perceptron; English documentation and source code, by a small
+language model.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Mapping
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ewc_lib import data
+from ewc_lib.continual import mlp, rotated, train
+from ewc_lib.experiments.language.model import ClassesSecond, language_model, texts
+from ewc_lib.fisher import Fisher, MatrixFree, fisher_information
+from ewc_lib.fisher.estimate import Structure
+from ewc_lib.fisher.output import Kind
+from ewc_lib.likelihood import Categorical
+from ewc_lib.quadratic import QuadraticPenalty
+
+__all__ = ["Examples", "Start", "State", "Task", "begin", "between", "losses", "rows_of", "tuned"]
+
+Examples: TypeAlias = tuple[Tensor, Tensor]
+State: TypeAlias = Mapping[str, Tensor]
+
+
+class Task(NamedTuple):
+    """Data to train on, to choose settings on, and to report."""
+
+    train: Examples
+    valid: Examples
+    test: Examples
+
+
+class Start(NamedTuple):
+    """A model that has learned task A, both tasks, and what is known of A.
+
+    Parameters
+    ----------
+    model
+        Returns logits with the classes second.
+    a, b
+        The tasks.
+    old
+        Observations of A that may be used while B is learned.
+    fisher
+        Their Fisher information, by structure.
+    whole
+        All of it.
+    terms
+        Terms of the mean loss in one observation: the bytes of a sequence.
+    kind
+        Of the Fisher information.
+    """
+
+    model: nn.Module
+    a: Task
+    b: Task
+    old: Examples
+    fisher: Mapping[Structure, Fisher]
+    whole: MatrixFree
+    terms: int
+    kind: Kind
+
+
+@lru_cache(maxsize=1)
+def begin(protocol: str, name: str, seed: int) -> Start:
+    """Learn task A, and compute its Fisher information from the old observations.
+
+    Parameters
+    ----------
+    protocol
+        As :data:`.fine_tuning.PROTOCOL`, in JSON.
+    name
+        ``"digits"`` or ``"texts"``.
+    seed
+        Of the weights, the order of the data and the old observations.
+    """
+    settings = json.loads(protocol)
+    own = settings[name]
+    make = {"digits": _digits, "texts": _texts}[name]
+    model, a, b, likelihood, terms = make(own, seed)
+    for steps, rate in zip(own["steps_a"], (own["rate_a"], own["rate_a"] / 10), strict=True):
+        adam = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
+        options = {"steps": steps, "batch_size": own["batch"], "progress": False}
+        train(model, a.train, seed=seed, optimizer=adam, **options)
+    rows = torch.randperm(len(a.train[0]), generator=torch.Generator().manual_seed(seed))
+    old = rows_of(a.train, rows[: settings["old"]])
+    measure = partial(fisher_information, model, old, likelihood, progress=False)
+    kind: Kind = "sketch" if terms > 1 else "exact"
+    structures: tuple[Structure, ...] = "diagonal", "kronecker"
+    fisher = {s: measure(kind=kind, structure=s) for s in structures}
+    return Start(model, a, b, old, fisher, MatrixFree(model, old, likelihood), terms, kind)
+
+
+def _digits(own: Mapping[str, Any], seed: int) -> tuple[nn.Module, Task, Task, None, int]:
+    """Return a perceptron, and the digits upright and turned."""
+    images = data.digits()
+    upright, turned = (
+        Task(rows_of(t.train, slice(300, None)), rows_of(t.train, slice(300)), t.test)
+        for t in rotated(images, [0, own["angle"]])
+    )
+    sizes = (images.n_features, own["hidden"], own["hidden"], images.n_classes)
+    return mlp(sizes, seed), upright, turned, None, 1
+
+
+def _texts(own: Mapping[str, Any], seed: int) -> tuple[nn.Module, Task, Task, Categorical, int]:
+    """Return a language model, and two texts."""
+    english, code = (
+        Task(t.train, rows_of(t.test, slice(0, None, 2)), rows_of(t.test, slice(1, None, 2)))
+        for t in texts(own["length"])
+    )
+    model = ClassesSecond(language_model(own, seed))
+    return model, english, code, Categorical(class_dim=1), own["length"]
+
+
+def rows_of(examples: Examples, rows: Any) -> Examples:
+    """Return some of the examples."""
+    x, y = examples
+    return x[rows], y[rows]
+
+
+def tuned(
+    start: Start,
+    own: Mapping[str, Any],
+    regularizer: Any,
+    at: Iterable[int] = (),
+    *,
+    rate: float,
+    seed: int,
+) -> dict[int, State]:
+    """Fine-tune by Adam from the start, which stays as it was.
+
+    Parameters
+    ----------
+    start
+        Where to start.
+    own
+        ``steps`` and ``batch``, as in :data:`.fine_tuning.PROTOCOL`.
+    regularizer
+        What holds on to task A; a quadratic penalty by its proximal step.
+    at
+        Numbers of updates.
+    rate
+        The learning rate.
+    seed
+        Of the order of the data.
+
+    Returns
+    -------
+    dict
+        The weights after each of these numbers of updates, and after all.
+    """
+    model = start.model
+    before = copy.deepcopy(model.state_dict())
+    wanted, passed = {*at, own["steps"]}, dict[int, State]()
+
+    def note(done: int) -> None:
+        if done in wanted:
+            passed[done] = copy.deepcopy(model.state_dict())
+
+    adam = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
+    train(
+        model,
+        start.b.train,
+        steps=own["steps"],
+        seed=seed,
+        regularizer=regularizer,
+        optimizer=adam,
+        proximal=isinstance(regularizer, QuadraticPenalty),
+        batch_size=own["batch"],
+        on_step=note,
+        progress=False,
+    )
+    model.load_state_dict(before)
+    return passed
+
+
+def between(before: State, after: State, share: float) -> State:
+    r"""Return weights on the line from before to after.
+
+    .. math:: \theta = (1 - \alpha)\, \theta_{\text{before}} + \alpha\, \theta_{\text{after}}
+
+    Parameters
+    ----------
+    before, after
+        States of one model, of floating-point numbers.
+    share
+        :math:`\alpha`: 0 for before, 1 for after.
+
+    Examples
+    --------
+    >>> between({"w": torch.zeros(1)}, {"w": torch.ones(1)}, 0.25)
+    {'w': tensor([0.2500])}
+    """
+    return {name: torch.lerp(before[name], after[name], share) for name in before}
+
+
+@torch.no_grad()
+def losses(start: Start, weights: State) -> list[float]:
+    """Return the mean losses of some weights: validation A and B, test A and B."""
+    model = copy.deepcopy(start.model)
+    model.load_state_dict(weights)
+    parts = start.a.valid, start.b.valid, start.a.test, start.b.test
+    return [round(cross_entropy(model(x), y).item(), 5) for x, y in parts]
