@@ -263,6 +263,23 @@ def overhead_command(
         typer.echo(f"{row.form:10} {row.tasks:3} tasks  {row.share:+.1%} of a plain step")
 
 
+@app.command("keeping")
+def keeping_command(
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="The folder of results.", show_default=FOLDER)
+    ] = OUTPUT,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the file holds.")] = False,
+) -> None:
+    """Memory and time to keep a task of a language model, beside a step of training.
+
+    Takes about two minutes on one core, and eight gigabytes of memory. Each run is saved when it
+    is done; the same command goes on where it was.
+    """
+    from ewc_lib.experiments.cost import keeping
+
+    typer.echo(keeping.table(keeping.keeping(out / "keeping.json", fresh=fresh)))
+
+
 def _add_comparison(name: str, default: int, description: str) -> None:
     """Add the command of an experiment that needs no images from elsewhere."""
 
