@@ -35,7 +35,6 @@ from ewc_lib.experiments.language.starts import (
 from ewc_lib.experiments.runs.folders import OUTPUT
 from ewc_lib.experiments.runs.report import interval
 from ewc_lib.experiments.runs.store import Run, run_all
-from ewc_lib.experiments.runs.strengths import decades
 from ewc_lib.fisher.estimate import Structure
 from ewc_lib.quadratic import QuadraticPenalty
 from ewc_lib.regularizers import L2
@@ -65,10 +64,11 @@ PROTOCOL: Mapping[str, Any] = {
         "rate_a": 1e-3,
         "steps": 300,
         "batch": 64,
+        "rates": [3e-3, 1e-3, 3e-4],
         "strengths": {
-            "L2": decades(0, 3),
-            "EWC": decades(2, 6),
-            "EWC, Kronecker": decades(0, 4),
+            "L2": [1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0],
+            "EWC": [100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5, 3e5, 1e6],
+            "EWC, Kronecker": [10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5],
         },
     },
     "texts": {
@@ -78,32 +78,34 @@ PROTOCOL: Mapping[str, Any] = {
         "length": 32,
         "steps_a": [2000, 500],
         "rate_a": 3e-3,
-        "steps": 200,
+        "steps": 150,
         "batch": 16,
+        "rates": [1e-3, 3e-4],
         "strengths": {
-            "L2": decades(0, 3),
-            "EWC": decades(0, 4),
-            "EWC, Kronecker": decades(0, 4),
+            "L2": [1.0, 3.0, 10.0, 30.0, 100.0, 300.0],
+            "EWC": [1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3],
+            "EWC, Kronecker": [1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3],
         },
     },
     "old": 100,
-    "rates": [3e-3, 1e-3, 3e-4, 1e-4],
+    "plain_rates": [3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5],
     "checkpoints": [0.02, 0.05, 0.1, 0.2, 0.5],
     "shares": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
-    "few_shares": [0.25, 0.5, 0.75],
+    "few_shares": [0.5, 0.75],
     "weights": [0.1, 0.3, 1.0, 3.0, 10.0],
     "limits": [0.01, 0.02, 0.05, 0.1, 0.2, 0.5],
 }
 """Both pairs of tasks, and the settings. Task A is learned in two stages, the second at a tenth of
-the rate. ``checkpoints`` are shares of the updates; ``shares`` how far to go from before to after;
-``weights`` those of the old observations; ``old`` how many of these there are; ``limits`` what may
-be lost on A, in nats. All training is by Adam, with the proximal step of a penalty."""
+the rate. ``plain_rates`` are those of fine-tuning without a penalty. ``checkpoints`` are shares of
+the updates; ``shares`` how far to go from before to after; ``weights`` those of the old
+observations; ``old`` how many of these there are; ``limits`` what may be lost on A, in nats. All
+training is by Adam, with the proximal step of a penalty."""
 
 
 def comparison(
     path: Path = OUTPUT / "fine_tuning.json",
     *,
-    seeds: int = 5,
+    seeds: int = 3,
     protocol: Mapping[str, Any] = PROTOCOL,
     workers: int = 1,
     fresh: bool = False,
@@ -137,11 +139,12 @@ def comparison(
         As :func:`.run_all`.
     """
     pairs = [name for name in ("digits", "texts") if name in protocol]
-    trained = ("plain", "replay", "L2", "EWC", "EWC, Kronecker")
-    runs = [
-        {"data": name, "seed": seed, "rate": rate, "trained": method}
-        for name, seed, rate, method in product(pairs, range(seeds), protocol["rates"], trained)
-    ]
+    kept = "replay", "L2", "EWC", "EWC, Kronecker"
+    runs = []
+    for name, seed in product(pairs, range(seeds)):
+        plain = [("plain", rate) for rate in protocol["plain_rates"]]
+        for method, rate in [*plain, *product(kept, protocol[name]["rates"])]:
+            runs.append({"data": name, "seed": seed, "rate": rate, "trained": method})
     return run_all(
         path,
         partial(_play, protocol),
@@ -273,7 +276,9 @@ def _lost(before: list[float], losses: list[float]) -> dict[str, float]:
 
 
 def candidates(result: Mapping[str, Any], data: str, method: str) -> list[dict[str, Any]]:
-    """Return what a method may choose from: its own rows, and those of plain fine-tuning.
+    """Return what a method may choose from.
+
+    These are its own rows, those of plain fine-tuning, and one for each seed that does nothing.
 
     Parameters
     ----------
@@ -282,7 +287,13 @@ def candidates(result: Mapping[str, Any], data: str, method: str) -> list[dict[s
     method
         Of :data:`METHODS`.
     """
-    return [row for row in flat(result, data) if row["method"] in ("learning rate", method)]
+    runs = [run for run in result["runs"] if run["data"] == data]
+    before = {run["seed"]: run["before"] for run in runs}
+    still = [
+        {"method": "none", "seed": seed, **_lost(losses, losses)} for seed, losses in before.items()
+    ]
+    known = "learning rate", method
+    return [row for row in flat(result, data) if row["method"] in known] + still
 
 
 def chosen(rows: Iterable[Mapping[str, Any]], limit: float) -> list[Mapping[str, Any]]:
@@ -294,19 +305,13 @@ def chosen(rows: Iterable[Mapping[str, Any]], limit: float) -> list[Mapping[str,
         Of one method, as :func:`flat` returns them.
     limit
         What may be lost on A, in nats. Among the rows that lose at most that, the lowest loss
-        on B is chosen. If none does, it is the one that loses least.
+        on B is chosen.
     """
     by_seed: dict[int, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_seed.setdefault(row["seed"], []).append(row)
-    return [_best(by_seed[seed], limit) for seed in sorted(by_seed)]
-
-
-def _best(rows: list[Mapping[str, Any]], limit: float) -> Mapping[str, Any]:
-    within = [row for row in rows if row["valid_a"] <= limit]
-    if within:
-        return min(within, key=lambda row: row["valid_b"])
-    return min(rows, key=lambda row: row["valid_a"])
+    within = {seed: [r for r in some if r["valid_a"] <= limit] for seed, some in by_seed.items()}
+    return [min(within[seed], key=lambda row: row["valid_b"]) for seed in sorted(within)]
 
 
 def table(result: Mapping[str, Any]) -> str:
