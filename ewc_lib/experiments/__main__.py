@@ -320,8 +320,8 @@ _add_comparison(
     "fine-tuning",
     3,
     "What keeps an old task while a new one is learned: learning rate, early stopping, averaging, "
-    "L2, replay and EWC, on digits and on texts, chosen alike.\n\nTakes about a quarter of an hour on "
-    "one core.",
+    "L2, replay and EWC, on digits and on texts, chosen alike.\n\nTakes about a quarter of an "
+    "hour on one core.",
 )
 
 RESUMED = (

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from ewc_lib.experiments import __main__ as module
-from ewc_lib.experiments.cost import counts, fisher_cost, measure
+from ewc_lib.experiments.cost import counts, fisher_cost, keeping, measure
 from ewc_lib.experiments.cost.benchmarks import BENCHMARKS, LARGE, benchmarks
 from ewc_lib.experiments.cost.peers import CONTESTANTS
 from ewc_lib.experiments.cost.report import CUDA_RESULT, RESULT
@@ -236,7 +236,7 @@ def test_options_reach_the_experiment(monkeypatch):
     assert str(found["out"]) == "here"
 
 
-@pytest.mark.parametrize("name", ["beyond-diagonal", "language-models"])
+@pytest.mark.parametrize("name", ["beyond-diagonal", "fine-tuning", "language-models"])
 def test_a_comparison_writes_its_file_and_prints_its_table(monkeypatch, tmp_path, name):
     seen = []
     comparing = module.module_of(name)
@@ -254,7 +254,15 @@ def test_a_comparison_writes_its_file_and_prints_its_table(monkeypatch, tmp_path
     assert seen == [(tmp_path / f"{name.replace('-', '_')}.json", options)]
 
 
-@pytest.mark.parametrize("name", ["beyond-diagonal", "language-models"])
+def test_what_keeping_takes_is_written_to_its_file_and_printed(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(keeping, "keeping", lambda path, **o: seen.append((path, o)) or {})
+    monkeypatch.setattr(keeping, "table", lambda result: f"the table of {result}")
+    assert run("keeping", "--out", str(tmp_path)).output == "the table of {}\n"
+    assert seen == [(tmp_path / "keeping.json", {"fresh": False})]
+
+
+@pytest.mark.parametrize("name", ["beyond-diagonal", "fine-tuning", "language-models"])
 def test_a_comparison_refuses_results_of_another_protocol(monkeypatch, name):
     def refuse(*arguments, **options):
         raise ValueError("results of another protocol")
