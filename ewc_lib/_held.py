@@ -42,6 +42,9 @@ Square: TypeAlias = Callable[[float], tuple[float, float]]
 MOST_STIFF = 1e8
 """Where only products solve: beyond this stiffness what has information is at its end anyway."""
 
+MOST_CORRECTIONS = 4
+"""Of a step that has to end within a limit, and by rounding does not."""
+
 MOST_PRODUCTS = 1000
 """Of conjugate gradients, where a structure cannot be solved for some of its parameters."""
 
@@ -69,6 +72,7 @@ class Held:
     ) -> None:
         self.precision, self.anchor, self.parameters = precision, anchor, parameters
         self.rests = rests
+        rests.keep(parameters)
         if moving is None:
             moving = {name: p for name, p in parameters.items() if p.requires_grad}
         self.moving = moving
@@ -138,11 +142,22 @@ class Held:
 
         Return that strength; a guess of it saves time.
         """
+        moving = {name: rate for name, rate in rates.items() if rate > 0}
+        if not moving:
+            return guess
         if isinstance(self.precision, Diagonal):
-            at, constant = self._diagonal_square(self.precision, rates)
-        else:
-            at, constant = self._square(rates)
-        strength = multiplier(at, limit - constant, guess)
+            at, constant = self._diagonal_square(self.precision, moving)
+            return self._go_with(multiplier(at, limit - constant, guess), rates)
+        aim, strength = limit, 0.0
+        for _ in range(MOST_CORRECTIONS):  # products with a matrix lose digits
+            at, constant = self._square(moving)
+            strength = max(strength, self._go_with(multiplier(at, aim - constant, guess), rates))
+            if not (excess := float(self.squared_distance()) - limit) > 0:
+                break
+            aim -= 2 * excess
+        return strength
+
+    def _go_with(self, strength: float, rates: dict[str, float]) -> float:
         if strength:
             self.go_(strength, rates)
         return strength

@@ -36,19 +36,37 @@ def multiplier(at: Callable[[float], tuple[float, float]], limit: float, start: 
     limit
         More than 0; or 0 or less, which :data:`MOST` comes nearest to.
     start
-        A guess, as the one of the step before; it changes the time, not the result.
+        A guess, as the one of the step before; it changes the time, not the result. Rounding
+        may hide the slope, or that anything is left: then the solution is halved in.
     """
-    if at(0.0)[0] <= limit:
+    q, slope = at(0.0)
+    if q <= limit:
         return 0.0
     if not limit > 0:
         return MOST
-    found, aim = start, (1 - SLACK) * limit
+    aim, enough, too_far = (1 - SLACK) * limit, (1 - SLACK / 2) * limit, (1 - 4 * SLACK) * limit
+    low, high, after_low = 0.0, MOST, _newton(0.0, q, slope, aim)
+    found = start if 0 < start < MOST else after_low
     for _ in range(STEPS):
         q, slope = at(found)
-        if not q > 0:  # the guess was far too large
-            found = 0.0
-            continue
-        if (1 - 4 * SLACK) * limit <= q <= (1 - SLACK / 2) * limit:
+        after = _newton(found, q, slope, aim)
+        if q > enough:
+            low, after_low = found, after
+        elif q >= too_far:
             return found
-        found = max(0.0, found + 2 * q / slope * (1 - math.sqrt(q / aim)))
-    return found
+        else:
+            high = found
+        found = next(x for x in (after, after_low, _between(low, high)) if low < x < high)
+        if high - low <= SLACK**2 * high:
+            break
+    return high
+
+
+def _newton(at: float, q: float, slope: float, aim: float) -> float:
+    """Return where the tangent of the inverse root is at the aim; where there is none, infinity."""
+    return at + 2 * q / slope * (1 - math.sqrt(q / aim)) if q > 0 > slope else math.inf
+
+
+def _between(low: float, high: float) -> float:
+    """Return a number in the middle of two, by their sizes where these differ much."""
+    return math.sqrt(low * high) if low > 0 else high / 1024

@@ -24,6 +24,12 @@ class Rests:
     def __init__(self) -> None:
         self.values: Vector = {}
 
+    def keep(self, of: Mapping[str, Tensor]) -> None:
+        """Drop what was lost of tensors that have another shape or precision now."""
+        for name, rest in list(self.values.items()):
+            if name in of and not (is_coarse(of[name]) and of[name].shape == rest.shape):
+                del self.values[name]
+
     def whole(self, rounded: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Vector:
         """Return tensors in other dtypes, with what they have lost; not always copies."""
         found = in_dtypes_of(like, rounded)

@@ -169,14 +169,17 @@ class EWC(QuadraticPenalty):
 
     @property
     def budget(self) -> float | None:
-        """What may be lost of the old tasks, in nats; it may be changed at any time."""
+        """What may be lost of the old tasks, in nats; it may be changed at any time.
+
+        Rounding in float32 makes budgets below some 1e-6 meaningless.
+        """
         return self._budget
 
     @budget.setter
     def budget(self, value: float | None) -> None:
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"a budget must be positive and finite, got {value}")
-        self._budget = value
+        self._budget, self._over_budget = value, False
 
     def nats(self) -> Float[Tensor, ""]:
         r"""Return what the old tasks are predicted to have lost, in nats an observation.
@@ -202,7 +205,7 @@ class EWC(QuadraticPenalty):
         >>> 0.0099 < ewc.nats().item() <= 0.01
         True
         """
-        return self._half_square()
+        return self._penalty(1.0)
 
     @property
     def _structure(self) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 import os
+import warnings
 from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -25,6 +26,7 @@ from ewc_lib._anchored import in_layout_of, product, quadratic, solve
 from ewc_lib._arguments import check_strength
 from ewc_lib._foreach import each
 from ewc_lib._held import Held, grown_from, held_ones, names_like
+from ewc_lib._multiplier import MOST
 from ewc_lib._names import plain_name
 from ewc_lib._parameters import Vector
 from ewc_lib._rounding import Rests
@@ -86,6 +88,9 @@ class QuadraticPenalty:
         If the strength is negative or not finite, or if ``params`` chooses nothing.
     """
 
+    _budget: float | None = None
+    """What may be lost, instead of a strength."""
+
     def __init__(self, model: nn.Module, strength: float, *, params: Selection = None) -> None:
         self.model = model
         self.strength = strength
@@ -95,7 +100,7 @@ class QuadraticPenalty:
         self._anchor: Vector = {}
         self._offset = torch.zeros(())
         self._n_tasks = 0
-        self._budget: float | None = None
+        self._over_budget = False
         self._rests = Rests()
         self._is_sharded = False
         self._warned = False
@@ -121,6 +126,8 @@ class QuadraticPenalty:
 
     @strength.setter
     def strength(self, value: float) -> None:
+        if self._budget is not None:
+            raise ValueError("a budget decides the strength: set budget=None before")
         check_strength(value)
         self._strength = float(value)
 
@@ -152,16 +159,27 @@ class QuadraticPenalty:
             one has no values; or if a budget is kept, which only the proximal step can do.
         """
         self._check_no_budget()
-        return self.strength * self._half_square()
+        return self._penalty(self.strength)
 
-    def _half_square(self) -> Float[Tensor, ""]:
-        """Return the penalty of strength one."""
+    def _penalty(self, strength: float) -> Float[Tensor, ""]:
         if self._precision is None:
             return torch.zeros((), device=next(self.model.parameters()).device)
         held = self._held()
         with self._uncast():
             distance = held.squared_distance()
-        return 0.5 * (distance + self._offset)
+        return 0.5 * strength * (distance + self._offset)
+
+    def _warn_of_budget(self) -> None:
+        """Warn once where no step can keep the budget."""
+        if self._strength >= MOST and not self._over_budget:
+            self._over_budget = True
+            warnings.warn(
+                f"the budget of {self._budget:g} nats cannot be kept: what this optimizer does not "
+                "move has spent more, or what earlier tasks differ in; the rest is held at its "
+                "anchor",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def _check_no_budget(self) -> None:
         if self._budget is not None:
@@ -240,6 +258,7 @@ class QuadraticPenalty:
                 else:
                     limit = 2 * self._budget - float(self._offset)
                     self._strength = held.go_within_(limit, rates, self._strength)
+                    self._warn_of_budget()
 
     def forget(self, pattern: str | Iterable[str]) -> None:
         """Drop parameters from the penalty, which then are free until the next task is finished.
@@ -334,7 +353,8 @@ class QuadraticPenalty:
         """
         if form == "gradient":
             self._check_no_budget()
-        return Attachment(self, optimizer, form, self._parameters())
+        frozen = {n: p for n, p in self._choose.every(self.model).items() if not p.requires_grad}
+        return Attachment(self, optimizer, form, {**self._parameters(), **frozen})
 
     def _reads_gradients(self, form: Form) -> bool:
         return form == "gradient"
@@ -343,6 +363,7 @@ class QuadraticPenalty:
         self.before_step()
 
     def _pull(self, optimizer: torch.optim.Optimizer) -> None:
+        self._check_no_budget()
         if own := self._held_by(optimizer):
             self._add_gradient(own)
 

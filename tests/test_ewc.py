@@ -1244,3 +1244,89 @@ def test_small_gradients_add_up_in_gradients_of_half_precision(dtype):
     for name, p in reference.named_parameters():
         wanted = precision[name] * (p.detach() - anchor[name])
         torch.testing.assert_close(total[name] / 200, wanted, rtol=0.02, atol=1e-4)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "dense"])
+def test_what_was_lost_in_half_precision_is_no_more_in_single_precision(structure):
+    model = network(torch.bfloat16)
+    ewc = EWC(model, 300.0, structure=structure)
+    ewc.consolidate(task(dtype=torch.bfloat16))
+    move(model, 0, size=0.02)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for _ in range(5):
+        ewc.proximal_step_(optimizer)
+    model.float()
+    ewc.strength, before = 1e-9, copies(model)
+    for _ in range(100):
+        ewc.proximal_step_(torch.optim.SGD(model.parameters(), lr=1e-2))
+    for name, p in copies(model).items():
+        torch.testing.assert_close(p, before[name], rtol=1e-5, atol=1e-6)
+    moved = flat(copies(model)) - flat(ewc.anchor)
+    wanted = 0.5 * 1e-9 * moved @ ewc.precision.to_dense() @ moved
+    torch.testing.assert_close(ewc.penalty(), wanted, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("structure", ALL_STRUCTURES)
+def test_a_step_without_a_rate_keeps_no_budget_and_moves_nothing(structure):
+    model = network()
+    ewc = EWC(model, budget=1e-4, structure=structure)
+    ewc.consolidate(task(n=40))
+    move(model, 1)
+    before = copies(model)
+    ewc.proximal_step_(rates(model, 0.0, 0.0))
+    assert same(copies(model), before)
+    ewc.budget = 0.99 * ewc.nats().item()
+    ewc.proximal_step_(rates(model, 0.1, 0.0))
+    assert torch.equal(copies(model)["2.weight"], before["2.weight"])
+    assert not torch.equal(copies(model)["0.weight"], before["0.weight"])
+
+
+def test_a_budget_that_cannot_be_kept_is_said_once_and_all_that_moves_is_held():
+    model = network()
+    ewc = EWC(model, budget=1e-4)
+    ewc.consolidate(task(n=40))
+    move(model, 1)
+    model[0].requires_grad_(False)
+    with pytest.warns(RuntimeWarning, match="cannot be kept"):
+        ewc.proximal_step_(rates(model, 0.1, 0.1))
+    move(model, 2)
+    ewc.proximal_step_(rates(model, 0.1, 0.1))
+    held = ewc.precision.diagonal()["2.bias"] > 0
+    assert (model[2].bias.detach() - ewc.anchor["2.bias"])[held].abs().max() < 1e-6
+
+
+def test_a_budget_that_is_set_later_stops_the_gradient_form():
+    model = network()
+    ewc = EWC(model, 1.0)
+    ewc.consolidate(task())
+    optimizer = rates(model, 0.1, 0.1)
+    ewc.attach(optimizer, "gradient")
+    ewc.budget = 0.1
+    with pytest.raises(ValueError, match="kept by the proximal step"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="decides the strength"):
+        ewc.strength = 2.0
+
+
+def test_an_optimizer_of_what_is_frozen_now_may_be_attached():
+    model = network()
+    ewc = EWC(model, 1.0)
+    model[0].requires_grad_(False)
+    ewc.attach(torch.optim.SGD(model[0].parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("budget", [1e-1, 1e-3, 1e-5])
+@pytest.mark.parametrize("structure", ["dense", "block", "kronecker"])
+def test_rounding_does_not_cross_a_budget_of_several_tasks(structure, budget):
+    model = network(torch.float32)
+    ewc = EWC(model, budget=budget, structure=structure)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    ewc.attach(optimizer)
+    for t in range(1 if structure == "kronecker" else 3):
+        x, y = task(t, dtype=torch.float32, n=40)
+        ewc.consolidate((x, y))
+        for _ in range(20):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), (y + 1) % 3).backward()
+            optimizer.step()
+            assert ewc.nats().item() <= budget

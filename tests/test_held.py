@@ -479,6 +479,7 @@ def test_two_held_parameters_that_are_tied_since_are_named():
     ewc.penalty().backward()
 
 
+@pytest.mark.filterwarnings("ignore:the running statistics")
 def test_scale_and_shift_of_a_norm_may_be_switched_off():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
     ewc, data = EWC(model, 1.0), (torch.randn(8, 3).double(), torch.arange(8) % 2)
@@ -525,6 +526,7 @@ def test_the_fisher_information_of_a_wrapped_model_can_be_remembered():
 
 
 @pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.filterwarnings("ignore:the factors")
 def test_adapters_come_and_go_and_come_again(in_place):
     peft = pytest.importorskip("peft")
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
@@ -556,6 +558,7 @@ def test_adapters_come_and_go_and_come_again(in_place):
     assert ewc.penalty().item() >= 0
 
 
+@pytest.mark.filterwarnings("ignore:the factors")
 def test_a_head_that_an_adapter_trains_as_a_copy_is_still_held():
     peft = pytest.importorskip("peft")
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))

@@ -58,3 +58,16 @@ def test_few_steps_find_it():
     del counted[:]
     multiplier(at, 1.0, 0.93)
     assert len(counted) < 8
+
+
+@pytest.mark.parametrize("start", [0.0, 1e-30, 1e3, 1e20, 0.5 * MOST, MOST])
+def test_rounding_that_hides_what_is_left_does_not_end_the_search(start):
+    """Beyond some strength nothing is left, and no slope."""
+
+    def at(strength):
+        q, slope = quadratic([(1e-10, 1.0), (1.0, 1e3)])(strength)
+        return (q, slope) if q > 1e-11 else (-1e-18, 0.0)
+
+    found = multiplier(at, 1e-8, start)
+    assert 0 < at(found)[0] <= 1e-8
+    assert 0 < multiplier(at, 1e-13, start) <= MOST

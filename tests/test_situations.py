@@ -3,7 +3,6 @@
 Each compares with one observation at a time, or with the same calculation in full precision.
 """
 
-
 import pytest
 import torch
 import torch.nn.functional as F

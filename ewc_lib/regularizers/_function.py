@@ -121,7 +121,7 @@ class FunctionPenalty:
             a gradient does not go with it (:class:`ewc_lib.attaching.Attachment`).
         """
         check_choice("form", form, ("gradient",), f"; {type(self).__name__} has no proximal step")
-        parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        parameters = dict(self.model.named_parameters())
         alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
         if self._looks_at_data and self._group is None and not alone:
             raise ValueError(
