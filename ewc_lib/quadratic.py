@@ -247,10 +247,14 @@ class QuadraticPenalty:
         ----------
         Parikh and Boyd 2014, section 4.2: the proximal gradient method.
         """
+        self._step(optimizer, needed=True)
+
+    def _step(self, optimizer: torch.optim.Optimizer, needed: bool) -> None:
+        """Take the proximal step, or raise an error if it is needed and moves nothing."""
         if self._precision is None or (self._budget is None and self.strength == 0):
             return
         held = self._held()
-        if rates := _rates(optimizer, held):
+        if rates := _rates(optimizer, held, needed):
             held = held.part(rates)
             with self._uncast():
                 if self._budget is None:
@@ -367,9 +371,9 @@ class QuadraticPenalty:
         if own := self._held_by(optimizer):
             self._add_gradient(own)
 
+    @torch.no_grad()
     def _go(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._held_by(optimizer):
-            self.proximal_step_(optimizer)
+        self._step(optimizer, needed=False)
 
     def _note_after(self) -> None:
         self.after_step()
@@ -636,14 +640,19 @@ class QuadraticPenalty:
         self._kept_held = None  # free what was held
 
 
-def _rates(optimizer: torch.optim.Optimizer, held: Held) -> dict[str, float]:
+def _rates(optimizer: torch.optim.Optimizer, held: Held, needed: bool) -> dict[str, float]:
     """Return the learning rate of each parameter that the optimizer can move.
 
-    Raise a ValueError if it holds none, though there are such.
+    Raise a ValueError if it holds none, though there are such and one is needed.
     """
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     found = {n: float(rates[id(p)]) for n, p in held.moving.items() if id(p) in rates}
-    if not found and held.moving and not any(id(p) in rates for p in held.parameters.values()):
+    if (
+        needed
+        and not found
+        and held.moving
+        and not any(id(p) in rates for p in held.parameters.values())
+    ):
         raise ValueError(
             f"the optimizer holds none of the parameters of the penalty, {list(held.moving)}"
         )
