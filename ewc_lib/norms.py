@@ -25,11 +25,13 @@ COUNTERS = {"num_batches_tracked", "count"}
 """Buffers in which layers count what they have seen."""
 
 
-class _Frozen(NamedTuple):
-    """A layer, the key of its hook, whether its mode was the model's, its own method if any."""
+BEFORE = "_before_freezing"
+"""Where a layer keeps what it was, however often it is frozen and whichever handle goes last."""
 
-    layer: nn.Module
-    key: int
+
+class _Before(NamedTuple):
+    """Whether the mode of a layer was the model's, and its own method ``train`` if any."""
+
     followed: bool
     own: dict[str, Any]
 
@@ -58,10 +60,11 @@ class FrozenNorms:
         self._frozen = [_freeze(layer, model.training) for layer in found.values()]
 
     def remove(self) -> None:
-        """Let the layers follow the mode of the model again, from now on."""
-        for layer, key, followed, own in self._frozen:
+        """Let the layers follow the mode of the model again, unless another handle is left."""
+        for layer, key in self._frozen:
             layer._forward_pre_hooks.pop(key, None)
             if not _is_frozen(layer):
+                followed, own = vars(layer).pop(BEFORE)
                 vars(layer).pop("train", None)
                 vars(layer).update(own)
                 layer.training = followed and self._model.training
@@ -163,13 +166,15 @@ def _has_usual_train(module: nn.Module) -> bool:
     return type(module).train is nn.Module.train and "train" not in vars(module)
 
 
-def _freeze(layer: nn.Module, mode: bool) -> _Frozen:
-    followed = layer.training == mode
-    own = {key: value for key, value in vars(layer).items() if key == "train"}
+def _freeze(layer: nn.Module, mode: bool) -> tuple[nn.Module, int]:
+    """Freeze a layer; return it with the key of its hook."""
+    if not _is_frozen(layer):
+        own = {key: value for key, value in vars(layer).items() if key == "train"}
+        vars(layer)[BEFORE] = _Before(layer.training == mode, own)
+        layer.training = False
+        vars(layer)["train"] = MethodType(train, layer)
     handle = layer.register_forward_pre_hook(_into_eval, prepend=True)
-    layer.training = False
-    vars(layer)["train"] = MethodType(train, layer)
-    return _Frozen(layer, handle.id, followed, own)
+    return layer, handle.id
 
 
 def _is_frozen(layer: nn.Module) -> bool:

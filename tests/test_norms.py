@@ -347,6 +347,24 @@ def test_freezing_twice_needs_both_handles_to_end():
     assert model[1].training
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_handles_end_in_any_order_and_the_last_gives_back_what_was_there(order):
+    model = network(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    own = model[2].train = lambda mode=True: setattr(model[2], "training", mode)
+    before = [set(vars(layer)) for layer in model]
+    handles = [freeze_norms(model) for _ in range(3)]
+    for i in order:
+        model.train()
+        assert not model[1].training
+        assert not model[2].training
+        handles[i].remove()
+    assert model[1].training
+    model.eval()
+    assert not model[1].training
+    assert [set(vars(layer)) for layer in model] == before
+    assert model[2].train is own
+
+
 def test_the_end_gives_each_norm_the_mode_that_it_would_have():
     model = network(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
     model[2].eval()
