@@ -161,6 +161,15 @@ def test_adapters_refuse_another_kind_or_likelihood():
     assert same(again.state_dict() | {"kind": 0}, state | {"kind": 0})
 
 
+def test_a_decay_is_the_same_number_as_an_integer():
+    model = network()
+    add_adapters(model, ["0"], rank=1)
+    for method in (EWC, AdapterEWC):
+        one = method(model, 1.0, "online", decay=1)
+        one.load_state_dict(one.state_dict())
+        method(model, 1.0, "online", decay=1.0).load_state_dict(one.state_dict())
+
+
 # Names
 
 

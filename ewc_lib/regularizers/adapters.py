@@ -305,7 +305,7 @@ class AdapterEWC(FunctionPenalty):
 
     def _settings(self) -> dict[str, str]:
         """Return what a state says of itself and must agree on, beside names and shapes."""
-        decay = {"decay": str(self.decay)} if self.mode == "online" else {}
+        decay = {"decay": repr(float(self.decay))} if self.mode == "online" else {}
         said = {"mode": self.mode, "kind": self.kind} | decay
         return said | in_words_if_given(self.likelihood)
 
