@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ewc_lib._identity import described, of_all, values_in
 from ewc_lib._names import plain_names
 from ewc_lib._sharded import whole
+from ewc_lib.fisher.structures.states import encode
 
 if TYPE_CHECKING:
     from ewc_lib.fisher.structures import Fisher
@@ -30,8 +32,18 @@ __all__ = ["card"]
 FORMAT = 1
 """Version of the form of the card; a reader refuses what is newer."""
 
-CARD, TEXTS, COMPLEX = "ewc_lib", "ewc_lib.texts", "ewc_lib.complex"
-"""Keys of the header: the card, the texts of a state, and the keys of its complex tensors."""
+CARD, TEXTS, COMPLEX, SUMS = "ewc_lib", "ewc_lib.texts", "ewc_lib.complex", "ewc_lib.sums"
+"""Keys of the header: the card, the texts of a state, the keys of its complex tensors, and a
+checksum of every tensor, which files from before it do not have."""
+
+
+class _Header(NamedTuple):
+    """What the keys of a header hold."""
+
+    card: dict[str, Any]
+    texts: dict[str, str]
+    pairs: list[str]
+    sums: dict[str, int]
 
 
 def card(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -60,7 +72,7 @@ def card(path: str | os.PathLike[str]) -> dict[str, Any]:
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it is no file of this kind, or of a newer version.
+        If it is no file of this kind, damaged, or of a newer version.
 
     Examples
     --------
@@ -73,8 +85,7 @@ def card(path: str | os.PathLike[str]) -> dict[str, Any]:
     >>> found["kind"], found["n_samples"], found["data"], found["parameters"]["bias"]["shape"]
     ('exact', 8, 'eight rows of ones', [2])
     """
-    found: dict[str, Any] = json.loads(_header(path)[CARD])
-    return found
+    return _header(path).card
 
 
 def write(path: str | os.PathLike[str], state: dict[str, Tensor], card: dict[str, Any]) -> None:
@@ -83,6 +94,7 @@ def write(path: str | os.PathLike[str], state: dict[str, Tensor], card: dict[str
     Of a state that is sharded every process has to call this, and the first one writes.
     """
     safetensors = _library("safetensors.torch")
+    _check_words(card.get("data"))
     sharded = any(hasattr(value, "full_tensor") for value in state.values())
     state = {key: whole(value) for key, value in state.items()}
     texts = {k: bytes(v.tolist()).decode() for k, v in state.items() if v.dtype == torch.uint8}
@@ -94,14 +106,15 @@ def write(path: str | os.PathLike[str], state: dict[str, Tensor], card: dict[str
         CARD: json.dumps({"format": FORMAT, **card, "versions": versions}, allow_nan=False),
         TEXTS: json.dumps(texts),
         COMPLEX: json.dumps(pairs),
+        SUMS: json.dumps({key: _sum(value) for key, value in tensors.items()}),
     }
     if sharded and dist.get_rank() > 0:
         return
-    draft = Path(f"{os.fspath(path)}.{os.getpid()}.draft")
+    draft = Path(f"{os.fsdecode(path)}.{os.getpid()}.draft")
     try:
         draft.touch()  # says in Python's words if nothing can be written there
         safetensors.save_file(tensors, draft, header)
-        draft.replace(path)
+        draft.replace(os.fsdecode(path))
     finally:
         draft.unlink(missing_ok=True)
 
@@ -111,17 +124,20 @@ def read(path: str | os.PathLike[str], what: str) -> tuple[dict[str, Tensor], di
 
     Raise a ValueError if it is a Fisher information where a penalty is wanted, or the reverse.
     """
-    header = _header(path)
-    holds = json.loads(header[CARD])["holds"]
+    path = os.fsdecode(path)
+    card, texts, pairs, sums = _header(path)
+    holds = card["holds"]
     if "Fisher" in (holds, what) and holds != what:
         way = "remember(Fisher.load(path))" if holds == "Fisher" else f"{holds}(...).load(path)"
         raise ValueError(f"{path} holds a {holds}, but a {what} was asked for: use {way}")
     state: dict[str, Tensor] = _library("safetensors.torch").load_file(path)
-    for key in json.loads(header[COMPLEX]):
+    if missing := sorted({*pairs, *sums} - state.keys()):
+        raise ValueError(f"{path} is damaged: it has no {missing}")
+    if other := [key for key, said in sums.items() if _sum(state[key]) != said]:
+        raise ValueError(f"{path} is damaged: the values of {other} are not those that were saved")
+    for key in pairs:
         state[key] = torch.view_as_complex(state[key])
-    for key, text in json.loads(header[TEXTS]).items():
-        state[key] = torch.tensor(list(text.encode()), dtype=torch.uint8)
-    return state, json.loads(header[CARD])
+    return state | {key: encode(text) for key, text in texts.items()}, card
 
 
 def card_of_fisher(F: Fisher, data: Any, model: nn.Module | None) -> dict[str, Any]:
@@ -191,9 +207,25 @@ def _library(name: str) -> Any:
         raise ImportError("files need safetensors: pip install 'ewc_lib[files]'") from error
 
 
-def _header(path: str | os.PathLike[str]) -> dict[str, str]:
+def _check_words(data: Any) -> None:
+    """Raise a TypeError or ValueError unless JSON holds what the user says of the data."""
+    try:
+        json.dumps(data, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"data has to be text, or anything else that JSON holds: {error}") from None
+
+
+def _sum(value: Tensor) -> int:
+    """Return a checksum, which one wrong bit changes, in less time than a hash."""
+    return zlib.crc32(value.cpu().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _header(path: str | os.PathLike[str]) -> _Header:
     """Read the header alone."""
-    safetensors = _library("safetensors")
+    safetensors, path = _library("safetensors"), os.fsdecode(path)
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a directory, and no file of safetensors")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header: dict[str, str] = file.metadata() or {}
@@ -201,6 +233,39 @@ def _header(path: str | os.PathLike[str]) -> dict[str, str]:
         raise ValueError(f"{path} is damaged, or no file of safetensors: {error}") from error
     if not header.keys() >= {CARD, TEXTS, COMPLEX}:
         raise ValueError(f"{path} has no card: neither Fisher.save nor EWC.save wrote it")
-    if (version := json.loads(header[CARD])["format"]) > FORMAT:
+    try:
+        keys = CARD, TEXTS, COMPLEX, SUMS
+        found = _Header(*(json.loads(header.get(key, "{}")) for key in keys))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: its header is no JSON ({error})") from None
+    version = found.card.get("format") if isinstance(found.card, dict) else None
+    if isinstance(version, int) and version > FORMAT:
         raise ValueError(f"{path} has a card of version {version}; this ewc_lib reads {FORMAT}")
-    return header
+    if not (isinstance(version, int) and _is_whole(found)):
+        raise ValueError(f"{path} is damaged: its card is none that Fisher.save or EWC.save writes")
+    return found
+
+
+def _is_whole(header: _Header) -> bool:
+    """Tell whether there is all that is read, of the types that are read."""
+    card, texts, pairs, sums = header
+    parameters = card.get("parameters")
+    return (
+        isinstance(card.get("holds"), str)
+        and isinstance(parameters, dict)
+        and all(map(_is_described, parameters.values()))
+        and isinstance(texts, dict)
+        and all(isinstance(text, str) for text in texts.values())
+        and isinstance(pairs, list)
+        and all(isinstance(key, str) for key in pairs)
+        and isinstance(sums, dict)
+    )
+
+
+def _is_described(parameter: Any) -> bool:
+    """Tell whether a parameter has a shape, and the hash of its values if it has hashes."""
+    if not (isinstance(parameter, dict) and isinstance(parameter.get("shape"), list)):
+        return False
+    values, dtype = parameter.get("values", {}), parameter.get("dtype")
+    known = isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
+    return isinstance(values, dict) and (not values or (known and dtype in values))

@@ -465,6 +465,8 @@ class QuadraticPenalty:
         ------
         ImportError
             If safetensors is not installed, the extra ``files``.
+        TypeError, ValueError
+            If ``data`` is nothing that JSON holds, or holds numbers that JSON has not.
         """
         write(path, self.state_dict(), card_of_penalty(self, self._settings(), data))
 

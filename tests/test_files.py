@@ -111,7 +111,7 @@ def test_the_words_of_the_caller_are_anything_that_json_holds(path):
 
 @pytest.mark.parametrize("data", [float("nan"), {1, 2}, torch.ones(2)])
 def test_other_words_are_refused_and_nothing_is_written(data, path):
-    with pytest.raises((TypeError, ValueError), match="JSON"):
+    with pytest.raises((TypeError, ValueError), match=r"^data has to be .* JSON"):
         saved(path, data=data)
     assert list(path.parent.iterdir()) == []
 
@@ -138,7 +138,7 @@ def test_tensors_that_share_memory_or_lie_across_are_saved(path):
         "small complex": torch.randn(3, dtype=torch.complex64),
         "text": torch.tensor(list("déjà".encode()), dtype=torch.uint8),
     }
-    write(path, state, {"holds": "EWC"})
+    write(path, state, {"holds": "EWC", "parameters": {}})
     found, said = read(path, "EWC")
     assert same(found, state)
     assert said["holds"] == "EWC"
@@ -372,12 +372,89 @@ def test_what_is_no_file_of_this_kind_is_refused_and_named(tmp_path):
         card(tmp_path / "none")
 
 
-def test_a_card_of_a_later_version_is_refused(path):
-    saved(path)
+def rewrite(path, key, change):
+    """Change what a key of the header holds, and nothing else."""
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
-    later = json.loads(header["ewc_lib"]) | {"format": 2}
-    save_file(load_file(path), path, header | {"ewc_lib": json.dumps(later)})
+    save_file(load_file(path), path, header | {key: change(header[key])})
+
+
+def with_card(change):
+    return "ewc_lib", lambda text: json.dumps(change(json.loads(text)))
+
+
+def without(key):
+    return with_card(lambda card: {k: v for k, v in card.items() if k != key})
+
+
+DAMAGES = {
+    "no JSON": ("ewc_lib", lambda text: text[:-5]),
+    "no dict": ("ewc_lib", lambda _: "[1]"),
+    "a word for a version": with_card(lambda card: card | {"format": "one"}),
+    "no version": without("format"),
+    "no class": without("holds"),
+    "no parameters": without("parameters"),
+    "no shape": with_card(lambda card: card | {"parameters": {"0.weight": {}}}),
+    "no hash": with_card(
+        lambda card: card | {"parameters": {"0.weight": {"shape": [4, 3], "values": {"x": ""}}}}
+    ),
+    "texts that are none": ("ewc_lib.texts", lambda _: '{"kind": 1}'),
+    "a list of texts": ("ewc_lib.texts", lambda _: "[]"),
+    "no such complex tensor": ("ewc_lib.complex", lambda _: '["none"]'),
+    "no such tensor": ("ewc_lib.sums", lambda _: '{"none": 1}'),
+    "sums that are none": ("ewc_lib.sums", lambda _: "1"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_header_is_refused_with_its_path(name, path):
+    model, _ = saved(path)
+    rewrite(path, *DAMAGES[name])
+    with pytest.raises(ValueError, match=r"fisher\.safetensors is damaged"):
+        Fisher.load(path, model)
+
+
+def test_a_wrong_bit_in_any_tensor_is_found_and_the_tensor_named(path):
+    ewc = learned("EWC", network())
+    ewc.save(path)
+    before = ewc.state_dict()
+    whole, tensors = path.read_bytes(), load_file(path)
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    for key, value in tensors.items():
+        wrong = value.clone()
+        wrong.view(-1).view(torch.uint8)[0] ^= 1
+        save_file(tensors | {key: wrong}, path, header)
+        with pytest.raises(ValueError, match=rf"damaged: the values of \['{key}'\]"):
+            ewc.load(path)
+    assert same(ewc.state_dict(), before)
+    path.write_bytes(whole)
+    ewc.load(path)
+
+
+def test_a_file_from_before_there_were_checksums_loads(path):
+    _, F = saved(path)
+    with safe_open(path, framework="pt") as file:
+        header = {key: text for key, text in file.metadata().items() if key != "ewc_lib.sums"}
+    save_file(load_file(path), path, header)
+    assert same(Fisher.load(path).state_dict(), F.state_dict())
+
+
+def test_a_directory_is_refused_as_such(tmp_path):
+    for use in (card, Fisher.load, EWC(network(), 1.0).load):
+        with pytest.raises(ValueError, match="is a directory"):
+            use(tmp_path)
+
+
+def test_a_path_of_bytes_is_the_same_file(path):
+    _, F = saved(bytes(path))
+    assert list(path.parent.iterdir()) == [path]
+    assert same(Fisher.load(bytes(path)).state_dict(), F.state_dict())
+
+
+def test_a_card_of_a_later_version_is_refused(path):
+    saved(path)
+    rewrite(path, *with_card(lambda card: card | {"format": 2}))
     with pytest.raises(ValueError, match="card of version 2; this ewc_lib reads 1"):
         Fisher.load(path)
 

@@ -326,7 +326,10 @@ class Fisher(ABC):
         ImportError
             If safetensors is not installed, the extra ``files``.
         ValueError
-            If the model has no parameters of these names and shapes.
+            If the model has no parameters of these names and shapes, or if ``data`` holds numbers
+            that JSON has not.
+        TypeError
+            If ``data`` is nothing that JSON holds.
         """
         card = files.card_of_fisher(self, data, model)
         files.write(path, self._renamed(plain_names(self.shapes)).state_dict(), card)
