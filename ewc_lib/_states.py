@@ -34,6 +34,17 @@ def settings_of(settings: Mapping[str, str], precision: Fisher | None) -> dict[s
     return {key: encode(text) for key, text in said.items()}
 
 
+def check_likelihood(given: Any, before: Fisher | None, new: Fisher) -> None:
+    """Raise a ValueError if a likelihood that was not given is not that of the tasks so far."""
+    old = None if before is None else before.likelihood
+    if given is None and None not in (old, new.likelihood) and old != new.likelihood:
+        raise ValueError(
+            f"the tasks so far are of the likelihood {old}, and this one was read as "
+            f"{new.likelihood}, because no likelihood was given: give the one that is meant to "
+            "the constructor, or set it as the attribute likelihood for a task of another kind"
+        )
+
+
 def by_plain_names(values: Mapping[str, Tensor]) -> Vector:
     """Copy tensors, under the names that the parameters have without wrappers."""
     return {plain: values[n].clone().contiguous() for n, plain in plain_names(values).items()}

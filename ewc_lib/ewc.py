@@ -23,6 +23,7 @@ from ewc_lib._names import plain_name
 from ewc_lib._precision import Precision
 from ewc_lib._processes import Group, fisher_of_ranks
 from ewc_lib._selecting import Selection
+from ewc_lib._states import check_likelihood
 from ewc_lib.fisher.estimate import Structure, check_request
 from ewc_lib.fisher.output import Kind
 from ewc_lib.fisher.structures import (
@@ -261,8 +262,10 @@ class EWC(QuadraticPenalty):
         ------
         ValueError
             If this is the second task and the structure holds one only, and as
-            :func:`ewc_lib.fisher_information`. If processes have other parameters, or the
-            structure is one that does not add up over processes.
+            :func:`ewc_lib.fisher_information`. If no likelihood was given and the one that was
+            found is not that of the tasks so far, also of those in a state. If
+            processes have other parameters, or the structure is one that does not add up over
+            processes.
         RuntimeError
             If another process has failed, or if this one is not in the group.
 
@@ -298,6 +301,7 @@ class EWC(QuadraticPenalty):
             dtype=self.dtype,
             device=self.device,
         )
+        check_likelihood(self.likelihood, self.precision, fisher)
         self._remember(self._plain(fisher))
         return fisher
 

@@ -116,6 +116,21 @@ def test_a_likelihood_that_was_found_is_the_one_of_its_name():
         EWC(network(), 1.0, likelihood=likelihood).load_state_dict(state)
 
 
+@pytest.mark.parametrize("method", [EWC, KroneckerLaplace])
+def test_the_next_task_is_not_read_by_another_likelihood_than_that_of_a_state(method):
+    data = task()
+    first, second = method(network(), 1.0, likelihood="gaussian"), method(network(), 1.0)
+    first.consolidate((data[0], data[0]))
+    second.load_state_dict(first.state_dict())
+    before = second.state_dict()
+    with pytest.raises(ValueError, match=r"of the likelihood Gaussian.* read as Categorical"):
+        second.consolidate(data)
+    assert same(second.state_dict(), before)
+    second.likelihood = Categorical()  # said, it is meant
+    second.consolidate(data)
+    assert second.n_tasks == 2
+
+
 def test_a_likelihood_that_is_a_function_is_said_without_its_address():
     def gamma(f):
         return Gamma(f[:, 0].exp(), 1.0)

@@ -15,6 +15,7 @@ from ewc_lib._arguments import check_choice
 from ewc_lib._forms import Pick
 from ewc_lib._processes import Group, fisher_of_ranks
 from ewc_lib._selecting import Selection
+from ewc_lib._states import check_likelihood
 from ewc_lib.fisher.output import KINDS, Kind
 from ewc_lib.fisher.structures import Fisher
 from ewc_lib.likelihood.outputs import Likelihood, given_distribution, in_words_if_given
@@ -124,7 +125,8 @@ class KroneckerLaplace(QuadraticPenalty):
         Raises
         ------
         ValueError
-            As :func:`ewc_lib.fisher_information`.
+            As :func:`ewc_lib.fisher_information`, and if no likelihood was given and the one that
+            was found is not that of the tasks so far, also of those in a state.
         TypeError
             If a parameter that had a Kronecker product in one task has none in this one.
 
@@ -147,6 +149,7 @@ class KroneckerLaplace(QuadraticPenalty):
             generator=generator,
             progress=progress,
         )
+        check_likelihood(self.likelihood, self.precision, fisher)
         warn_if_zero(
             fisher.trace(),
             "Fisher information",
