@@ -31,7 +31,7 @@ from ewc_lib._names import plain_name
 from ewc_lib._parameters import Vector
 from ewc_lib._rounding import Rests
 from ewc_lib._selecting import Chooser, Selection, fixed, select_parameters
-from ewc_lib._sharded import any_sharded, placed_like, reshard, whole
+from ewc_lib._sharded import any_sharded, is_sharded, placed_like, reshard, whole
 from ewc_lib._states import (
     Loader,
     by_plain_names,
@@ -67,7 +67,8 @@ class QuadraticPenalty:
     is finished, and held from then on. One that has grown keeps its old entries, the first along
     each axis, and is free in the new ones. One that has gone, or is smaller, raises a ValueError
     until :meth:`forget` drops it. All that is kept goes by the names of the model without
-    wrappers such as ``DataParallel``, so a model that is wrapped in between is the same.
+    wrappers such as ``DataParallel``, so a model that is wrapped in between is the same; one that
+    ``fully_shard`` distributes in between has the penalty distributed as well.
 
     With a diagonal precision each of the three is a few operations for all parameters of a dtype,
     however many there are. ``torch.compile`` makes one graph of each, but for a proximal step
@@ -534,14 +535,25 @@ class QuadraticPenalty:
             seen, held = self._kept_held
             if every is seen and held.is_of(self._precision, self._anchor):
                 return held
+        if not compiling:  # it may have been sharded since, and hold whole parameters now
+            reshard(self.model)
+            every = self._choose.every(self.model)
         parameters = held_ones(every, self._anchor)
         self._follow(next(iter(parameters.values())).device)
+        self._shard(parameters)
         self._grow(parameters)
         assert self._precision is not None
         held = Held(self._precision, self._anchor, parameters, self._rests)
         if not compiling:
             self._kept_held = every, held
         return held
+
+    def _shard(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Keep on this process what it has of the parameters, if they were sharded since."""
+        if any(is_sharded(p) != is_sharded(self._anchor[name]) for name, p in parameters.items()):
+            rests = placed_like(parameters, self._rests.values)
+            self._keep(self._precision, self._anchor)
+            self._rests.values.update(rests)
 
     def _grow(self, parameters: dict[str, nn.Parameter]) -> None:
         """Give what has grown a precision of zero where it is new."""

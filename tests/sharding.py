@@ -111,6 +111,44 @@ class Checks:
             "expected state": whole.state_dict(),
         }
 
+    def a_model_that_is_sharded_after_its_task(self):
+        return {
+            f"{structure}, {dtype}": self._sharded_after(structure, dtype)
+            for structure, dtype in [
+                ("diagonal", torch.float32),
+                ("kronecker", torch.float32),
+                ("diagonal", torch.bfloat16),
+            ]
+        }
+
+    def _sharded_after(self, structure, dtype):
+        """Do the same with a model that stays whole, and with one that is sharded in between."""
+        found = []
+        for shards in (False, True):
+            model = network().to(dtype)
+            ewc = EWC(model, 2.0, structure=structure)
+            x, y = task()
+            ewc.consolidate((x.to(dtype), y), group=False)
+            with torch.no_grad():
+                for p in model.parameters():
+                    p += 0.5
+            ewc.proximal_step_(torch.optim.SGD(model.parameters(), lr=0.1))
+            if shards:
+                fully_shard(model)
+                model(x.to(dtype))  # the outermost module goes on holding whole parameters
+            penalty = ewc.penalty().detach()
+            ewc.add_gradient_()
+            gradient = {n: full(p.grad) for n, p in model.named_parameters()}
+            ewc.proximal_step_(torch.optim.SGD(model.parameters(), lr=0.1))
+            if structure == "diagonal":
+                own = slice(dist.get_rank(), None, 2) if shards else slice(None)
+                data = x[own].to(dtype), y[own]
+                ewc.consolidate(data, group=None if shards else False)
+            places = {n: full(p.detach()) for n, p in model.named_parameters()}
+            placed = placed_alike(ewc.anchor, model) if shards else True
+            found.append([placed, penalty, gradient, places, gathered(ewc.state_dict())])
+        return found
+
     def the_memory_of_a_path(self):
         def moved(si):
             si.before_task()

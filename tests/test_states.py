@@ -337,6 +337,14 @@ def test_of_a_matrix_the_anchor_is_sharded_alone(ranks):
         assert same(found["state"], found["expected state"])
 
 
+def test_a_penalty_follows_a_model_that_is_sharded_after_its_task(ranks):
+    for found in everywhere(ranks, "a_model_that_is_sharded_after_its_task"):
+        for expected, sharded in found.values():
+            assert sharded[0]
+            for one, other in zip(sharded[1:], expected[1:], strict=True):
+                torch.testing.assert_close(one, other)
+
+
 def test_what_a_path_remembers_is_sharded_and_gathered_as_well(ranks):
     for found in everywhere(ranks, "the_memory_of_a_path"):
         assert found["sharded"]
