@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -64,11 +65,18 @@ class Task:
         while self._attached:
             self._attached.pop().remove()
 
-    def end(self, data: Any) -> None:
-        """Consolidate, unless that was done."""
+    def end(self, data: Any, *, everywhere: bool = False) -> None:
+        """Consolidate, unless that was done.
+
+        ``everywhere`` tells that each of several processes reads all the data, so that each works
+        for itself and no observation counts twice.
+        """
         if not self.ended:
+            consolidate, options = self.regularizer.consolidate, self.options
+            if everywhere and "group" in inspect.signature(consolidate).parameters:
+                options = {"group": False, **options}
             with torch.inference_mode(False), torch.enable_grad():
-                self.regularizer.consolidate(data, **self.options)
+                consolidate(data, **options)
             self.ended = True
 
     @torch.no_grad()
@@ -101,6 +109,11 @@ def in_batches(dataset: Any, batch_size: int | None, collate: Any) -> DataLoader
     shuffle = not isinstance(dataset, IterableDataset)
     generator = torch.Generator().manual_seed(0)
     return DataLoader(dataset, batch_size, shuffle, collate_fn=collate, generator=generator)
+
+
+def is_everywhere(dataset: Any) -> bool:
+    """Tell whether each process has all of a data set; one that is iterated may be a part."""
+    return not isinstance(dataset, IterableDataset)
 
 
 def warn_of_next(checkpoint: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ewc_lib.attaching import Form
-from ewc_lib.integrations._task import Task, in_batches
+from ewc_lib.integrations._task import Task, in_batches, is_everywhere
 from ewc_lib.regularizers import Regularizer
 
 __all__ = ["EWCPlugin"]
@@ -92,7 +92,8 @@ class EWCPlugin:
         self._task.stop()
         dataset = strategy.experience.dataset
         collate = getattr(dataset, "collate_fn", None)
-        self._task.end(_pairs(in_batches(dataset, strategy.train_mb_size, collate)))
+        batches = _pairs(in_batches(dataset, strategy.train_mb_size, collate))
+        self._task.end(batches, everywhere=is_everywhere(dataset))
 
 
 def _pairs(batches: Any) -> Iterator[tuple[Tensor, Tensor]]:

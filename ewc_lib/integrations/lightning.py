@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ewc_lib.attaching import Form
-from ewc_lib.integrations._task import Task, in_batches, warn_of_next
+from ewc_lib.integrations._task import Task, in_batches, is_everywhere, warn_of_next
 from ewc_lib.regularizers import Regularizer
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ class EWCCallback(Callback):
         learns from, each once. By default a training is a part of a task, and
         ``ewc.consolidate`` is left to you.
     n_samples, **options
-        Of ``ewc.consolidate``.
+        Of ``ewc.consolidate``. With True each of several processes reads all the data, as with
+        ``group=False``; of other data each reads what you give it.
 
     Notes
     -----
@@ -140,13 +141,15 @@ class EWCCallback(Callback):
         data = self.consolidate_with
         if data is None:
             return
+        everywhere = False
         if data is True:
             data = trainer.train_dataloader
             if isinstance(data, DataLoader) and (data.batch_size or data.batch_sampler is None):
+                everywhere = is_everywhere(data.dataset)
                 data = in_batches(data.dataset, data.batch_size, data.collate_fn)
         elif hasattr(data, "train_dataloader"):
             data = data.train_dataloader()
-        self._task.end(data)
+        self._task.end(data, everywhere=everywhere)
 
 
 def _at_the_end(trainer: Any) -> bool:

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ewc_lib.attaching import Form
-from ewc_lib.integrations._task import Task, in_batches, warn_of_next
+from ewc_lib.integrations._task import Task, in_batches, is_everywhere, warn_of_next
 from ewc_lib.regularizers import Regularizer
 
 __all__ = ["FILE", "EWCCallback"]
@@ -52,7 +52,8 @@ class EWCCallback(TrainerCallback):
         the data that the trainer learns from. By default a training is a part of a
         task, and ``ewc.consolidate`` is left to you.
     n_samples, **options
-        Of ``ewc.consolidate``.
+        Of ``ewc.consolidate``. Of several processes each reads all of a data set, as with
+        ``group=False``, and of a DataLoader what that gives it.
 
     Notes
     -----
@@ -142,11 +143,13 @@ class EWCCallback(TrainerCallback):
         data = self.consolidate_with
         if data is None:
             return
+        everywhere = False
         if not isinstance(data, DataLoader):
             trained = train_dataloader.dataset
             data = trained if data is True else _same_columns(data, trained)
+            everywhere = is_everywhere(data)
             data = in_batches(data, args.train_batch_size, train_dataloader.collate_fn)
-        self._task.end(data)
+        self._task.end(data, everywhere=everywhere)
 
     def _save(self, args: TrainingArguments, folder: Path) -> None:
         if args.should_save and folder.is_dir():

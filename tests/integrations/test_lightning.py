@@ -264,6 +264,22 @@ def test_the_data_of_a_task_may_come_in_several_forms(kind, tmp_path):
     close(EWC(net, 1.0).consolidate(task(0)).diagonal(), ewc.precision.diagonal())
 
 
+class Grouped(EWC):
+    """An EWC that notes whether processes are to share the data."""
+
+    def consolidate(self, data, *, group=None, **options):
+        self.group = group
+        return super().consolidate(data, group=group, **options)
+
+
+@pytest.mark.parametrize(("kind", "group"), [("own", False), ("loader", None)])
+def test_the_own_data_are_read_by_every_process_and_others_as_they_are(kind, group, tmp_path):
+    ewc = Grouped(network(), 1.0)
+    data = {"loader": loader(task(0), 3), "own": True}[kind]
+    fit(Automatic(ewc.model), task(0), EWCCallback(ewc, consolidate_with=data), tmp_path)
+    assert ewc.group is group
+
+
 def test_the_own_data_are_read_once_each_however_they_are_drawn(tmp_path):
     net = network()
     ewc = EWC(net, 1.0)

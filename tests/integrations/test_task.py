@@ -8,7 +8,7 @@ from torch.utils.data import IterableDataset
 
 from ewc_lib import EWC
 from ewc_lib.integrations._task import Task, in_batches
-from ewc_lib.regularizers import L2, MAS, SI, LwF
+from ewc_lib.regularizers import L2, MAS, SI, KroneckerLaplace, LwF
 
 
 def rows(loader):
@@ -85,6 +85,32 @@ def test_a_task_ends_once_also_where_inference_is_going_on(make):
     own.end((x, y))
     assert regularizer.n_tasks == 2
     assert not any(value.is_inference() for value in regularizer.state_dict().values())
+
+
+@pytest.mark.parametrize("make", [EWC, MAS, KroneckerLaplace])
+@pytest.mark.parametrize(("options", "group"), [({}, False), ({"group": "mine"}, "mine")])
+def test_data_that_every_process_reads_are_its_own_unless_a_group_is_named(
+    make, options, group, monkeypatch
+):
+    seen, found = [], make.consolidate
+
+    def consolidate(self, data, *, group=None):
+        seen.append(group)
+        return found(self, data)
+
+    monkeypatch.setattr(make, "consolidate", consolidate)
+    data = torch.randn(6, 3), torch.arange(6) % 2
+    for everywhere in (True, False):
+        Task(make(network(), 1.0), None, True, options).end(data, everywhere=everywhere)
+    assert seen == [group, options.get("group")]
+
+
+@pytest.mark.parametrize("make", [L2, LwF])
+def test_a_method_that_knows_no_groups_reads_data_of_every_process_as_well(make):
+    regularizer = make(network(), 1.0)
+    regularizer.before_task()
+    task(regularizer).end((torch.randn(6, 3), torch.arange(6) % 2), everywhere=True)
+    assert regularizer.n_tasks == 1
 
 
 def test_the_distance_is_that_of_what_was_there_before_a_parameter_grew():

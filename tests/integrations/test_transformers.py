@@ -276,6 +276,26 @@ def test_the_data_of_a_task_may_come_in_several_forms(kind, tmp_path):
     close(wanted.diagonal(), ewc.precision.diagonal())
 
 
+class Grouped(EWC):
+    """An EWC that notes whether processes are to share the data."""
+
+    def consolidate(self, data, *, group=None, **options):
+        self.group = group
+        return super().consolidate(data, group=group, **options)
+
+
+@pytest.mark.parametrize(("kind", "group"), [("data set", False), ("own", False), ("loader", None)])
+def test_a_data_set_is_read_by_every_process_and_a_loader_gives_each_its_part(
+    kind, group, tmp_path
+):
+    model = Words()
+    ewc = Grouped(model, 10.0)
+    loader = DataLoader(task(0), 3, collate_fn=transformers.default_data_collator)
+    data = {"data set": task(0), "loader": loader, "own": True}[kind]
+    train(model, task(0), tmp_path, EWCCallback(ewc, consolidate_with=data))
+    assert ewc.group is group
+
+
 def test_a_callback_serves_two_trainers_one_after_the_other(tmp_path):
     model = Words()
     ewc = EWC(model, 20.0)
