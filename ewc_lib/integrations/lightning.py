@@ -34,7 +34,10 @@ class EWCCallback(Callback):
     it consolidates, if there are data for that. Its state is part of every checkpoint, so that
     ``trainer.fit(ckpt_path=...)`` goes on as if nothing had happened; the last one holds the task
     that has just been learned. It logs ``ewc/penalty``, ``ewc/distance``, which is
-    the Euclidean distance from the anchor, and ``ewc/nats`` (:meth:`ewc_lib.EWC.nats`).
+    the Euclidean distance from the anchor, and ``ewc/nats`` (:meth:`ewc_lib.EWC.nats`): all of
+    EWC, but no penalty where it keeps a budget; the first two of other penalties with an anchor;
+    of AdapterEWC ``ewc/penalty`` only; nothing of methods whose penalty depends on a batch, such
+    as LwF.
 
     Parameters
     ----------

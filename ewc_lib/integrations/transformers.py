@@ -37,7 +37,9 @@ class EWCCallback(TrainerCallback):
     training that resumes from a checkpoint takes it from there; the last checkpoint holds the
     task that has just been learned. The entries of the log get ``ewc/penalty``,
     ``ewc/distance``, which is the Euclidean distance from the anchor, and ``ewc/nats``
-    (:meth:`ewc_lib.EWC.nats`).
+    (:meth:`ewc_lib.EWC.nats`): all of EWC, but no penalty where it keeps a budget; the first two
+    of other penalties with an anchor; of AdapterEWC ``ewc/penalty`` only; nothing of methods
+    whose penalty depends on a batch, such as LwF.
 
     Parameters
     ----------

@@ -8,7 +8,7 @@ from torch.utils.data import IterableDataset
 
 from ewc_lib import EWC
 from ewc_lib.integrations._task import Task, in_batches
-from ewc_lib.regularizers import L2, MAS, SI, KroneckerLaplace, LwF
+from ewc_lib.regularizers import L2, MAS, SI, AdapterEWC, KroneckerLaplace, LwF, add_adapters
 
 
 def rows(loader):
@@ -125,6 +125,26 @@ def test_the_distance_is_that_of_what_was_there_before_a_parameter_grew():
     readings = task(ewc).readings()
     assert readings["ewc/distance"] == pytest.approx(2.0)
     assert readings["ewc/penalty"] == pytest.approx(ewc.penalty().item())
+
+
+def with_adapters(model, strength):
+    add_adapters(model, ["0"], rank=1)
+    return AdapterEWC(model, strength)
+
+
+@pytest.mark.parametrize(
+    ("make", "readings"),
+    [
+        (EWC, {"ewc/penalty", "ewc/distance", "ewc/nats"}),
+        (lambda model, _: EWC(model, budget=1.0), {"ewc/distance", "ewc/nats"}),
+        (L2, {"ewc/penalty", "ewc/distance"}),
+        (with_adapters, {"ewc/penalty"}),
+        (LwF, set()),
+    ],
+    ids=["EWC", "budget", "L2", "AdapterEWC", "LwF"],
+)
+def test_each_method_logs_what_the_callbacks_say(make, readings):
+    assert task(make(network(), 1.0)).readings().keys() == readings
 
 
 @pytest.mark.parametrize("make", [SI, LwF])
