@@ -1,7 +1,7 @@
 """Half-precision tensors that move as if they were of single precision.
 
-A number of bfloat16 has 8 significant bits, so it does not change unless it changes by half a
-percent or so; what is rounded away is kept, and added before the next change.
+A number of bfloat16 has 8 significant bits, so it does not change unless it changes by a few
+parts in a thousand; what is rounded away is kept, and added before the next change.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ class EWC(QuadraticPenalty):
         Instead of a strength: how much of the old tasks may be lost, in nats an observation,
         summed over tasks, as far as their Fisher information tells (:meth:`nats`). Every
         proximal step takes the smallest :math:`\lambda` that keeps it (:prf:ref:`thm-budget`),
-        and ``strength`` then tells which that was.
+        and ``strength`` then tells which that was. It is not exceeded, and is used to within half a
+        percent, unless it cannot be kept: after several tasks even the common anchor may cost more.
     n_samples, draws, rank, certify, precision, dtype, device
         As there, for every task. They are settings: :meth:`state_dict` does not store them. What
         was summed on another ``device`` moves to the model's with the next penalty. The attribute
@@ -190,7 +191,9 @@ class EWC(QuadraticPenalty):
         This is the penalty of strength one. To second order in the displacement, each term is
         the divergence of what the network says of an observation of that task from what it said
         (:prf:ref:`thm-kl`); for the whole matrix, that is: a diagonal leaves out what parameters
-        do together, so it may be far off, and so may every quadratic form far from the anchor.
+        do together, so it may be far off, and so may every quadratic form far from the anchor. It
+        holds for the kinds exact, sketch and sampled. In the online mode it is measured from the
+        latest anchor, with decayed matrices, so what earlier tasks had lost before does not count.
 
         Examples
         --------

@@ -39,6 +39,7 @@ ALLOWED = {
         "published 90 %": QUOTED,
         "66.9 lies in it": GIVEN,
     },
+    "practice/fine_tuning": {"95 % interval of Student": "a level of confidence"},
     "practice/stability": {
         "learning rate 0.1": CHOSEN,
         "strengths from 0.1 to": CHOSEN,

@@ -54,7 +54,7 @@ METHODS = (
 """A lower rate alone; fewer updates; weights between before and after (Wortsman et al. 2022); the
 squared distance to the start (Li, Grandvalet and Davoine 2018); old observations in every update;
 EWC; weights between before it and after it; EWC with Kronecker factors. Each may also choose plain
-fine-tuning, which is what a lower learning rate alone is."""
+fine-tuning, which is what a lower learning rate alone is, and EWC with averaging also EWC."""
 
 PROTOCOL: Mapping[str, Any] = {
     "digits": {
@@ -278,7 +278,8 @@ def _lost(before: list[float], losses: list[float]) -> dict[str, float]:
 def candidates(result: Mapping[str, Any], data: str, method: str) -> list[dict[str, Any]]:
     """Return what a method may choose from.
 
-    These are its own rows, those of plain fine-tuning, and one for each seed that does nothing.
+    These are its own rows, those of plain fine-tuning, and one for each seed that does nothing. EWC
+    with averaging may also stay at its end, which is EWC.
 
     Parameters
     ----------
@@ -292,7 +293,7 @@ def candidates(result: Mapping[str, Any], data: str, method: str) -> list[dict[s
     still = [
         {"method": "none", "seed": seed, **_lost(losses, losses)} for seed, losses in before.items()
     ]
-    known = "learning rate", method
+    known = {"learning rate", method} | ({"EWC"} if method == "EWC, averaging" else set())
     return [row for row in flat(result, data) if row["method"] in known] + still
 
 
