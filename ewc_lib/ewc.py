@@ -84,8 +84,9 @@ class EWC(QuadraticPenalty):
         Instead of a strength: how much of the old tasks may be lost, in nats an observation,
         summed over tasks, as far as their Fisher information tells (:meth:`nats`). Every
         proximal step takes the smallest :math:`\lambda` that keeps it (:prf:ref:`thm-budget`),
-        and ``strength`` then tells which that was. It is not exceeded, and is used to within half a
-        percent, unless it cannot be kept: after several tasks even the common anchor may cost more.
+        and ``strength`` then tells which that was. It is not exceeded, and where it limits at all
+        it is used to within half a percent, unless it cannot be kept: after several tasks even the
+        common anchor may cost more. A warning says so.
     n_samples, draws, rank, certify, precision, dtype, device
         As there, for every task. They are settings: :meth:`state_dict` does not store them. What
         was summed on another ``device`` moves to the model's with the next penalty. The attribute
