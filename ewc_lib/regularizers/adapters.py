@@ -23,7 +23,9 @@ from ewc_lib._foreach import each
 from ewc_lib._forms import Pick
 from ewc_lib._parameters import Vector
 from ewc_lib._precision import Precision
+from ewc_lib._processes import Group, over_ranks, share_of, taking_part
 from ewc_lib._selecting import Selection
+from ewc_lib._sharded import any_sharded
 from ewc_lib._states import check_settings, settings_of
 from ewc_lib.attaching import accumulate_
 from ewc_lib.fisher import Diagonal, fisher_information
@@ -130,6 +132,7 @@ class AdapterEWC(FunctionPenalty):
         if mode == "separate" and decay != 1:
             raise ValueError("decay belongs to mode='online'; separate penalties do not decay")
         super().__init__(model, strength)
+        self._wrapped = model  # which says whose running statistics count
         self.mode, self.decay = mode, decay
         self.likelihood, self.criterion = likelihood, criterion
         self.kind: Kind = kind
@@ -168,12 +171,13 @@ class AdapterEWC(FunctionPenalty):
         batch: Pick | None = None,
         generator: torch.Generator | None = None,
         progress: bool | None = None,
+        group: Group = None,
     ) -> Fisher:
         """Finish a task: add the Fisher information of the weights, and hold them where they are.
 
         Parameters
         ----------
-        data, n_samples, batch, generator, progress
+        data, n_samples, batch, generator, progress, group
             As in :meth:`ewc_lib.EWC.consolidate`.
 
         Returns
@@ -186,22 +190,35 @@ class AdapterEWC(FunctionPenalty):
         ------
         ValueError
             As :func:`ewc_lib.fisher_information`, or if a layer computes something else than a
-            linear map with one weight. Nothing has changed then.
+            linear map with one weight, if processes have other parameters, or if they share one
+            parameter in parts. Nothing has changed then.
+        RuntimeError
+            If another process has failed, or if this one is not in the group.
 
         Warns
         -----
         RuntimeWarning
             If it is zero everywhere, so that nothing would be protected.
         """
-        if generator is None:  # the random errors of two tasks are not to be the same
-            generator = torch.Generator(self._device).manual_seed(self.n_tasks)
-        new = self._fisher(
-            data,
-            n_samples=self.n_samples if n_samples is None else n_samples,
-            batch=batch,
-            generator=generator,
-            progress=progress,
-        )
+        if any_sharded(self.model.parameters()):
+            raise ValueError("the parameters are sharded, and AdapterEWC needs whole ones")
+        ranks = taking_part(group)
+        size, rank = (ranks.size, ranks.rank) if ranks else (1, 0)
+        if generator is None:  # the random errors of two tasks and ranks are not to be the same
+            generator = torch.Generator(self._device).manual_seed(self.n_tasks * size + rank)
+
+        def compute() -> Fisher:
+            return self._fisher(
+                share_of(data, self.model) if ranks else data,
+                n_samples=self.n_samples if n_samples is None else n_samples,
+                batch=batch,
+                generator=generator,
+                progress=progress or False if rank else progress,
+            )
+
+        is_wrapped = getattr(self._wrapped, "module", None) is self.model
+        new = over_ranks(self._wrapped if is_wrapped else self.model, compute, ranks)
+        assert isinstance(new, Diagonal)
         if not new.trace() > 0:
             warnings.warn(
                 "the Fisher information of the weights is zero everywhere: the penalty protects "

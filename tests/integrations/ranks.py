@@ -26,7 +26,8 @@ from ewc_lib import EWC, freeze_norms
 from ewc_lib import fisher_information as in_one_process
 from ewc_lib._names import plain_name
 from ewc_lib.integrations.distributed import all_reduce, fisher_information
-from ewc_lib.regularizers import EWCDR, MAS, SI, KroneckerLaplace, LwF, Replay
+from ewc_lib.regularizers import EWCDR, MAS, SI, AdapterEWC, KroneckerLaplace, LwF, Replay
+from ewc_lib.regularizers.adapters import add_adapters
 
 N = 23
 STRUCTURES = ("diagonal", "block", "module", "dense", "kronecker", "kronecker-reduce")
@@ -190,12 +191,20 @@ def read_never():
     yield
 
 
+def with_adapters(model):
+    """Put an adapter into a network, whether it is in a wrapper or not."""
+    torch.manual_seed(1)
+    add_adapters(getattr(model, "module", model), ["head"], rank=2)
+    return model
+
+
 METHODS = {
     "EWC": lambda model: EWC(model, strength=10.0),
     "EWC in blocks": lambda model: EWC(model, strength=10.0, structure="block"),
     "KroneckerLaplace": lambda model: KroneckerLaplace(model, strength=10.0),
     "MAS": lambda model: MAS(model, strength=10.0),
     "EWCDR": lambda model: EWCDR(model, strength=10.0),
+    "AdapterEWC": lambda model: AdapterEWC(with_adapters(model), strength=10.0),
 }
 """Those that compute an importance at the end of a task."""
 
