@@ -19,6 +19,7 @@ from ewc_lib.continual._course import Course, course_of
 from ewc_lib.continual._measuring import Evaluate, Learned, Measure
 from ewc_lib.continual._objective import Objective
 from ewc_lib.continual._reading import device_of, seeded, some
+from ewc_lib.continual._suiting import check_is_for
 from ewc_lib.continual.tasks import Stream, Task
 from ewc_lib.continual.training import (
     MakesOptimizer,
@@ -117,8 +118,9 @@ def learn(
     ------
     ValueError
         If not exactly one of steps and epochs is given, if a number is not positive, if the
-        network has too few outputs, if a task has no data or data of another form, if nothing
-        says what the loss is, or if the checkpoint is damaged or of another configuration.
+        regularizer was made for another model, if the network has too few outputs, if a task has
+        no data or data of another form, if nothing says what the loss is, or if the checkpoint is
+        damaged or of another configuration.
     TypeError
         If the model has no heads to choose from, if these are no tasks, or if an optimizer or a
         scheduler is not a function that makes one.
@@ -152,6 +154,7 @@ def learn(
             "learn makes the optimizer and the scheduler: give functions, such as "
             "functools.partial(torch.optim.SGD, lr=0.1)"
         )
+    check_is_for(model, regularizer)
     course = course_of(tasks, model)
     measure = Measure(
         course, model, evaluate or _scores(model, regularizer, criterion, batch), seed

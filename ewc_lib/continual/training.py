@@ -14,6 +14,7 @@ from ewc_lib._forms import Pick, picked
 from ewc_lib._progress import progress as show_progress
 from ewc_lib.continual._objective import Objective
 from ewc_lib.continual._reading import Piece, Training, device_of, seeded
+from ewc_lib.continual._suiting import check_is_for
 from ewc_lib.likelihood.agreement import Criterion
 
 if TYPE_CHECKING:
@@ -133,8 +134,8 @@ def train(
     ------
     ValueError
         If there are no data or not one label for each input, if the batch size is not positive
-        or the number of steps negative, if the regularizer has no proximal step, or if nothing
-        says what the loss of such targets is.
+        or the number of steps negative, if the regularizer has no proximal step or was made for
+        another model, or if nothing says what the loss of such targets is.
 
     Examples
     --------
@@ -149,6 +150,7 @@ def train(
     )
     if proximal and regularizer is not None and not hasattr(regularizer, "proximal_step_"):
         raise ValueError(f"{type(regularizer).__name__} has no proximal step")
+    check_is_for(model, regularizer)
     objective = Objective(model, regularizer, criterion)
     if not isinstance(optimizer, Optimizer):
         optimizer = (optimizer or adam)(model.parameters())
