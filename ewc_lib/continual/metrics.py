@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from ewc_lib._calling import forward
 from ewc_lib._forms import Pick, picked
-from ewc_lib._restoring import evaluating
-from ewc_lib.continual._reading import device_of, in_order
+from ewc_lib._restoring import evaluating, untouched
+from ewc_lib.continual._reading import Piece, device_of, in_order
+from ewc_lib.likelihood.agreement import agreed
+from ewc_lib.likelihood.categorical import Categorical
+from ewc_lib.likelihood.labelled import takes
 
 __all__ = [
     "accuracy",
@@ -52,6 +55,8 @@ def accuracy(
     data
         One tuple ``(inputs, labels)``, a data set, a DataLoader or another iterable of batches;
         also of dicts with ``"labels"``. Labels have the shape of the output without its classes.
+        Where the loss that a model computes from such a dict is about the label that follows, as
+        that of causal language models, so is the accuracy.
     class_dim
         The axis of the classes; needed where the shapes leave a choice.
     ignore_index
@@ -76,12 +81,32 @@ def accuracy(
     0.75
     """
     right, n = 0, 0
+    follows: bool | None = None
     with evaluating(model), torch.random.fork_rng(devices=()):  # a loader draws from it
         for piece in in_order(picked(data, batch), device_of(model), CHUNK):
-            output = forward(model, piece.inputs)
-            found, counted = right_answers(output, piece.target, class_dim, ignore_index)
+            output, labels = forward(model, piece.inputs), piece.target
+            if follows is None:
+                follows = _is_about_the_next(model, piece)
+            if follows:
+                output, labels = output[:, :-1], labels[:, 1:]
+            found, counted = right_answers(output, labels, class_dim, ignore_index)
             right, n = right + found, n + counted
     return right / n if n else float("nan")
+
+
+def _is_about_the_next(model: nn.Module, piece: Piece) -> bool | None:
+    """Tell whether a model's own loss compares with the label that follows, if a batch shows it."""
+    labels = piece.target
+    if not piece.labelled or labels.dim() != 2 or not takes(model, "labels"):
+        return False
+    if not (labels[:, 1:] != -100).any():
+        return None
+    try:
+        with untouched(model):
+            _, likelihood = agreed(model, [{**piece.inputs, "labels": labels}])
+    except ValueError:  # it is the loss of no likelihood that is known
+        return False
+    return isinstance(likelihood, Categorical) and likelihood.next_token
 
 
 def right_answers(

@@ -8,6 +8,12 @@ import torch
 from hypothesis import given
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from ewc_lib.continual import (
     accuracy,
@@ -77,6 +83,42 @@ def test_labels_of_a_sequence_that_are_ignored_do_not_count(dtype):
     assert accuracy(nn.Identity(), (logits, labels)) == pytest.approx(2 / 3)
     assert accuracy(nn.Identity(), (logits, labels), ignore_index=0) == pytest.approx(1 / 4)
     assert math.isnan(accuracy(nn.Identity(), (logits, labels * 0 - 100)))
+
+
+WORDS = torch.randint(13, (7, 6), generator=torch.Generator().manual_seed(0))
+SIZES = {"vocab_size": 13, "num_labels": 13}
+GPT2 = {"n_layer": 1, "n_head": 2, "n_embd": 8, "n_positions": 6}
+BERT = {
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "max_position_embeddings": 6,
+}
+
+
+def test_a_causal_language_model_is_asked_for_the_word_that_follows():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**SIZES, **GPT2))
+    with torch.no_grad():
+        best = model.eval()(WORDS).logits.argmax(-1)
+    model.train()
+    labels = torch.cat([WORDS[:, :1], best[:, :-1]], 1)
+    labels[3:, 2] = (labels[3:, 2] + 1) % 13
+    labels[:, 4] = -100
+    nothing = {"input_ids": WORDS, "labels": torch.full_like(WORDS, -100)}
+    batches = [nothing, {"input_ids": WORDS, "labels": labels}]
+    assert accuracy(model, batches) == pytest.approx(24 / 28)
+    assert all(module.training for module in model.modules())
+    assert accuracy(model, [({"input_ids": WORDS}, best)]) == 1.0  # a pair says where labels are
+
+
+def test_labels_of_each_word_are_compared_where_they_are():
+    torch.manual_seed(0)
+    model = BertForTokenClassification(BertConfig(**SIZES, **BERT)).eval()
+    with torch.no_grad():
+        best = model(WORDS).logits.argmax(-1)
+    assert accuracy(model, [{"input_ids": WORDS, "labels": best}]) == 1.0
 
 
 def test_pixels_are_classified_on_the_second_axis():
