@@ -118,9 +118,10 @@ def learn(
     ------
     ValueError
         If not exactly one of steps and epochs is given, if a number is not positive, if the
-        regularizer was made for another model, if the network has too few outputs, if a task has
-        no data or data of another form, if nothing says what the loss is, or if the checkpoint is
-        damaged or of another configuration.
+        regularizer was made for another model or would take targets for classes where the
+        criterion does not, if the network has too few outputs, if a task has no data or data of
+        another form, if nothing says what the loss is, or if the checkpoint is damaged or of
+        another configuration.
     TypeError
         If the model has no heads to choose from, if these are no tasks, or if an optimizer or a
         scheduler is not a function that makes one.

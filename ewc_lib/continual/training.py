@@ -14,7 +14,7 @@ from ewc_lib._forms import Pick, picked
 from ewc_lib._progress import progress as show_progress
 from ewc_lib.continual._objective import Objective
 from ewc_lib.continual._reading import Piece, Training, device_of, seeded
-from ewc_lib.continual._suiting import check_is_for
+from ewc_lib.continual._suiting import check_is_for, check_knows
 from ewc_lib.likelihood.agreement import Criterion
 
 if TYPE_CHECKING:
@@ -135,7 +135,8 @@ def train(
     ValueError
         If there are no data or not one label for each input, if the batch size is not positive
         or the number of steps negative, if the regularizer has no proximal step or was made for
-        another model, or if nothing says what the loss of such targets is.
+        another model, if it would take the targets for classes and the criterion does not, or if
+        nothing says what the loss of such targets is.
 
     Examples
     --------
@@ -164,6 +165,8 @@ def train(
     with seeded(seed, device):
         bar = show_progress(order.pieces(device), "training", progress, total=order.steps)
         for done, piece in enumerate(bar, start=1):
+            if done == 1:
+                check_knows(regularizer, model, criterion, piece)
             losses.append(_step(objective, piece, optimizer, regularizer, proximal))
             if rates is not None:
                 rates.step()
