@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from ewc_lib._identity import described, of_all, values_in
 from ewc_lib._names import plain_names
 from ewc_lib._sharded import whole
-from ewc_lib.fisher.structures.states import encode
 
 if TYPE_CHECKING:
     from ewc_lib.fisher.structures import Fisher
@@ -137,7 +136,8 @@ def read(path: str | os.PathLike[str], what: str) -> tuple[dict[str, Tensor], di
         raise ValueError(f"{path} is damaged: the values of {other} are not those that were saved")
     for key in pairs:
         state[key] = torch.view_as_complex(state[key])
-    return state | {key: encode(text) for key, text in texts.items()}, card
+    codes = {key: list(text.encode()) for key, text in texts.items()}
+    return state | {k: torch.tensor(v, dtype=torch.uint8) for k, v in codes.items()}, card
 
 
 def card_of_fisher(F: Fisher, data: Any, model: nn.Module | None) -> dict[str, Any]:
