@@ -59,3 +59,8 @@ def read_now(model: nn.Module, n_outputs: int) -> range:
     if isinstance(model, MultiHead) and model.outputs is not None:
         return model.outputs
     return range(n_outputs)
+
+
+def contains(outer: range, inner: range) -> bool:
+    """Tell whether all outputs of one range are in another."""
+    return outer.start <= inner.start and inner.stop <= outer.stop

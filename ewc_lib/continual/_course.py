@@ -17,8 +17,7 @@ from ewc_lib._restoring import evaluating
 from ewc_lib.continual._checkpoint import plain
 from ewc_lib.continual._reading import check_again, device_of
 from ewc_lib.continual.tasks import Source, Stream, Task
-from ewc_lib.heads import MultiHead
-from ewc_lib.regularizers._function import contains
+from ewc_lib.heads import MultiHead, contains
 
 
 class Course(Protocol):

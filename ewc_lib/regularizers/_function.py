@@ -262,11 +262,6 @@ class FunctionPenalty:
         self._heads = [range(start, stop) for start, stop in state["heads"].tolist()]
 
 
-def contains(outer: range, inner: range) -> bool:
-    """Tell whether all outputs of one range are in another."""
-    return outer.start <= inner.start and inner.stop <= outer.stop
-
-
 def no_step() -> ValueError:
     """Return the error of a penalty that has nothing to be computed from."""
     return ValueError("call before_step(inputs) before the penalty of a step")

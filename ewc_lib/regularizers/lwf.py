@@ -18,11 +18,11 @@ from ewc_lib._batches import batches
 from ewc_lib._forms import Pick, picked
 from ewc_lib.fisher.structures import check_shapes
 from ewc_lib.fisher.structures.states import under
-from ewc_lib.heads import all_outputs, read, read_now
+from ewc_lib.heads import all_outputs, contains, read, read_now
 from ewc_lib.likelihood.agreement import Criterion
 from ewc_lib.likelihood.base import precise
 from ewc_lib.likelihood.outputs import Likelihood
-from ewc_lib.regularizers._function import contains, no_step
+from ewc_lib.regularizers._function import no_step
 from ewc_lib.regularizers._outputs import (
     OutputPenalty,
     classes_last,

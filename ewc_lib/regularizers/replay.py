@@ -15,11 +15,11 @@ from ewc_lib._arguments import random_source
 from ewc_lib._batches import Reading, batches
 from ewc_lib._forms import Pick, is_whole, pair, picked
 from ewc_lib._parameters import count
-from ewc_lib.heads import all_outputs, read, read_now
+from ewc_lib.heads import all_outputs, contains, read, read_now
 from ewc_lib.likelihood.agreement import Criterion
 from ewc_lib.likelihood.base import precise
 from ewc_lib.likelihood.outputs import Categorical, Likelihood, OutputDistribution
-from ewc_lib.regularizers._function import contains, no_step
+from ewc_lib.regularizers._function import no_step
 from ewc_lib.regularizers._memory import Part, by_form, joined, parts_from, taken, written
 from ewc_lib.regularizers._outputs import OutputPenalty, classes_last, reading_last
 
