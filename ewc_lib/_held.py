@@ -31,6 +31,7 @@ from ewc_lib._names import plain_name
 from ewc_lib._parameters import Vector, ravel, unravel
 from ewc_lib._rounding import Rests
 from ewc_lib._sharded import placed_like, whole
+from ewc_lib.attaching import own_parameters
 from ewc_lib.fisher.iterative import conjugate_gradients
 from ewc_lib.fisher.structures import Diagonal, Fisher
 from ewc_lib.fisher.structures.base import NotKept
@@ -104,7 +105,7 @@ class Held:
 
     def own_of(self, optimizer: torch.optim.Optimizer) -> list[str]:
         """Return the names of those that an optimizer can move."""
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        own = own_parameters(optimizer)
         return [name for name, p in self.moving.items() if id(p) in own]
 
     def squared_distance(self) -> Tensor:
@@ -200,7 +201,12 @@ class Held:
 
         everything = len(scales) == len(self.parameters)
         constant = 0.0 if everything else at(MOST)[0]
-        return lambda strength: (at(strength)[0] - constant, at(strength)[1]), constant
+
+        def beyond(strength: float) -> tuple[float, float]:
+            q, slope = at(strength)
+            return q - constant, slope
+
+        return beyond, constant
 
     def _shares(self, precision: Diagonal, strength: float, rates: dict[str, float]) -> Vector:
         """Return how far to go towards the anchor; they stay the same from step to step."""
