@@ -163,6 +163,7 @@ class _Steps:
         before = optimizer.register_step_pre_hook(self.before)
         after = optimizer.register_step_post_hook(self.after)
         self._handles = before, after
+        self._is_left_out = False
 
     def stop(self) -> None:
         for handle in self._handles:
@@ -171,6 +172,7 @@ class _Steps:
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         if _is_within_another(optimizer):
             return None
+        self._is_left_out = False
         closure, give = _closure(args, kwargs)
         if closure is None:
             self._prepare(optimizer, kwargs)
@@ -191,7 +193,8 @@ class _Steps:
                 f"{type(optimizer).__name__} takes the scale off the gradients by itself: call "
                 "scaler.unscale_(optimizer) and optimizer.step() instead of scaler.step(optimizer)"
             )
-        if _is_left_out(optimizer):
+        self._is_left_out = _is_left_out(optimizer)
+        if self._is_left_out:
             return
         if any(one.regularizer._reads_gradients(one.form) for one in self.attached):
             _unscale(optimizer)
@@ -202,7 +205,7 @@ class _Steps:
                 one.regularizer._pull(optimizer)
 
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if _is_within_another(optimizer) or _is_left_out(optimizer):
+        if self._is_left_out or _is_within_another(optimizer):
             return
         for one in self.attached:
             if one.form == "proximal":

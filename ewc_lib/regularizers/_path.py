@@ -37,6 +37,7 @@ class PathPenalty(ImportancePenalty):
         self._noted: tuple[Vector, Vector] | None = None
         self._n_steps = 0
         self._stepping: ref[torch.optim.Optimizer] | None = None
+        self._counts = True
 
     def attach(self, optimizer: torch.optim.Optimizer, form: Form = "proximal") -> Attachment:
         if isinstance(unwrapped(optimizer), torch.optim.LBFGS):
@@ -64,7 +65,7 @@ class PathPenalty(ImportancePenalty):
 
     def _of_another(self) -> None:
         """Let a step of a second optimizer in the same task not count as one more."""
-        self._n_steps -= 1
+        self._counts = False
 
     def before_task(self) -> None:
         self._noted = self._stepping = None
@@ -72,6 +73,7 @@ class PathPenalty(ImportancePenalty):
 
     @torch.no_grad()
     def before_step(self, inputs: Any = None) -> None:
+        self._counts = True
         if self._n_steps == 0:
             self._begin()
         parameters, start = self._parameters(), self._memory["start"]
@@ -87,7 +89,7 @@ class PathPenalty(ImportancePenalty):
         before, gradients = self._noted
         movements = displacement(self._parameters(), before)
         self._noted = None
-        self._n_steps += 1
+        self._n_steps += self._counts
         self._moved(gradients, movements)
 
     def _begin(self) -> None:
