@@ -185,6 +185,14 @@ def _known(name: str, models: dict[str, Benchmark]) -> Benchmark:
     return models[name]
 
 
+def _setting(word: str) -> tuple[str, list[str]]:
+    """Read ``name=value,value``."""
+    name, equals, values = word.partition("=")
+    if not (name and equals and values):
+        raise ValueError(f"--only takes SETTING=VALUES, as in method=EWC,SI, got {word!r}")
+    return name, values.split(",")
+
+
 def _add_command(name: str, summary: str) -> None:
     def command(
         preset: Annotated[
@@ -211,6 +219,14 @@ def _add_command(name: str, summary: str) -> None:
             int | None,
             typer.Option(min=1, help="Processes of one thread; by default one for each core."),
         ] = None,
+        only: Annotated[
+            list[str] | None,
+            typer.Option(
+                metavar="SETTING=VALUES",
+                help="Do the runs with one of these values, as in --only method=EWC,SI; may be "
+                "given for several settings.",
+            ),
+        ] = None,
         fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the file holds.")] = False,
     ) -> None:
         from ewc_lib.experiments.runs import protocols, report
@@ -224,6 +240,7 @@ def _add_command(name: str, summary: str) -> None:
                 out=out,
                 device=device,
                 workers=workers,
+                only=dict(_setting(word) for word in only or ()),
                 fresh=fresh,
             )
         except (ValueError, FileNotFoundError) as problem:

@@ -17,7 +17,12 @@ def short(experiment, **changes):
     return replace(experiment, protocols={**experiment.protocols, "digits": digits})
 
 
-def run(experiment, tmp_path, seeds=1, **changes):
+def run(experiment, tmp_path, seeds=1, only=None, **changes):
     return measure(
-        short(experiment, **changes), seeds=seeds, out=tmp_path, workers=1, progress=False
+        short(experiment, **changes),
+        seeds=seeds,
+        only=only,
+        out=tmp_path,
+        workers=1,
+        progress=False,
     )

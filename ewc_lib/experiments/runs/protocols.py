@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -113,6 +113,7 @@ def measure(
     out: Path = OUTPUT,
     device: str = "auto",
     workers: int | None = None,
+    only: Mapping[str, Collection[str]] | None = None,
     fresh: bool = False,
     progress: bool | None = None,
 ) -> dict[str, Any]:
@@ -134,6 +135,9 @@ def measure(
         ``"cpu"``, ``"cuda"`` and so on; ``"auto"`` takes an accelerator if there is one.
     workers
         Processes with one thread each; by default one for each core, and one on an accelerator.
+    only
+        Names of settings and the values that a run may have there, as they are printed; by
+        default all runs are done. The others are left for another time.
     fresh
         Drop what the file holds.
     progress
@@ -147,7 +151,8 @@ def measure(
     Raises
     ------
     ValueError
-        If the preset is unknown or needs MNIST and there is none, or as :func:`.run_all`.
+        If the preset is unknown or needs MNIST and there is none, if no run is as wanted, or as
+        :func:`.run_all`.
     """
     root = root or os.environ.get("EWC_DATA") or None
     preset = preset or (next(iter(experiment.protocols)) if root else "digits")
@@ -162,11 +167,16 @@ def measure(
     device = accelerator() if device == "auto" else device
     path = out / experiment.file(preset)
     result: dict[str, Any] = {}
+    n_wanted = 0
     for stage in experiment.stages:
+        runs = [
+            r for r in stage(protocol, seeds, result.get("runs", ())) if _is_among(r, only or {})
+        ]
+        n_wanted += len(runs)
         result = run_all(
             path,
             partial(_play, experiment, source, protocol, device),
-            stage(protocol, seeds, result.get("runs", ())),
+            runs,
             experiment=experiment.name,
             data="digits" if source is None else "mnist",
             protocol={"preset": preset, **protocol},
@@ -174,7 +184,14 @@ def measure(
             fresh=fresh and not result,
             progress=progress,
         )
+    if not n_wanted:
+        raise ValueError(f"no run of {experiment.name} has {' and '.join(only or {})} as wanted")
     return result
+
+
+def _is_among(run: Run, only: Mapping[str, Collection[str]]) -> bool:
+    """Tell whether the settings of a run are among the wanted ones."""
+    return all(str(run.get(name)) in wanted for name, wanted in only.items())
 
 
 def accelerator() -> str:

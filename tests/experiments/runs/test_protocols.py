@@ -83,3 +83,14 @@ def test_outcomes_are_read_off_the_matrix():
         "seconds_training": 3.0,
         "seconds_consolidation": 0.5,
     }
+
+
+def test_only_the_wanted_runs_are_done_and_the_others_later(tmp_path):
+    some = run(PERMUTED_MNIST, tmp_path, only={"method": ["EWC", "SI"], "strength": ["0.2"]})
+    assert [(r["method"], r["strength"]) for r in some["runs"]] == [("SI", 0.2)]
+    assert len(run(PERMUTED_MNIST, tmp_path)["runs"]) == 6
+
+
+def test_settings_that_no_run_has_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no run of permuted-mnist has method as wanted"):
+        run(PERMUTED_MNIST, tmp_path, only={"method": ["ewc"]})
