@@ -23,7 +23,7 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Images", "digits", "images", "mnist"]
+__all__ = ["Images", "digits", "hold_out", "images", "mnist"]
 
 Pixels = Float[Tensor, "N D"]
 Labels = Int64[Tensor, "N"]
@@ -139,6 +139,48 @@ def images() -> Images:
     10
     """
     return mnist() if os.environ.get("EWC_DATA") else digits()
+
+
+def hold_out(images: Images, share: float = 0.1, *, seed: int = 0) -> tuple[Images, Images]:
+    """Hold some of the training images out, so that settings need not be chosen on test images.
+
+    Parameters
+    ----------
+    images
+        Any data set.
+    share
+        Of the training images, between 0 and 1, drawn at random.
+    seed
+        Which ones; the global random state is not used.
+
+    Returns
+    -------
+    rest, valid
+        Two data sets with the same training images, those that are left. The first has the test
+        images, the second those that are held out in their place.
+
+    Raises
+    ------
+    ValueError
+        If the share leaves one of the parts empty.
+
+    Examples
+    --------
+    >>> rest, valid = hold_out(digits(), 0.2)
+    >>> rest.x_train.shape, rest.x_test.shape, valid.x_test.shape
+    (torch.Size([1150, 64]), torch.Size([360, 64]), torch.Size([287, 64]))
+    >>> valid.x_train is rest.x_train
+    True
+    """
+    n = len(images.x_train)
+    n_held = round(share * n)
+    if not 0 < n_held < n:
+        raise ValueError(f"a share of {share} leaves one part of the {n} training images empty")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    held, left = (rows.to(images.x_train.device) for rows in order.split([n_held, n - n_held]))
+    rest = images._replace(x_train=images.x_train[left], y_train=images.y_train[left])
+    valid = rest._replace(x_test=images.x_train[held], y_test=images.y_train[held])
+    return rest, valid
 
 
 @dataclass(frozen=True)

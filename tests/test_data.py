@@ -22,7 +22,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from ewc_lib import data
-from ewc_lib.data import digits, images, mnist
+from ewc_lib.data import digits, hold_out, images, mnist
 
 REAL_COPY = os.environ.get("EWC_DATA")  # before the fixture below hides it
 KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -634,3 +634,30 @@ def test_images_do_not_fall_back_to_the_digits_when_the_named_copy_is_wrong(
     monkeypatch.setenv("EWC_DATA", str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="EWC_DATA"):
         images()
+
+
+def test_validation_images_are_training_images_that_are_not_trained_on() -> None:
+    everything = digits()
+    rest, valid = hold_out(everything, 0.25, seed=3)
+    assert torch.equal(rest.x_test, everything.x_test)
+    assert valid.x_train is rest.x_train
+    assert valid.y_train is rest.y_train
+    parts = torch.cat([rest.x_train, valid.x_test]), torch.cat([rest.y_train, valid.y_test])
+    before, now = (
+        sorted((*pixels, label) for pixels, label in zip(x.tolist(), y.tolist(), strict=True))
+        for x, y in (everything.train, parts)
+    )
+    assert before == now
+    assert len(valid.x_test) == round(0.25 * len(everything.x_train))
+
+
+def test_which_images_are_held_out_depends_on_the_seed_alone() -> None:
+    first, again, other = (hold_out(digits(), seed=seed)[1].x_test for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 1e-6])
+def test_a_share_that_leaves_a_part_empty_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match="leaves one part of the 1437"):
+        hold_out(digits(), share)
