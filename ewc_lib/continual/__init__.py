@@ -8,6 +8,7 @@ from ewc_lib.continual.metrics import (
     forgetting,
     forward_transfer,
     learning_accuracy,
+    min_accuracy,
 )
 from ewc_lib.continual.streams import permute_pixels, permuted, rotated, split
 from ewc_lib.continual.tasks import Scenario, Stream, Task
@@ -30,6 +31,7 @@ __all__ = [
     "learn",
     "learn_together",
     "learning_accuracy",
+    "min_accuracy",
     "mlp",
     "permute_pixels",
     "permuted",

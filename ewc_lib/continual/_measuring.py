@@ -21,6 +21,10 @@ Evaluate = Callable[[nn.Module, Any], float]
 """Returns how well a model does on test data; more is better."""
 
 
+def _nothing() -> Float[Tensor, "0 0"]:
+    return torch.zeros(0, 0, dtype=torch.float64)
+
+
 @dataclass
 class Learned:
     """What came of learning tasks one after another.
@@ -39,6 +43,9 @@ class Learned:
         Of each task.
     names
         Of the tasks.
+    lowest
+        ``[T, T]``: in row ``t`` the lowest value on an earlier task among those that were measured
+        while task ``t`` was learned, after the updates in ``watch``; NaN where there is none.
     """
 
     accuracies: Float[Tensor, "T T"]
@@ -46,6 +53,11 @@ class Learned:
     seconds_training: list[float] = field(default_factory=list)
     seconds_consolidation: list[float] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    lowest: Float[Tensor, "T T"] = field(default_factory=_nothing)
+
+    def __post_init__(self) -> None:
+        if len(self.lowest) < len(self.accuracies):
+            self.lowest = torch.full_like(self.accuracies, math.nan)
 
 
 class Measure:
@@ -67,7 +79,7 @@ class Measure:
 
     def untrained(self) -> Learned:
         """Test before any training, on the tasks that are known."""
-        found = Learned(torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64))
+        found = Learned(_nothing(), torch.zeros(0, dtype=torch.float64))
         _widen(found, self._course.n_known)
         for t in range(self._course.n_known):
             if t == 0 or not self._course.is_ahead(t, 0):
@@ -82,6 +94,13 @@ class Measure:
             found.accuracies[t - 1, t] = self._value(t, t - 1)
         elif is_new and t == 0:
             found.initial[0] = self._value(0, 0)
+        self._read(t, t)
+
+    def during(self, t: int, found: Learned) -> None:
+        """Test on the tasks before the one that is being learned, and keep what is lowest."""
+        for j in range(t):
+            value = torch.tensor(self._value(j, t), dtype=torch.float64)
+            found.lowest[t, j] = torch.fmin(found.lowest[t, j], value)
         self._read(t, t)
 
     def after(self, t: int, found: Learned) -> None:
@@ -119,4 +138,5 @@ def _widen(found: Learned, n: int) -> None:
     """Make room for as many tasks."""
     if (more := n - len(found.initial)) > 0:
         found.initial = F.pad(found.initial, (0, more), value=math.nan)
-        found.accuracies = F.pad(found.accuracies, (0, more, 0, more), value=math.nan)
+        for name in ("accuracies", "lowest"):
+            setattr(found, name, F.pad(getattr(found, name), (0, more, 0, more), value=math.nan))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,7 @@ def learn(
     proximal: bool = False,
     n_samples: int | None = None,
     evaluate: Evaluate | None = None,
+    watch: Iterable[int] = (),
     seed: int = 0,
     checkpoint: Path | str | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -94,6 +95,11 @@ def learn(
         in eval mode. By default the accuracy, if targets are classes; for other likelihoods the
         mean log-likelihood of an observation; else minus the mean loss, also where a criterion
         or the model itself computes that of a sequence: more is always better.
+    watch
+        Numbers of updates of each task after which the earlier tasks are tested, too. The lowest
+        value of each goes into ``Learned.lowest``: right after a switch an accuracy may fall
+        and come back (De Lange et al. 2023). The fall is early, so the first updates matter most:
+        ``[1, 2, 5, 10, 20, 50, ...]``.
     seed
         Of the order of the data and of those observations, and, as in :func:`train`, of what
         draws from the global random state, which is left as it was.
@@ -168,12 +174,13 @@ def learn(
         "n_samples": n_samples,
         "seed": seed,
     }
+    watched = frozenset(watch)
     named = described(criterion=criterion, scheduler=scheduler, evaluate=evaluate)
     current = optimizer(model.parameters())
     configuration = {
         "stream": course.description(),
         **_description(model, regularizer, current),
-        "training": {**options, "reset_optimizer": reset_optimizer, **named},
+        "training": {**options, "reset_optimizer": reset_optimizer, **named, **_plan(watched)},
         "settings": plain(settings or {}),
     }
     path = None if checkpoint is None else Path(checkpoint)
@@ -188,12 +195,26 @@ def learn(
         if reset_optimizer and t:
             current = optimizer(model.parameters())
         measure.before(t, found)
+        options["on_step"] = _watching(measure, t, found, watched)
         _learn_task(course, t, found, model, regularizer, current, **options)
         measure.after(t, found)
         if path is not None:
             save(path, configuration, model, current, regularizer, vars(found))
     measure.end(found)
     return found
+
+
+def _plan(watched: Collection[int]) -> dict[str, list[int]]:
+    return {"watch": sorted(watched)} if watched else {}
+
+
+def _watching(
+    measure: Measure, t: int, found: Learned, watched: Collection[int]
+) -> Callable[[int], None] | None:
+    """Return what tests the earlier tasks after some updates, if there is something to test."""
+    if not (t and watched):
+        return None
+    return lambda done: measure.during(t, found) if done in watched else None
 
 
 def _scores(

@@ -27,6 +27,7 @@ __all__ = [
     "forgetting",
     "forward_transfer",
     "learning_accuracy",
+    "min_accuracy",
 ]
 
 CHUNK = 10_000
@@ -232,6 +233,40 @@ def learning_accuracy(R: Matrix) -> float:
     1.0
     """
     return float(_square(R).diagonal().mean())
+
+
+def min_accuracy(R: Matrix, lowest: Matrix) -> float:
+    r"""Return how low earlier tasks have ever fallen (De Lange et al. 2023, min-ACC).
+
+    .. math:: \frac{1}{T-1} \sum_{j=1}^{T-1} \min_{t > j} \, \min(L_{t,j}, R_{t,j})
+
+    with :math:`L_{t,j}` the lowest accuracy on task :math:`j` while task :math:`t` was learned.
+    What comes back until the end of a task is not in :math:`R`: the *stability gap*. NaN for a
+    single task.
+
+    Parameters
+    ----------
+    R, lowest
+        ``accuracies`` and ``lowest`` of :class:`ewc_lib.continual.Learned`.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, or nothing was measured while tasks were learned.
+
+    Examples
+    --------
+    >>> R = torch.tensor([[1.0, 0.5], [0.75, 1.0]])
+    >>> min_accuracy(R, torch.tensor([[torch.nan, torch.nan], [0.25, torch.nan]]))
+    0.25
+    """
+    if lowest.shape != _square(R).shape:
+        raise ValueError(f"lowest must have the shape of R, got {tuple(lowest.shape)}")
+    if len(R) > 1 and bool(lowest.isnan().all()):
+        raise ValueError("nothing was measured while tasks were learned: give learn() watch=")
+    later = torch.ones_like(R).tril(-1).bool()
+    lows = torch.fmin(R, lowest).masked_fill(~later, torch.inf)
+    return float(lows.amin(0)[:-1].mean())
 
 
 def _square(R: Matrix) -> Matrix:

@@ -488,3 +488,42 @@ def test_a_killed_process_goes_on_in_another_with_the_same_bits(digits, tmp_path
     found = learn(stream, model, METHODS[method](model), checkpoint=path, **QUICK)
     assert torch.equal(weights(model), weights(whole))
     assert equal(found.accuracies, expected.accuracies)
+
+
+def test_what_is_watched_is_the_lowest_accuracy_on_earlier_tasks_while_a_task_is_learned(digits):
+    stream = permuted(digits, 3, seed=0)
+    model, seen = network(stream), []
+
+    def note(model, test):
+        seen.append(accuracy(model, test))
+        return seen[-1]
+
+    learned = learn(
+        stream, model, steps=6, batch_size=32, progress=False, watch=[2, 4], evaluate=note
+    )
+    # three before training; two around the first switch, and two while the second is learned ...
+    first, of_first, of_second = seen[5:7], seen[10:14:2], seen[11:14:2]
+    assert learned.lowest[1, 0] == min(first)
+    assert learned.lowest[2, :2].tolist() == [min(of_first), min(of_second)]
+    assert learned.lowest.isnan().sum() == 6
+
+
+def test_watching_changes_nothing_else(digits):
+    stream = split(digits, scenario="class")
+    watched, plain = network(stream), network(stream)
+    one = learn(stream, watched, SI(watched, 1.0), watch=range(1, 20), **QUICK)
+    other = learn(stream, plain, SI(plain, 1.0), **QUICK)
+    assert torch.equal(weights(watched), weights(plain))
+    assert equal(one.accuracies, other.accuracies)
+    assert other.lowest.isnan().all()
+    assert other.lowest.shape == other.accuracies.shape
+
+
+def test_what_was_watched_is_in_the_checkpoint(digits, tmp_path):
+    stream, path = permuted(digits, 2, seed=0), tmp_path / "stream.pt"
+    whole = learn(stream, network(stream), watch=[1, 5], checkpoint=path, **QUICK)
+    again = learn(stream, network(stream), watch=[1, 5], checkpoint=path, **QUICK)
+    assert equal(whole.lowest, again.lowest)
+    assert not again.lowest[1, 0].isnan()
+    with pytest.raises(ValueError, match="watch"):
+        learn(stream, network(stream), watch=[1], checkpoint=path, **QUICK)

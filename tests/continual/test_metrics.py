@@ -22,6 +22,7 @@ from ewc_lib.continual import (
     forgetting,
     forward_transfer,
     learning_accuracy,
+    min_accuracy,
 )
 
 
@@ -205,3 +206,26 @@ def test_what_was_not_measured_is_not_taken_for_zero():
 def test_initial_accuracies_of_other_tasks_are_refused(n):
     with pytest.raises(ValueError, match=re.escape(f"initial must have 3 entries, got ({n},)")):
         forward_transfer(R, torch.zeros(n))
+
+
+def test_the_minimum_counts_what_comes_back_before_the_end_of_a_task():
+    R = torch.tensor([[0.9, 0.5, math.nan], [0.8, 0.9, 0.5], [0.7, 0.6, 0.9]])
+    lowest = torch.tensor(
+        [[math.nan, math.nan, math.nan], [0.2, math.nan, math.nan], [0.75, 0.3, math.nan]]
+    )
+    assert min_accuracy(R, lowest) == pytest.approx((0.2 + 0.3) / 2)
+
+
+def test_the_minimum_counts_what_does_not_come_back():
+    R = torch.tensor([[0.9, 0.5], [0.1, 0.9]])
+    assert min_accuracy(R, torch.tensor([[math.nan, math.nan], [0.2, math.nan]])) == pytest.approx(
+        0.1
+    )
+
+
+def test_the_minimum_needs_what_was_watched():
+    with pytest.raises(ValueError, match="give learn"):
+        min_accuracy(torch.eye(2), torch.full((2, 2), math.nan))
+    with pytest.raises(ValueError, match="shape of R"):
+        min_accuracy(torch.eye(2), torch.full((3, 3), math.nan))
+    assert math.isnan(min_accuracy(torch.eye(1), torch.full((1, 1), math.nan)))
