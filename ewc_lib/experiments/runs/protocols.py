@@ -18,8 +18,13 @@ from ewc_lib.continual import (
     Learned,
     MultiHead,
     Stream,
+    accuracy,
     average_accuracy,
+    backward_transfer,
+    forgetting,
     learn,
+    learning_accuracy,
+    min_accuracy,
     mlp,
 )
 from ewc_lib.data import Images
@@ -218,6 +223,7 @@ def play(
     regularizer: Callable[[MultiHead], Regularizer | None],
     *,
     seed: int,
+    valid: Stream | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Learn a stream by Adam, with a multilayer perceptron, and return the outcome.
@@ -234,8 +240,12 @@ def play(
         Makes the method from the model.
     seed
         Of the initial weights and of the order of the data.
+    valid
+        The same tasks with validation images in the place of the test images, as
+        :func:`ewc_lib.data.hold_out` makes them. The outcome then has ``valid``, the average
+        accuracy on these after the last task.
     **options
-        For :func:`ewc_lib.continual.learn`.
+        For :func:`ewc_lib.continual.learn`; with ``watch``, the outcome has ``worst``.
     """
     sizes = (stream.n_features, *protocol["hidden"], stream.n_outputs)
     model = MultiHead(mlp(sizes, seed)).to(device)
@@ -251,14 +261,38 @@ def play(
         progress=False,
         **options,
     )
-    return outcome(learned)
+    found = outcome(learned)
+    return found if valid is None else {**found, "valid": average_over(model, valid)}
+
+
+def average_over(model: MultiHead, stream: Stream) -> float:
+    """Return the average accuracy on the test data of all tasks of a stream, all being learned."""
+    accuracies, last = [], len(stream) - 1
+    for t in range(len(stream)):
+        model.outputs = stream.outputs(t, last)
+        accuracies.append(accuracy(model, stream.test(t)))
+    return math.fsum(accuracies) / len(accuracies)
+
+
+METRICS: dict[str, Callable[[Any], float]] = {
+    "learning": learning_accuracy,
+    "forgetting": forgetting,
+    "transfer": backward_transfer,
+}
+"""What is kept of a matrix of accuracies besides the average."""
+
+
+def _worst(learned: Learned) -> float:
+    return round(min_accuracy(learned.accuracies, learned.lowest), 5)
 
 
 def outcome(learned: Learned) -> dict[str, Any]:
     """Return what is kept of a run: accuracies after each task, and seconds.
 
     ``accuracy`` is the average over all tasks after the last one, None if training diverged;
-    ``final`` its parts; ``average`` the average over the tasks seen so far, after each task.
+    ``final`` its parts; ``average`` the average over the tasks seen so far, after each task;
+    ``learning``, ``forgetting`` and ``transfer`` are learning accuracy, forgetting and backward
+    transfer; ``worst``, where tasks were watched, how low the earlier tasks have ever fallen.
     """
     R = learned.accuracies
     T = len(R)
@@ -267,7 +301,8 @@ def outcome(learned: Learned) -> dict[str, Any]:
         "accuracy": average_accuracy(R),
         "final": [round(value, 5) for value in R[-1].tolist()],
         "average": [round(value, 5) for value in average],
-        "learning": round(float(R.diagonal().mean()), 5),
+        **{name: round(metric(R), 5) for name, metric in METRICS.items()},
+        **({} if bool(learned.lowest.isnan().all()) else {"worst": _worst(learned)}),
         "seconds_training": round(math.fsum(learned.seconds_training), 2),
         "seconds_consolidation": round(math.fsum(learned.seconds_consolidation), 2),
     }

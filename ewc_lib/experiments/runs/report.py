@@ -14,7 +14,10 @@ from ewc_lib.experiments.runs.published import Published, published
 __all__ = ["Comparison", "Row", "beside", "comparisons", "interval", "rows", "table"]
 
 NEAR = 2.0
-"""Points of percent within which a number counts as reproduced, if our interval is narrower."""
+"""Points of percent: a comparison that could miss a larger difference decides nothing."""
+
+POWER = 0.8
+"""With which probability a difference has to be seen to count as visible."""
 
 OUTCOMES = frozenset(
     {
@@ -22,12 +25,16 @@ OUTCOMES = frozenset(
         "average",
         "diverged",
         "final",
+        "forgetting",
         "learning",
         "seconds",
         "seconds_consolidation",
         "seconds_training",
         "seed",
         "sitting",
+        "transfer",
+        "valid",
+        "worst",
     }
 )
 """What does not tell a row from others."""
@@ -47,6 +54,8 @@ class Row(NamedTuple):
         Number of the runs that diverged.
     seconds_training, seconds_consolidation
         Medians over runs.
+    seeds
+        Those of the accuracies.
     """
 
     settings: dict[str, Any]
@@ -54,6 +63,12 @@ class Row(NamedTuple):
     diverged: int
     seconds_training: float
     seconds_consolidation: float
+    seeds: tuple[int, ...] = ()
+
+    @property
+    def by_seed(self) -> dict[int, float]:
+        """Accuracies by seed."""
+        return dict(zip(self.seeds, self.accuracies, strict=True))
 
     @property
     def mean(self) -> float:
@@ -76,11 +91,9 @@ def interval(values: list[float], confidence: float = 0.95) -> float:
     >>> round(interval([0.9, 1.0, 1.1]), 3)
     0.248
     """
-    n = len(values)
-    if n < 2:
+    if len(values) < 2:
         return math.nan
-    quantile = float(stdtrit(n - 1, 0.5 + confidence / 2))
-    return quantile * statistics.stdev(values) / math.sqrt(n)
+    return float(stdtrit(len(values) - 1, 0.5 + confidence / 2)) * _standard_error(values)
 
 
 def rows(runs: Iterable[Mapping[str, Any]], **wanted: Any) -> list[Row]:
@@ -114,6 +127,7 @@ def _row(settings: dict[str, Any], group: list[Mapping[str, Any]]) -> Row:
         len(group) - len(sound),
         median("seconds_training"),
         median("seconds_consolidation"),
+        tuple(run["seed"] for run in sound),
     )
 
 
@@ -140,10 +154,36 @@ class Comparison(NamedTuple):
         return math.nan if self.published is None else 100 * self.row.mean - self.published.value
 
     @property
-    def reproduced(self) -> bool:
-        """Whether theirs lies in our 95 % interval or within two points of our mean."""
-        width = 100 * self.row.half_width
-        return abs(self.difference) <= (NEAR if math.isnan(width) else max(NEAR, width))
+    def error(self) -> float:
+        """Standard error of the difference: of both means, or of ours if theirs is unknown."""
+        theirs = 0.0 if self.published is None else self.published.error or 0.0
+        return math.hypot(100 * _standard_error(self.row.accuracies), theirs)
+
+    @property
+    def visible(self) -> float:
+        """The difference that would be seen with a probability of 80 %, in points of percent."""
+        return (self._quantile(0.975) + self._quantile(POWER)) * self.error
+
+    @property
+    def verdict(self) -> str:
+        """``"differs"``, ``"agrees"``, ``"undecided"``, or nothing where there is nothing to tell.
+
+        Numbers differ if their difference is beyond its 95 % interval. They agree if it is not,
+        though one of two points would have been visible. Else there are too few seeds.
+        """
+        if math.isnan(self.difference) or math.isnan(self.error):
+            return ""
+        if abs(self.difference) > self._quantile(0.975) * self.error:
+            return "differs"
+        return "agrees" if self.visible <= NEAR else "undecided"
+
+    def _quantile(self, share: float) -> float:
+        """Student's, with the degrees of freedom of our seeds: theirs are more."""
+        return float(stdtrit(max(1, len(self.row.accuracies) - 1), share))
+
+
+def _standard_error(values: list[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def beside(found: Iterable[Row], experiment: str, label: str) -> list[Comparison]:
@@ -162,8 +202,8 @@ def beside(found: Iterable[Row], experiment: str, label: str) -> list[Comparison
     --------
     >>> ours = Row({"variant": "exact"}, [0.99, 0.992], 0, 60.0, 1.0)
     >>> (found,) = beside([ours], "fisher-variants", "{variant}")
-    >>> found.published.value, round(found.difference, 2), found.reproduced
-    (99.12, -0.02, True)
+    >>> found.published.value, round(found.difference, 2), round(found.error, 2)
+    (99.12, -0.02, 0.19)
     """
     labels = ((row, label.format(**row.settings)) for row in found)
     return [Comparison(name, row, published(experiment, name)) for row, name in labels]
@@ -173,13 +213,13 @@ def comparisons(found: Iterable[Comparison]) -> str:
     """Return rows beside published numbers as text, in percent."""
     found = list(found)
     width = max(len(c.label) for c in found)
-    lines = [f"{'':{width}}  seeds          ours     published  difference"]
+    lines = [f"{'':{width}}  seeds          ours     published  difference  verdict"]
     for c in found:
         error = "" if math.isnan(c.row.half_width) else f"± {100 * c.row.half_width:.2f}"
         line = f"{c.label:<{width}}  {len(c.row.accuracies):5}  {100 * c.row.mean:6.2f} {error:7}"
         if c.published is not None:
             spread = "" if c.published.error is None else f"({c.published.error:.2f})"
-            line += f"  {c.published.value:6.2f} {spread:6}  {c.difference:+6.2f}"
+            line += f"  {c.published.value:6.2f} {spread:6}  {c.difference:+10.2f}  {c.verdict}"
         lines.append(line.rstrip())
     return "\n".join(lines)
 

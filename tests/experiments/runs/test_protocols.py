@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from ewc_lib import data
-from ewc_lib.continual import Learned, MultiHead, mlp
+from ewc_lib.continual import Learned, MultiHead, mlp, split
 from ewc_lib.experiments import __main__ as command
 from ewc_lib.experiments.runs import protocols
-from ewc_lib.experiments.runs.protocols import METHODS, measure, outcome
+from ewc_lib.experiments.runs.protocols import METHODS, measure, outcome, play
 from ewc_lib.experiments.streams.permuted_mnist import PERMUTED_MNIST
 from tests.experiments.cases import run
 
@@ -80,6 +80,8 @@ def test_outcomes_are_read_off_the_matrix():
         "final": [0.5, 0.9],
         "average": [1.0, 0.7],
         "learning": 0.95,
+        "forgetting": 0.5,
+        "transfer": -0.5,
         "seconds_training": 3.0,
         "seconds_consolidation": 0.5,
     }
@@ -94,3 +96,23 @@ def test_only_the_wanted_runs_are_done_and_the_others_later(tmp_path):
 def test_settings_that_no_run_has_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no run of permuted-mnist has method as wanted"):
         run(PERMUTED_MNIST, tmp_path, only={"method": ["ewc"]})
+
+
+def test_validation_images_are_judged_after_the_last_task():
+    rest, held = data.hold_out(data.digits(), 0.2)
+    stream, valid = (split(images, scenario="class", seed=1) for images in (rest, held))
+    settings = {"hidden": [8], "rate": 1e-2, "steps": 20, "batch": 32}
+    models = []
+
+    def remember(model):
+        models.append(model)
+
+    found = play(stream, settings, "cpu", remember, seed=0, valid=valid, watch=[1, 5])
+    x, y = (torch.cat(parts) for parts in zip(*(task.test for task in valid), strict=True))
+    sizes = [len(task.test[1]) for task in valid]
+    right = (models[0](x).argmax(1) == y).float().split(sizes)
+    assert found["valid"] == pytest.approx(sum(part.mean().item() for part in right) / len(sizes))
+    assert found["worst"] <= min(found["final"][:-1])
+    plain = play(stream, settings, "cpu", remember, seed=0)
+    assert plain["accuracy"] == found["accuracy"]
+    assert {*found} - {*plain} == {"valid", "worst"}

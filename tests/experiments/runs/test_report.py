@@ -30,7 +30,8 @@ RUNS = [
 def test_a_row_holds_all_seeds_of_its_settings():
     first, second, third = rows(RUNS)
     settings = {"scenario": "task", "method": "EWC", "strength": 10.0}
-    assert first == Row(settings, [0.9, 1.0, 1.1], 0, 3.0, 0.1)
+    assert first == Row(settings, [0.9, 1.0, 1.1], 0, 3.0, 0.1, (0, 1, 2))
+    assert first.by_seed == {0: 0.9, 1: 1.0, 2: 1.1}
     assert first.mean == pytest.approx(1.0)
     assert (second.accuracies, third.accuracies) == ([0.5], [0.4])
 
@@ -89,22 +90,53 @@ def test_published_numbers_stand_beside_the_rows_that_they_are_about():
     (unknown,) = beside(rows_at(0.99), "split-mnist", "{method}")
     assert unknown.published is None
     assert math.isnan(unknown.difference)
-    assert not unknown.reproduced
+    assert unknown.verdict == ""
+
+
+def test_the_error_of_a_difference_is_that_of_both_means():
+    (found,) = beside(rows_at(0.98, 0.99, 1.0), "split-mnist", "{scenario} {method}")
+    assert found.error == pytest.approx(math.hypot(1 / math.sqrt(3), 0.15))
+    assert found.visible == pytest.approx((4.302653 + 1.060660) * found.error, rel=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "reproduced"),
-    [([0.98], True), ([0.96], False), ([0.9699, 0.9701], False), ([0.90, 1.0], True)],
+    ("accuracies", "verdict"),
+    [
+        ([0.9906], ""),  # one seed has no error
+        ([0.990, 0.991, 0.992], "agrees"),
+        ([0.9699, 0.9701, 0.97], "differs"),
+        ([0.90, 1.0], "undecided"),
+        ([0.97, 0.99, 1.0], "undecided"),  # near, but two points would not have been seen
+    ],
 )
-def test_a_number_is_reproduced_within_two_points_or_in_the_interval(accuracies, reproduced):
+def test_numbers_agree_only_where_two_points_would_have_been_seen(accuracies, verdict):
     (found,) = beside(rows_at(*accuracies), "split-mnist", "{scenario} {method}")
-    assert found.reproduced is reproduced
+    assert found.verdict == verdict
+
+
+def test_more_noise_never_makes_a_number_agree():
+    quiet, loud = (
+        beside(rows_at(*values), "split-mnist", "{scenario} {method}")[0]
+        for values in ([0.9600, 0.9601, 0.9602], [0.90, 0.96, 1.02])
+    )
+    assert (quiet.verdict, loud.verdict) == ("differs", "undecided")
 
 
 def test_a_comparison_shows_both_numbers_and_their_difference():
     found = beside(rows_at(0.99, 0.98), "split-mnist", "{scenario} {method}")
     lone = beside(rows_at(0.5), "split-mnist", "{method}")
     head, first, second = comparisons(found + lone).splitlines()
-    assert head.split() == ["seeds", "ours", "published", "difference"]
-    assert first.split() == ["task", "EWC", "2", "98.50", "±", "6.35", "99.06", "(0.15)", "-0.56"]
+    assert head.split() == ["seeds", "ours", "published", "difference", "verdict"]
+    assert first.split() == [
+        "task",
+        "EWC",
+        "2",
+        "98.50",
+        "±",
+        "6.35",
+        "99.06",
+        "(0.15)",
+        "-0.56",
+        "undecided",
+    ]
     assert second.split() == ["EWC", "1", "50.00"]
