@@ -1,36 +1,46 @@
-"""Handwritten digits to learn from: small and always there, or MNIST from a copy you have.
+"""Images to learn from: small and always there, or MNIST and its like from a copy you have.
 
-Nothing here uses the network. :func:`digits` ships with scikit-learn, :func:`mnist` reads a local
-copy and checks every byte, :func:`images` picks one of them, so that the same code runs on either.
+Nothing here uses the network. :func:`digits` ships with scikit-learn, :func:`mnist` and the others
+read a local copy and check every byte, :func:`images` picks one of the first two, so that the same
+code runs on either.
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import io
+import math
 import os
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Images", "digits", "hold_out", "images", "mnist"]
+from ewc_lib import _archives
+
+__all__ = [
+    "Images",
+    "cifar10",
+    "digits",
+    "fashion_mnist",
+    "hold_out",
+    "images",
+    "kmnist",
+    "local_copy",
+    "mnist",
+    "padded",
+]
 
 Pixels = Float[Tensor, "N D"]
 Labels = Int64[Tensor, "N"]
 
 
 class Images(NamedTuple):
-    """Flattened grey images in [0, 1] and the digits they show, split into train and test.
+    """Flattened images in [0, 1] and their classes, split into train and test.
+
+    Images with three colours are flattened colour by colour.
 
     Examples
     --------
@@ -57,12 +67,12 @@ class Images(NamedTuple):
 
     @property
     def n_classes(self) -> int:
-        """Number of classes: the ten digits."""
+        """Number of classes: ten in all data sets here."""
         return 10
 
     @property
     def n_features(self) -> int:
-        """Number of pixels of one image."""
+        """Number of pixels of one image, times that of colours."""
         return self.x_train.shape[1]
 
 
@@ -125,9 +135,76 @@ def mnist(root: str | Path | None = None, *, dtype: torch.dtype = torch.float32)
     >>> mnist("~/data").x_train.shape  # doctest: +SKIP
     torch.Size([60000, 784])
     """
-    source = _locate(root, _MNIST)
-    read = _read_raw if source.is_dir() else _read_npz
-    return _scaled("mnist", read(source, _MNIST), white=255, dtype=dtype)
+    return _scaled("mnist", _archives.read(root, _archives.MNIST), white=255, dtype=dtype)
+
+
+def fashion_mnist(root: str | Path | None = None, *, dtype: torch.dtype = torch.float32) -> Images:
+    """Return Fashion-MNIST (Xiao et al. 2017), read from a local copy: clothes for digits.
+
+    Parameters
+    ----------
+    root : path, optional
+        A folder that holds ``FashionMNIST/raw/*-ubyte.gz``, as torchvision leaves it, or that raw
+        folder itself. Checksums are published of the ``.gz`` files only, so these are read.
+    dtype : torch.dtype
+        Floating-point type of the images.
+
+    Notes
+    -----
+    The default place and what is raised are as for :func:`mnist`.
+    """
+    arrays = _archives.read(root, _archives.FASHION_MNIST)
+    return _scaled("fashion-mnist", arrays, white=255, dtype=dtype)
+
+
+def kmnist(root: str | Path | None = None, *, dtype: torch.dtype = torch.float32) -> Images:
+    """Return Kuzushiji-MNIST (Clanuwat et al. 2018), read from a local copy: ten hiragana.
+
+    Parameters
+    ----------
+    root, dtype
+        As for :func:`fashion_mnist`, with the folder ``KMNIST``.
+    """
+    return _scaled("kmnist", _archives.read(root, _archives.KMNIST), white=255, dtype=dtype)
+
+
+def cifar10(root: str | Path | None = None, *, dtype: torch.dtype = torch.float32) -> Images:
+    """Return CIFAR-10 (Krizhevsky 2009), 50,000 + 10,000 images of 3x32x32, from a local copy.
+
+    Parameters
+    ----------
+    root : path, optional
+        The folder ``cifar-10-batches-py`` of the version for Python, or one that holds it.
+        Default: as for :func:`mnist`.
+    dtype : torch.dtype
+        Floating-point type of the images.
+
+    Notes
+    -----
+    It fails as :func:`mnist` does. The files are pickles, which may run any code: each is compared
+    with its published checksum before it is opened.
+    """
+    return _scaled("cifar10", _archives.read(root, _archives.CIFAR10), white=255, dtype=dtype)
+
+
+def local_copy(root: str | Path | None = None) -> Images:
+    """Return the first of MNIST, Fashion-MNIST, Kuzushiji-MNIST and CIFAR-10 that is at a place.
+
+    Parameters
+    ----------
+    root : path, optional
+        As for :func:`mnist`, which also says what is raised. Fashion-MNIST beside MNIST is found
+        by its own raw folder.
+    """
+    problems: list[Exception] = []
+    for read in (mnist, fashion_mnist, kmnist, cifar10):
+        try:
+            return read(root)
+        except (FileNotFoundError, ValueError) as problem:
+            problems.append(problem)
+    if all(isinstance(problem, FileNotFoundError) for problem in problems):
+        raise problems[0]
+    raise ValueError(f"no whole data set: {'; '.join(map(str, problems))}")
 
 
 def images() -> Images:
@@ -183,109 +260,40 @@ def hold_out(images: Images, share: float = 0.1, *, seed: int = 0) -> tuple[Imag
     return rest, valid
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One of an archive's four arrays: its names, its shape, the md5 of its idx file."""
+def padded(images: Images, side: int) -> Images:
+    """Return square images with a black frame around them, as van de Ven and Tolias (2019) do.
 
-    key: str
-    idx: str
-    shape: tuple[int, ...]
-    md5: str
+    Parameters
+    ----------
+    images, side
+        Square images of one channel, and pixels of each side of the result. An odd pixel goes to
+        the right and to the bottom.
 
-    @property
-    def header(self) -> NDArray[np.uint32]:
-        """What the idx file starts with: 8 for bytes, the number of axes, the shape."""
-        return np.array([0x0800 + len(self.shape), *self.shape], ">u4")
+    Raises
+    ------
+    ValueError
+        If the images are not square, or larger than the result.
 
-    def files(self, folder: Path) -> list[Path]:
-        """Return the idx files of this part in a folder, the plain one first."""
-        names = (f"{self.idx}-ubyte", f"{self.idx}-ubyte.gz")
-        return [folder / name for name in names if (folder / name).is_file()]
+    Examples
+    --------
+    >>> padded(digits(), 10).x_train.shape
+    torch.Size([1437, 100])
+    """
+    old = math.isqrt(images.n_features)
+    if old**2 != images.n_features or side < old:
+        raise ValueError(f"cannot pad images of {images.n_features} pixels to {side}x{side}")
+    before, after = (side - old) // 2, (side - old + 1) // 2
+    x_train, x_test = (
+        nn.functional.pad(x.unflatten(1, (old, old)), (before, after) * 2).flatten(1)
+        for x in (images.x_train, images.x_test)
+    )
+    return images._replace(x_train=x_train, x_test=x_test)
 
 
-_Archive = tuple[_Part, _Part, _Part, _Part]  # in the order of the fields of Images
-
-_MNIST: _Archive = (
-    _Part("x_train", "train-images-idx3", (60000, 28, 28), "6bbc9ace898e44ae57da46a324031adb"),
-    _Part("y_train", "train-labels-idx1", (60000,), "a25bea736e30d166cdddb491f175f624"),
-    _Part("x_test", "t10k-images-idx3", (10000, 28, 28), "2646ac647ad5339dbf082846283269ea"),
-    _Part("y_test", "t10k-labels-idx1", (10000,), "27ae3e4e09519cfbb04c329615203637"),
-)
-
-
-def _scaled(name: str, arrays: tuple[Any, ...], *, white: int, dtype: torch.dtype) -> Images:
+def _scaled(name: str, arrays: Sequence[NDArray[Any]], *, white: int, dtype: torch.dtype) -> Images:
     """Flatten the pixels and divide them by the value that means white."""
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type, got {dtype}")
     x_train, y_train, x_test, y_test = (torch.tensor(array) for array in arrays)
     x_train, x_test = (x.to(dtype).flatten(1) / white for x in (x_train, x_test))
     return Images(name, x_train, y_train.long(), x_test, y_test.long())
-
-
-def _locate(root: str | Path | None, archive: _Archive) -> Path:
-    """Return the npz file or the raw folder at the one place to look at."""
-    named = (os.environ.get("EWC_DATA") or None) if root is None else root
-    origin = "the environment variable EWC_DATA" if root is None else "the argument root"
-    place = Path(os.path.expanduser("~/.cache/ewc_lib" if named is None else named))
-    files = [file for file in (place, place / "mnist.npz") if file.is_file()]
-    folders = (place / "MNIST" / "raw", place)
-    found = files + [folder for folder in folders if any(part.files(folder) for part in archive)]
-    if found:
-        return found[0]
-    if named is None:
-        raise FileNotFoundError(
-            f"found no MNIST: set EWC_DATA to any existing copy, or put one into {place}, either "
-            "torchvision's folder MNIST/raw or Keras' mnist.npz "
-            "(https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz)."
-        )
-    state = "holds no MNIST" if place.exists() else "does not exist"
-    raise FileNotFoundError(
-        f"{place}, named by {origin}, {state}: looked for the file mnist.npz and for a folder "
-        "with mnist.npz, MNIST/raw/*-ubyte[.gz] or *-ubyte[.gz]"
-    )
-
-
-def _read_npz(path: Path, archive: _Archive) -> tuple[NDArray[np.uint8], ...]:
-    content = path.read_bytes()
-    with _blaming(path):
-        zipfile.ZipFile(io.BytesIO(content)).close()  # of what is no zip np.load says "pickled"
-        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-            arrays = [np.asarray(stored[part.key]) for part in archive]
-    return tuple(_verified(a, p, f"{path} ({p.key})") for a, p in zip(arrays, archive, strict=True))
-
-
-def _read_raw(folder: Path, archive: _Archive) -> tuple[NDArray[np.uint8], ...]:
-    missing = [f"{part.idx}-ubyte" for part in archive if not part.files(folder)]
-    if missing:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: neither plain nor .gz")
-    return tuple(_read_idx(part.files(folder)[0], part) for part in archive)
-
-
-def _read_idx(path: Path, part: _Part) -> NDArray[np.uint8]:
-    content = path.read_bytes()
-    with _blaming(path):
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-        header = np.frombuffer(content, ">u4", part.header.size)
-        if header[0] != part.header[0]:
-            raise ValueError(f"magic number {header[0]}, expected {part.header[0]}")
-        array = np.frombuffer(content, np.uint8, offset=header.nbytes).reshape(header[1:])
-    return _verified(array, part, str(path))
-
-
-@contextmanager
-def _blaming(path: Path) -> Iterator[None]:
-    """Name the file whatever its decoder raises, which depends on the byte that is damaged."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-
-
-def _verified(array: NDArray[Any], part: _Part, where: str) -> NDArray[np.uint8]:
-    """Return the array if, written as an idx file, it is the one published."""
-    if array.dtype != np.uint8 or array.shape != part.shape:
-        raise ValueError(f"{where} is {array.dtype} {array.shape}, expected uint8 {part.shape}")
-    md5 = hashlib.md5(part.header.tobytes() + array.tobytes(), usedforsecurity=False).hexdigest()
-    if md5 != part.md5:
-        raise ValueError(f"{where} has the checksum {md5}, expected {part.md5}")
-    return array

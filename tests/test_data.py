@@ -21,8 +21,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from ewc_lib import data
-from ewc_lib.data import digits, hold_out, images, mnist
+from ewc_lib import _archives, data
+from ewc_lib.data import digits, hold_out, images, mnist, padded
 
 REAL_COPY = os.environ.get("EWC_DATA")  # before the fixture below hides it
 KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -58,10 +58,10 @@ def arrays() -> Arrays:
 def tiny(arrays: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``mnist`` expect the tiny archive instead of MNIST."""
     parts = tuple(
-        data._Part(key, name.removesuffix("-ubyte"), arrays[key].shape, md5(arrays[key]))
+        _archives.Part(key, name.removesuffix("-ubyte"), arrays[key].shape, md5(arrays[key]))
         for key, name in zip(KEYS, FILES, strict=True)
     )
-    monkeypatch.setattr(data, "_MNIST", parts)
+    monkeypatch.setattr(_archives, "MNIST", _archives.MNIST._replace(parts=parts))
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -562,7 +562,7 @@ def test_blank_images_of_the_right_shape_are_not_taken_for_mnist(tmp_path: Path)
 
 
 def test_the_four_published_checksums_and_shapes_are_the_ones_expected() -> None:
-    assert [(part.md5, part.shape) for part in data._MNIST] == [
+    assert [(part.md5, part.shape) for part in _archives.MNIST.parts] == [
         ("6bbc9ace898e44ae57da46a324031adb", (60000, 28, 28)),
         ("a25bea736e30d166cdddb491f175f624", (60000,)),
         ("2646ac647ad5339dbf082846283269ea", (10000, 28, 28)),
@@ -634,6 +634,28 @@ def test_images_do_not_fall_back_to_the_digits_when_the_named_copy_is_wrong(
     monkeypatch.setenv("EWC_DATA", str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="EWC_DATA"):
         images()
+
+
+def test_padding_puts_the_image_in_the_middle_of_a_black_frame():
+    plain = digits(seed=1)
+    framed = padded(plain, 11)
+    for before, after in zip(plain[1::2], framed[1::2], strict=True):
+        picture = after.reshape(-1, 11, 11)
+        assert torch.equal(picture[:, 1:9, 1:9].flatten(1), before)
+        assert picture.sum() == before.sum()
+    assert framed.y_train is plain.y_train
+
+
+@pytest.mark.parametrize("side", [7, 0])
+def test_padding_refuses_to_shrink_an_image(side):
+    with pytest.raises(ValueError, match=f"64 pixels to {side}x{side}"):
+        padded(digits(), side)
+
+
+def test_padding_refuses_images_that_are_not_square():
+    three_by_two = digits()._replace(x_train=torch.zeros(4, 6), x_test=torch.zeros(4, 6))
+    with pytest.raises(ValueError, match="6 pixels"):
+        padded(three_by_two, 8)
 
 
 def test_validation_images_are_training_images_that_are_not_trained_on() -> None:

@@ -84,6 +84,8 @@ PUBLISHED = [
             "online EWC": (94.42, 0.13),
             "SI": (95.33, 0.11),
             "joint": (97.59, 0.01),
+            "arg-max EWC": (94.31, 0.11),
+            "arg-max online EWC": (94.42, 0.13),
         },
     ),
     *_table("permuted-mnist zenke", "Zenke2017", {"none": (57.41, None), "SI": (96.94, None)}),
