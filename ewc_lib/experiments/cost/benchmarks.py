@@ -102,9 +102,9 @@ def _sequences(
 def _text(
     n: int, generator: torch.Generator, length: int, vocabulary: int
 ) -> tuple[Tensor, Tensor]:
-    """Return tokens, and for each of them the one that comes next."""
+    """Return tokens, and for each of them the one that comes next, as libraries want to view it."""
     tokens = torch.randint(vocabulary, (n, length + 1), generator=generator)
-    return tokens[:, :-1], tokens[:, 1:]
+    return tokens[:, :-1], tokens[:, 1:].contiguous()
 
 
 _images = partial(_vectors, shape=(3, 32, 32), classes=10)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
 from ewc_lib.experiments.cost.benchmarks import Batches, Benchmark
@@ -68,6 +69,21 @@ def plain_pass(model: nn.Module, batches: Batches) -> Diagonal:
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     """Negative log-likelihood, summed over observations and their tokens."""
     return F.cross_entropy(output.flatten(0, -2), target.flatten(), reduction="sum")
+
+
+class ClassesSecond(nn.Module):
+    """A network with the classes on the second axis of its output, as ``nn.CrossEntropyLoss`` asks.
+
+    Networks for text have them on the last one, and the libraries call that loss by themselves.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.model(x)
+        return output.movedim(-1, 1)
 
 
 def _mean_of(parts: Callable[..., Iterator[Diagonal]]) -> Callable[..., Diagonal]:
@@ -233,7 +249,7 @@ def backpack(model: nn.Module, batches: Batches, *, extension: str) -> Iterator[
     for x, y in batches:
         model.zero_grad()
         with backpack.backpack(rule):
-            loss(model(x), y).backward()
+            loss(model(x).movedim(-1, 1), y).backward()
         yield {name: getattr(p, rule.savefield) for name, p in model.named_parameters()}
 
 
@@ -274,10 +290,11 @@ def opacus(model: nn.Module, batches: Batches) -> Iterator[Diagonal]:
 def laplace(
     model: nn.Module, batches: Batches, *, backend: str, batch_size: int | None = None
 ) -> Iterator[Diagonal]:
-    """Run one of the curvature backends of laplace-torch."""
+    """Run one of the curvature backends of laplace-torch; that of BackPACK moves axes itself."""
     from laplace import curvature
 
-    interface = getattr(curvature, backend)(model, "classification")
+    network = ClassesSecond(model) if backend.startswith("Curvlinops") else model
+    interface = getattr(curvature, backend)(network, "classification")
     for x, y in _cut(batches, batch_size or len(batches[0][1])):
         model.zero_grad()
         yield _by_name(model, interface.diag(x, y, N=len(x))[1])
@@ -285,12 +302,18 @@ def laplace(
 
 @_mean_of
 def curvlinops(model: nn.Module, batches: Batches) -> Iterator[Diagonal]:
-    """One Hutchinson probe: releases of curvlinops have no diagonal, only estimates of it."""
+    """One Hutchinson probe: releases of curvlinops have no diagonal, only estimates of it.
+
+    It differentiates forwards, which the fused kernels of attention cannot.
+    """
     from curvlinops import GGNLinearOperator, hutchinson_diag
 
     loss, parameters = nn.CrossEntropyLoss(reduction="sum"), list(model.parameters())
-    matrix = GGNLinearOperator(model, loss, parameters, batches, check_deterministic=False)
-    yield _by_name(model, hutchinson_diag(matrix, num_matvecs=1))
+    network = ClassesSecond(model)
+    with sdpa_kernel(SDPBackend.MATH):
+        matrix = GGNLinearOperator(network, loss, parameters, batches, check_deterministic=False)
+        found = hutchinson_diag(matrix, num_matvecs=1)
+    yield _by_name(model, found)
 
 
 PEERS: dict[str, dict[str, Contestant]] = {

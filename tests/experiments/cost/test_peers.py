@@ -168,6 +168,22 @@ def test_no_contestant_makes_a_tensor_on_the_default_device(name):
     assert {value.device.type for value in found.values()} == {"cpu"}
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_library_that_calls_the_loss_by_itself_gets_the_classes_where_the_loss_wants_them():
+    empirical = PEERS["laplace"]["empirical"]
+    assert installed(error, empirical, "empirical", TINY["gpt2"]) < 1e-12
+    found = installed(answer, PEERS["curvlinops"]["sketch"], TINY["gpt2"])
+    assert found.keys() == dict(TINY["gpt2"].model().named_parameters()).keys()
+
+
+def test_the_classes_are_moved_to_the_second_axis():
+    model, batches = TINY["gpt2"].model(), TINY["gpt2"].batches(4)
+    ((x, y),) = batches
+    moved = F.cross_entropy(peers.ClassesSecond(model)(x), y, reduction="sum")
+    torch.testing.assert_close(moved, peers.cross_entropy(model(x), y))
+    assert y.is_contiguous()
+
+
 @pytest.mark.parametrize("columns", [1, 10])
 def test_chunks_are_larger_on_a_card(columns):
     class There(nn.Module):
