@@ -86,7 +86,8 @@ def sweep(
         Takes a strength and a seed and returns what counts, for example the average accuracy
         after the last task. NaN says that training diverged.
     strengths
-        The grid, usually :func:`decades`: within a decade the result hardly changes.
+        The grid, usually :func:`decades` at first and then a finer one around the best: a decade
+        may cost points of accuracy.
     seeds
         The seeds. All strengths of the first come first, so a stopped sweep has whole curves.
     path
