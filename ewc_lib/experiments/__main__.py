@@ -202,7 +202,7 @@ def _add_command(name: str, summary: str) -> None:
         data: Annotated[
             str | None,
             typer.Option(
-                metavar="PATH", help="A local copy of MNIST; by default that of $EWC_DATA."
+                metavar="PATH", help="A local copy of the images; by default that of $EWC_DATA."
             ),
         ] = None,
         seeds: Annotated[

@@ -94,6 +94,8 @@ class Experiment:
         Each says which runs to do, given the runs of earlier stages.
     play
         One run: its outcome from images, protocol, device and settings.
+    images
+        The data sets that it takes, as they are called in its file; the first is the usual one.
     """
 
     name: str
@@ -101,6 +103,7 @@ class Experiment:
     protocols: Mapping[str, Protocol]
     stages: tuple[Stage, ...]
     play: Callable[[Images, Protocol, str, Run], dict[str, Any]]
+    images: tuple[str, ...] = ("mnist", "fashion-mnist", "kmnist")
 
     def file(self, preset: str) -> str:
         """Return the name of the file of results."""
@@ -131,7 +134,7 @@ def measure(
     preset
         The protocol; by default the first one, or the demonstration if there is no MNIST.
     root
-        A local copy of MNIST, as in :func:`ewc_lib.data.mnist`; by default ``$EWC_DATA``.
+        A local copy, as in :func:`ewc_lib.data.local_copy`; by default ``$EWC_DATA``.
     seeds
         How many seeds each row has; by default 5, and 1 for the demonstration.
     out
@@ -156,19 +159,23 @@ def measure(
     Raises
     ------
     ValueError
-        If the preset is unknown or needs MNIST and there is none, if no run is as wanted, or as
-        :func:`.run_all`.
+        If the preset is unknown or needs data and there are none, if the data are others than the
+        experiment takes, if no run is as wanted, or as :func:`.run_all`.
     """
     root = root or os.environ.get("EWC_DATA") or None
     preset = preset or (next(iter(experiment.protocols)) if root else "digits")
     if preset not in experiment.protocols:
         known = ", ".join(experiment.protocols)
         raise ValueError(f"unknown preset {preset!r} of {experiment.name}; there are {known}")
+    title = {"mnist": "MNIST", "cifar10": "CIFAR-10"}[experiment.images[0]]
     if preset != "digits" and root is None:
-        raise ValueError(f"the preset {preset!r} needs MNIST: give --data or set EWC_DATA")
+        raise ValueError(f"the preset {preset!r} needs {title}: give --data or set EWC_DATA")
     protocol = experiment.protocols[preset]
     seeds = seeds or (1 if preset == "digits" else 5)
     source = None if preset == "digits" else root
+    shown = _images(source).name
+    if source is not None and shown not in experiment.images:
+        raise ValueError(f"{experiment.name} needs {title}, and {root} holds {shown}")
     device = accelerator() if device == "auto" else device
     path = out / experiment.file(preset)
     result: dict[str, Any] = {}
@@ -183,7 +190,7 @@ def measure(
             partial(_play, experiment, source, protocol, device),
             runs,
             experiment=experiment.name,
-            data="digits" if source is None else "mnist",
+            data=shown,
             protocol={"preset": preset, **protocol},
             workers=workers or (1 if device != "cpu" else os.cpu_count() or 1),
             fresh=fresh and not result,
@@ -213,7 +220,7 @@ def _play(
 
 @cache
 def _images(root: str | None) -> Images:
-    return data.digits() if root is None else data.mnist(root)
+    return data.digits() if root is None else data.local_copy(root)
 
 
 def play(

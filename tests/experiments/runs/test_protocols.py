@@ -40,16 +40,28 @@ def test_presets_that_cannot_be_run_are_refused(options, message, tmp_path):
         measure(PERMUTED_MNIST, out=tmp_path, **options)
 
 
-def test_mnist_is_taken_if_it_is_there(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(protocols, "run_all", lambda *a, **o: asked.append(o) or {"runs": []})
-    monkeypatch.setattr(protocols, "_images", lambda root: pytest.fail("not yet"))
-    measure(PERMUTED_MNIST, root="copy", out=tmp_path)
-    monkeypatch.setenv("EWC_DATA", "other copy")
+@pytest.fixture
+def asked(monkeypatch):
+    """Return what the runs are asked for; a copy holds the data set by which it is called."""
+    found = []
+    monkeypatch.setattr(protocols, "run_all", lambda *a, **o: found.append(o) or {"runs": []})
+    monkeypatch.setattr(data, "local_copy", lambda root: data.digits()._replace(name=root))
+    return found
+
+
+def test_a_local_copy_is_taken_if_it_is_there(asked, tmp_path, monkeypatch):
+    measure(PERMUTED_MNIST, root="fashion-mnist", out=tmp_path)
+    monkeypatch.setenv("EWC_DATA", "mnist")
     measure(PERMUTED_MNIST, out=tmp_path)
     measure(PERMUTED_MNIST, preset="digits", out=tmp_path)
-    assert [o["data"] for o in asked] == ["mnist", "mnist", "digits"]
+    assert [o["data"] for o in asked] == ["fashion-mnist", "mnist", "digits"]
     assert [o["protocol"]["preset"] for o in asked] == ["small", "small", "digits"]
+
+
+def test_a_copy_of_another_data_set_is_refused(asked, tmp_path):
+    with pytest.raises(ValueError, match="permuted-mnist needs MNIST, and cifar10 holds cifar10"):
+        measure(PERMUTED_MNIST, root="cifar10", out=tmp_path)
+    assert not asked
 
 
 @pytest.mark.parametrize("method", METHODS)
