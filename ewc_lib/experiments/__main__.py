@@ -47,11 +47,16 @@ STREAMS = {
     "strengths.",
     "permuted-mnist": "Ten tasks with permuted pixels; presets of several publications.",
     "stability": "Five permuted tasks at strengths from 0.1 to 1e12, with SGD and with Adam.",
+    "split-cifar10": "Task-incremental split CIFAR-10 with six importances, norms moving or "
+    "frozen.",
     "laplace-50": "Fifty permuted tasks: diagonal against Kronecker-factored precision.",
 }
 """The experiments on streams of tasks, by name, and what each is about."""
 
-PRESETS = {"permuted-mnist": ("small", "three-scenarios", "kirkpatrick", "zenke", "digits")}
+PRESETS = {
+    "permuted-mnist": ("small", "three-scenarios", "kirkpatrick", "zenke", "digits"),
+    "split-cifar10": ("cifar10", "digits"),
+}
 """The protocols of the experiments that have more than MNIST and its demonstration."""
 
 FOLDER = "book/results in a checkout, elsewhere ./results"

@@ -6,6 +6,7 @@ Weights are random, because they do not change the cost.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,13 +49,15 @@ def _used_norm(channels: int) -> nn.BatchNorm2d:
 class Residual(nn.Module):
     """Two convolutions with norms, added to what came in."""
 
-    def __init__(self, n_in: int, n_out: int, stride: int) -> None:
+    def __init__(
+        self, n_in: int, n_out: int, stride: int, norm: Callable[[int], nn.Module]
+    ) -> None:
         super().__init__()
-        self.first, self.norm1 = _convolution(n_in, n_out, 3, stride), _used_norm(n_out)
-        self.second, self.norm2 = _convolution(n_out, n_out, 3, 1), _used_norm(n_out)
+        self.first, self.norm1 = _convolution(n_in, n_out, 3, stride), norm(n_out)
+        self.second, self.norm2 = _convolution(n_out, n_out, 3, 1), norm(n_out)
         self.skip: nn.Module = nn.Identity()
         if stride > 1 or n_in != n_out:
-            self.skip = nn.Sequential(_convolution(n_in, n_out, 1, stride), _used_norm(n_out))
+            self.skip = nn.Sequential(_convolution(n_in, n_out, 1, stride), norm(n_out))
 
     def forward(self, x: Float[Tensor, "N I H W"]) -> Float[Tensor, "N O h w"]:
         inner = self.norm2(self.second(F.relu(self.norm1(self.first(x)))))
@@ -66,7 +69,12 @@ def _convolution(n_in: int, n_out: int, size: int, stride: int) -> nn.Conv2d:
 
 
 def resnet(
-    blocks: tuple[int, ...] = (2, 2, 2, 2), width: int = 64, classes: int = 100
+    blocks: Sequence[int] = (2, 2, 2, 2),
+    width: int = 64,
+    classes: int = 100,
+    *,
+    colours: int = 3,
+    norm: Callable[[int], nn.Module] = _used_norm,
 ) -> nn.Sequential:
     """Return a residual network for small images (He et al. 2016); by default the one of 18 layers.
 
@@ -78,18 +86,22 @@ def resnet(
         Channels of the first stage.
     classes
         Number of outputs.
+    colours
+        Channels of an image.
+    norm
+        Makes a norm for so many channels; by default one as training leaves it.
 
     Examples
     --------
     >>> resnet((1, 1), width=4)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 100])
     """
-    layers: list[nn.Module] = [_convolution(3, width, 3, 1), _used_norm(width), nn.ReLU()]
+    layers: list[nn.Module] = [_convolution(colours, width, 3, 1), norm(width), nn.ReLU()]
     n_in = width
     for stage, n_blocks in enumerate(blocks):
         n_out = width * 2**stage
         for block in range(n_blocks):
-            layers.append(Residual(n_in, n_out, 2 if stage and not block else 1))
+            layers.append(Residual(n_in, n_out, 2 if stage and not block else 1, norm))
             n_in = n_out
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n_in, classes))
 
