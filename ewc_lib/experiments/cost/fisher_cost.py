@@ -20,7 +20,7 @@ from ewc_lib.experiments.cost.benchmarks import SEED, Batches, Benchmark
 from ewc_lib.experiments.cost.benchmarks import benchmarks as benchmarks_on
 from ewc_lib.experiments.cost.measure import peak_bytes, quiet, require, seconds
 from ewc_lib.experiments.cost.peers import CONTESTANTS, Contestant, Contestants, error, plain_pass
-from ewc_lib.experiments.cost.report import Entry, load, result_name
+from ewc_lib.experiments.cost.report import OUT_OF_REACH, Entry, load, result_name
 from ewc_lib.experiments.runs.folders import OUTPUT
 from ewc_lib.experiments.runs.provenance import differences, provenance
 
@@ -229,7 +229,7 @@ def _examine(
 ) -> Entry:
     """Find out whether a contestant can do it, how well, and on how many observations."""
     if kind == "exact" and not benchmark.exact:
-        return {"reason": "one backward pass for each token and class is out of reach"}
+        return {"reason": OUT_OF_REACH}
     try:
         wrong_by = error(contestant, kind, benchmark)
         n = _affordable(partial(seconds, contestant, model), benchmark, unit)

@@ -13,12 +13,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullFormatter, StrMethodFormatter
 
 from ewc_lib.experiments.runs.folders import RESULTS
 from ewc_lib.figures import use_style
 
 __all__ = [
     "CUDA_RESULT",
+    "OUT_OF_REACH",
     "RESULT",
     "Fit",
     "Measured",
@@ -29,6 +31,7 @@ __all__ = [
     "plain_seconds",
     "result_name",
     "rows",
+    "with_later",
 ]
 
 Entry: TypeAlias = dict[str, Any]
@@ -40,6 +43,9 @@ CUDA_RESULT = RESULTS / "fisher_cost_cuda.json"
 """Where it finds those of a graphics card, if there are any."""
 
 KINDS = ("empirical", "sketch", "sampled", "exact")
+
+OUT_OF_REACH = "one backward pass for each token and class is out of reach"
+"""The reason of an answer that nobody was asked for."""
 
 AGREEMENT = 1e-5
 """Largest relative error of a right answer; sums in float32 come to 1e-7."""
@@ -102,6 +108,34 @@ class Measured(NamedTuple):
         """Whether an answer that is no estimate differs from the truth."""
         estimate = self.kind in ("sketch", "sampled")
         return not estimate and self.error is not None and self.error > AGREEMENT
+
+
+def with_later(result: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Return a result with what was measured once more in the place of what it had.
+
+    Parameters
+    ----------
+    result, later
+        As :func:`.fisher_cost` and :func:`load` return them. The later one has the same number of
+        observations of each of its models, and some of the contestants.
+
+    Raises
+    ------
+    ValueError
+        If another number of observations was measured.
+    """
+    sections = dict(result["sections"])
+    for model, section in model_sections(later).items():
+        old = sections[model]
+        if section["n"] != old["n"]:
+            raise ValueError(
+                f"{model} was measured on {old['n']}, then {section['n']} observations"
+            )
+        found = {name: {**kinds} for name, kinds in old["contestants"].items()}
+        for library, kinds in section["contestants"].items():
+            found[library] |= kinds
+        sections[model] = {**old, "contestants": found}
+    return {**result, "sections": sections}
 
 
 def rows(result: dict[str, Any]) -> list[Measured]:
@@ -234,9 +268,22 @@ def _draw_model(axes: Axes, mine: list[Measured]) -> None:
                 markerfacecolor="none" if row.wrong else None,
             )
     axes.set(xscale="log", xlabel="plain passes", yticks=[*places.values()])
+    _number(axes)
     axes.set_yticklabels(places)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
+
+
+def _number(axes: Axes) -> None:
+    """Write plain numbers on a logarithmic axis, as many as there is room for."""
+    low, high = axes.get_xlim()
+    low, high = min(low, 0.9), max(high, 5.5)
+    digits = (1, 2, 5) if high < 100 * low else (1,)
+    ticks = [digit * 10.0**power for power in range(-2, 5) for digit in digits]
+    axes.set_xlim(low, high)
+    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_linearity(axes: Axes, runs: list[Entry]) -> None:

@@ -16,10 +16,14 @@ from ewc_lib.experiments.cost.report import (
     model_sections,
     plain_seconds,
     rows,
+    with_later,
 )
 from ewc_lib.experiments.runs.folders import RESULTS
 
-__all__ = ["BEFORE", "Stored", "grid", "stored_table", "table"]
+__all__ = ["AGAIN", "BEFORE", "Stored", "grid", "stored_table", "table"]
+
+AGAIN = RESULTS / "fisher_cost_again.json"
+"""What some libraries need for the model like GPT-2, once they are called as they ask for."""
 
 BEFORE = RESULTS / "fisher_cost_h100.json"
 """What was measured on a graphics card before the package was made for one."""
@@ -59,13 +63,15 @@ class Stored(NamedTuple):
         return sorted(right, key=lambda row: row.passes)
 
 
-def stored_table(path: Path = RESULT) -> Stored | None:
+def stored_table(path: Path = RESULT, later: Path | None = None) -> Stored | None:
     """Read a measured table, or return None if there is no such file.
 
     Parameters
     ----------
     path
         :data:`.RESULT`, :data:`.CUDA_RESULT` or :data:`BEFORE`.
+    later
+        A file of what was measured once more, such as :data:`AGAIN`.
 
     Examples
     --------
@@ -76,6 +82,8 @@ def stored_table(path: Path = RESULT) -> Stored | None:
     if not path.exists():
         return None
     result = load(path)
+    if later is not None:
+        result = with_later(result, load(later))
     found = [Measured(**row) for row in result["rows"]] if "rows" in result else rows(result)
     return Stored(_title(result["provenance"]), found, result)
 

@@ -5,7 +5,7 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.lines import Line2D
 
-from ewc_lib.experiments.cost.report import Fit, Measured, figure, fits, rows
+from ewc_lib.experiments.cost.report import Fit, Measured, figure, fits, rows, with_later
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +34,31 @@ def test_only_answers_that_should_be_exact_are_wrong():
     assert not Measured("m", "l", "exact", error=1e-7).wrong
     assert not Measured("m", "l", "sketch", error=1.0).wrong
     assert not Measured("m", "l", "exact").wrong
+
+
+def test_what_was_measured_once_more_takes_the_place_of_what_was_there(result):
+    mine = result["sections"]["mlp"]
+    again = {"sections": {"mlp": {**mine, "contestants": {"slow": {"exact": {"reason": "no"}}}}}}
+    before, after = ({row[:3]: row for row in rows(r)} for r in (result, with_later(result, again)))
+    assert [key for key in before if before[key] != after[key]] == [("mlp", "slow", "exact")]
+    assert after["mlp", "slow", "exact"].reason == "no"
+    assert "reason" not in mine["contestants"]["slow"]["exact"]
+
+
+def test_another_number_of_observations_is_not_put_into_a_result(result):
+    other = {"sections": {"mlp": {**result["sections"]["mlp"], "n": 7}}}
+    with pytest.raises(ValueError, match="100, then 7 observations"):
+        with_later(result, other)
+
+
+@pytest.mark.parametrize(("slowest", "numbers"), [(2.0, "1 2 5"), (500.0, "1 10 100")])
+def test_the_axis_of_times_has_plain_numbers(slowest, numbers, result):
+    result["sections"]["mlp"]["contestants"]["slow"]["exact"] |= {
+        "seconds": [slowest * plain / 5 for plain in (1.0, 2.0, 4.0)]
+    }
+    axes = figure(result).axes[0]
+    axes.figure.canvas.draw()
+    assert [label.get_text() for label in axes.get_xticklabels()] == numbers.split()
 
 
 def test_a_straight_line_is_found(result):
