@@ -1,7 +1,7 @@
 import pytest
 
 from ewc_lib.experiments.cost.report import RESULT, Measured, rows
-from ewc_lib.experiments.cost.tables import BEFORE, grid, stored_table, table
+from ewc_lib.experiments.cost.tables import AGAIN, BEFORE, grid, stored_table, table
 
 ROWS = [
     Measured("cnn", "ewc_lib", "exact", 100, 6.254, mebibytes=12.4),
@@ -37,6 +37,16 @@ def test_the_stored_tables_are_read_with_what_they_were_measured_on():
     assert before.title == "NVIDIA H100 80 GB, torch 2.11.0+cu130, 2026-11-27"
     assert before.found("transformer", "curvlinops", "sketch").passes == 6.33
     assert before.found("transformer", "curvlinops", "exact") is None
+
+
+def test_what_was_measured_again_takes_the_place_of_what_the_harness_got_wrong():
+    first, mended = stored_table(RESULT), stored_table(RESULT, AGAIN)
+    cell = ("gpt2", "laplace", "empirical")
+    assert first.found(*cell).reason.startswith("RuntimeError: Expected target size")
+    assert mended.found(*cell).reason is None
+    assert not mended.found(*cell).wrong
+    assert len(first.rows) == len(mended.rows)
+    assert first.ours() == mended.ours()
 
 
 def test_a_table_that_is_not_there_is_none(tmp_path):
