@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ewc_lib._foreach import at_once, each, in_dtypes_of, inner, side_by_side
+from ewc_lib._metric import Rates
 from ewc_lib._parameters import Vector
 from ewc_lib._rounding import Rests
 from ewc_lib._sharded import any_sharded, placed_like, whole
@@ -183,27 +184,44 @@ def _gradients(parameters: Mapping[str, nn.Parameter]) -> Vector:
     return found
 
 
-def shares(
-    precision: Diagonal, anchor: Vector, strength: float, rates: Mapping[str, float]
-) -> Vector:
-    r"""Return how far to go towards the anchor, :math:`sA / (1 + sA)` with :math:`s=\eta\lambda`.
+def shares(A: Vector, anchor: Vector, strength: float, rates: Rates) -> Vector:
+    r"""Return how far to go towards the anchor, :math:`sA / (P + sA)` with :math:`s=\eta\lambda`.
 
-    This form has no overflow: 1 / (1 + 1 / (sA)) is 0 for A = 0, and 1 at most.
+    This form has no overflow: 1 / (1 + P / (sA)) is 0 for A = 0, and 1 at most. It is computed in
+    the place of :math:`P`.
     """
-    found: Vector = {}
-    for rate in set(rates.values()):
-        own = {name: value for name, value in precision.values.items() if rates.get(name) == rate}
-        found.update(each("mul", own, rate * strength))
-    each("reciprocal_", found)
+    numbers, below = rates
+    plain = {name: A[name] for name in numbers if name not in below}
+    found = each("reciprocal", plain)
+    found |= each("div_", below, of_parts(below, A))
+    for number in set(numbers.values()):
+        own = {name: value for name, value in found.items() if numbers[name] == number}
+        each("div_", own, number * strength)
     each("add_", found, 1.0)
     each("reciprocal_", found)
-    return in_dtypes_of(anchor, found)  # that of a complex parameter is real
+    return in_dtypes_of(as_parts(anchor, found), found)
+
+
+def of_parts(like: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Vector:
+    """Return real values of complex numbers, as those of their two parts where others are."""
+    return {
+        n: values[n].unsqueeze(-1) if x.dim() > values[n].dim() else values[n]
+        for n, x in like.items()
+    }
+
+
+def as_parts(values: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Vector:
+    """Return complex numbers as their two parts, where others are."""
+    return {
+        n: torch.view_as_real(values[n]) if x.dim() > values[n].dim() else values[n]
+        for n, x in like.items()
+    }
 
 
 def go_(parameters: Mapping[str, Tensor], anchor: Vector, shares: Vector, rests: Rests) -> None:
     """Go a share of the way to the anchor, from where the parameters are with their rests."""
     places = rests.whole(parameters, anchor)
-    each("lerp_", places, anchor, shares)
+    each("lerp_", as_parts(places, shares), as_parts(anchor, shares), shares)
     rests.write_(parameters, places)
 
 

@@ -18,36 +18,30 @@ from torch import Tensor, nn
 from ewc_lib._anchored import (
     Sweep,
     add_pull_,
+    as_parts,
     displacement,
     go_,
+    of_parts,
     product,
     shares,
-    solve,
     squared_distance,
 )
+from ewc_lib._coupled import CLOSE, Coupled, OfEntries, OfTensors, above_zero, scales_of
 from ewc_lib._foreach import each, inner
+from ewc_lib._metric import Rates
 from ewc_lib._multiplier import MOST, multiplier
 from ewc_lib._names import plain_name
-from ewc_lib._parameters import Vector, ravel, unravel
+from ewc_lib._parameters import Vector
 from ewc_lib._rounding import Rests
-from ewc_lib._sharded import placed_like, whole
 from ewc_lib.attaching import own_parameters
-from ewc_lib.fisher.iterative import conjugate_gradients
 from ewc_lib.fisher.structures import Diagonal, Fisher
-from ewc_lib.fisher.structures.base import NotKept
 from ewc_lib.fisher.structures.vectors import has_room
 
 Square: TypeAlias = Callable[[float], tuple[float, float]]
 """Returns a square distance that is left after a step of some strength, and its slope."""
 
-MOST_STIFF = 1e8
-"""Where only products solve: beyond this stiffness what has information is at its end anyway."""
-
 MOST_CORRECTIONS = 4
 """Of a step that has to end within a limit, and by rounding does not."""
-
-MOST_PRODUCTS = 1000
-"""Of conjugate gradients, where a structure cannot be solved for some of its parameters."""
 
 
 class Held:
@@ -125,26 +119,30 @@ class Held:
             anchor, moving = self._seen_anchor(), self.moving
             add_pull_(self.precision, anchor, self.parameters, moving, strength, self._pulled)
 
-    def go_(self, strength: float, rates: dict[str, float]) -> None:
-        """Take the proximal step, each parameter that moves with its rate."""
+    def go_(self, strength: float, rates: Rates, tolerance: float = CLOSE) -> None:
+        """Take the proximal step, each parameter that moves with its rates.
+
+        The tolerance is for what has to be found by iteration.
+        """
         if isinstance(self.precision, Diagonal):
             found = self._shares(self.precision, strength, rates)
             if self._sweep is None:
                 go_(self.moving, self.anchor, found, self.rests)
             else:
                 self._sweep.go_([found[name] for name in self.moving])
-        elif scales := _scales(rates):
-            left = self._left(max(rates.values()) * strength, scales)
+        elif (rates := above_zero(rates)).numbers:
+            moved = displacement(self.parameters, self._seen_anchor())
+            left = self._coupled(rates).left(strength, moved, tolerance)
             places = each("add", {name: self.anchor[name] for name in left}, left)
             self.rests.write_({name: self.moving[name] for name in left}, places)
 
-    def go_within_(self, limit: float, rates: dict[str, float], guess: float) -> float:
+    def go_within_(self, limit: float, rates: Rates, guess: float) -> float:
         """Take the proximal step of the smallest strength that keeps the square below a limit.
 
         Return that strength; a guess of it saves time.
         """
-        moving = {name: rate for name, rate in rates.items() if rate > 0}
-        if not moving:
+        moving = above_zero(rates)
+        if not moving.numbers:
             return guess
         if isinstance(self.precision, Diagonal):
             at, constant = self._diagonal_square(self.precision, moving)
@@ -158,21 +156,23 @@ class Held:
             aim -= 2 * excess
         return strength
 
-    def _go_with(self, strength: float, rates: dict[str, float]) -> float:
+    def _go_with(self, strength: float, rates: Rates) -> float:
         if strength:
-            self.go_(strength, rates)
+            self.go_(strength, rates, tolerance=0.0)
         return strength
 
-    def _diagonal_square(
-        self, precision: Diagonal, rates: dict[str, float]
-    ) -> tuple[Square, float]:
+    def _diagonal_square(self, precision: Diagonal, rates: Rates) -> tuple[Square, float]:
         """Return the square of what moves after a step, by its strength, and that of the rest."""
         moved = displacement(self.parameters, self._seen_anchor())
+        numbers, below = rates
+        moved |= as_parts(moved, below)
+        values = precision.values | of_parts(below, precision.values)
         sizes = each("abs", moved)  # which may be complex
-        squares = each("mul", each("mul", sizes, sizes), precision.values)
-        fixed = [squares[name].sum() for name in squares if name not in rates]
-        own = {name: squares[name] for name in rates}
-        stiffness = {name: rate * precision.values[name] for name, rate in rates.items()}
+        squares = each("mul", each("mul", sizes, sizes), values)
+        fixed = [squares[name].sum() for name in squares if name not in numbers]
+        own = {name: squares[name] for name in numbers}
+        stiffness = {name: number * values[name] for name, number in numbers.items()}
+        stiffness |= each("div", {name: stiffness[name] for name in below}, below)
 
         def at(strength: float) -> tuple[float, float]:
             w = each("mul", stiffness, strength)
@@ -185,21 +185,20 @@ class Held:
 
         return at, float(sum(fixed))
 
-    def _square(self, rates: dict[str, float]) -> tuple[Square, float]:
+    def _square(self, rates: Rates) -> tuple[Square, float]:
         """Return the same for a precision with coupling, beyond what no strength takes away."""
-        scales, top = _scales(rates), max(rates.values())
+        coupled = self._coupled(rates)
 
         def at(strength: float) -> tuple[float, float]:
             moved = displacement(self.parameters, self._seen_anchor())
-            left = self._left(top * strength, scales) if strength else {}
-            moved = {**moved, **left}
+            moved |= coupled.left(strength, moved) if strength else {}
             pull = product(self.precision, moved)
-            along = {name: scale * pull[name] for name, scale in scales.items()}
-            turned = self._resolved(top * strength, scales, along)
-            q, slope = torch.stack([inner(moved, pull), inner(along, turned)]).tolist()
-            return q, -2 * top * slope
+            own = {name: pull[name] for name in rates.numbers}
+            turned = coupled.solved(strength, own)
+            q, slope = torch.stack([inner(moved, pull), inner(own, turned)]).tolist()
+            return q, -2 * slope
 
-        everything = len(scales) == len(self.parameters)
+        everything = len(rates.numbers) == len(self.parameters)
         constant = 0.0 if everything else at(MOST)[0]
 
         def beyond(strength: float) -> tuple[float, float]:
@@ -208,97 +207,25 @@ class Held:
 
         return beyond, constant
 
-    def _shares(self, precision: Diagonal, strength: float, rates: dict[str, float]) -> Vector:
-        """Return how far to go towards the anchor; they stay the same from step to step."""
-        if torch.compiler.is_compiling():  # what is fused into the step costs less than to keep it
-            return shares(precision, self.anchor, strength, rates)
-        if self._kept[0] != (strength, rates):
-            self._kept = (strength, rates), shares(precision, self.anchor, strength, rates)
-        found: Vector = self._kept[1]
-        return found
+    def _shares(self, precision: Diagonal, strength: float, rates: Rates) -> Vector:
+        """Return how far to go towards the anchor; without divisors it stays the same."""
+        if rates.divisors or torch.compiler.is_compiling():  # fused, it costs less than to keep it
+            return shares(precision.values, self.anchor, strength, rates)
+        if self._kept[0] != (strength, rates.numbers):
+            found = shares(precision.values, self.anchor, strength, rates)
+            self._kept = (strength, rates.numbers), found
+        kept: Vector = self._kept[1]
+        return kept
 
-    def _left(self, factor: float, scales: dict[str, float]) -> Vector:
-        r"""Return what is left of the displacements :math:`d` after a proximal step.
-
-        With :math:`S` the roots of the rates relative to the largest of them, which is in the
-        factor :math:`f`, and with the constants :math:`c`, it is :math:`S u`, where
-
-        .. math:: (I + f S A S)\, (u + w) = S^{-1} d + w, \qquad S A S\, w = S A c
-        """
-        moved = displacement(self.parameters, self._seen_anchor())
-        start = {name: moved[name] / scale for name, scale in scales.items()}
-        fixed = self._fixed_part(scales, moved) if len(start) < len(moved) else {}
-        start = each("add", start, fixed) if fixed else start
-        left = self._resolved(factor, scales, start)
-        left = each("sub", left, fixed) if fixed else left
-        return {name: scale * left[name] for name, scale in scales.items()}
-
-    def _fixed_part(self, scales: dict[str, float], moved: Vector) -> Vector:
-        """Return where the constants pull, :math:`w`; what they do not reach is left alone."""
-        rest = {n: torch.zeros_like(d) if n in scales else d for n, d in moved.items()}
-        pull = product(self.precision, rest)
-        b = {name: scale * pull[name] for name, scale in scales.items()}
-        system = self._system(scales)
-        if system is not None:
-            return solve(system, b)
-        alone = {name: whole(value) for name, value in b.items()}
-        return placed_like(b, _by_products(self.precision, scales, alone))
-
-    def _resolved(self, factor: float, scales: dict[str, float], b: Vector) -> Vector:
-        """Return the solution of :math:`(I + f S A S)\, u = b`."""
-        if not factor:
-            return b
-        system = self._system(scales)
-        if system is not None:
-            return each("div", solve(system, b, damping=1 / factor), factor)
-        alone = {name: whole(value) for name, value in b.items()}
-        return placed_like(b, _by_products(self.precision, scales, alone, factor))
-
-    def _system(self, scales: dict[str, float]) -> Fisher | None:
-        """Return :math:`S A S` of what moves; it stays the same, with its eigenvectors."""
+    def _coupled(self, rates: Rates) -> Coupled:
+        """Return the precision with rates; those of tensors keep its eigenvectors."""
+        if rates.divisors:
+            return OfEntries(self.precision, rates)
+        scales, top = scales_of(rates.numbers)
         if self._kept[0] != scales:
-            self._kept = scales, _scaled(self.precision, scales)
-        found: Fisher | None = self._kept[1]
-        return found
-
-
-def _scales(rates: dict[str, float]) -> dict[str, float]:
-    """Return the roots of the rates, relative to the largest; what has none does not move."""
-    moving = {name: rate for name, rate in rates.items() if rate > 0}
-    top = max(moving.values(), default=1.0)
-    return {name: (rate / top) ** 0.5 for name, rate in moving.items()}
-
-
-def _scaled(precision: Fisher, scales: dict[str, float]) -> Fisher | None:
-    """Return :math:`S A S` of some parameters, or None if the structure cannot hold it."""
-    try:
-        alike = set(scales.values()) == {1.0}
-        return precision._within(scales) if alike else precision._congruent(scales)
-    except NotKept:
-        return None
-
-
-def _by_products(
-    precision: Fisher, scales: dict[str, float], start: Vector, factor: float | None = None
-) -> Vector:
-    r"""Solve :math:`(I + f S A S)\, u = b` by products alone, to the rounding error.
-
-    Without a factor it is :math:`S A S\, u = b`.
-    """
-    shapes = {name: value.shape for name, value in start.items()}
-    nothing = {n: next(iter(start.values())).new_zeros(s) for n, s in precision.shapes.items()}
-    top = max(float(d.abs().max()) for d in precision.diagonal().values())
-    own = 0.0 if factor is None else 1.0
-    factor = 1.0 if factor is None else min(factor, MOST_STIFF / max(top, 1 / MOST_STIFF))
-
-    def product(flat: Tensor) -> Tensor:
-        x = {name: scales[name] * part for name, part in unravel(flat, shapes).items()}
-        pull = precision._product({**nothing, **x})
-        return own * flat + factor * ravel({n: scales[n] * pull[n] for n in shapes})[0]
-
-    b = ravel(start)[0]
-    tolerance = 4 * torch.finfo(b.dtype).eps
-    return unravel(conjugate_gradients(product, b, tolerance, MOST_PRODUCTS).value, shapes)
+            self._kept = scales, OfTensors(self.precision, scales)
+        found: OfTensors = self._kept[1]
+        return found.at(top)
 
 
 def _forms(parameters: Mapping[str, Tensor]) -> list[tuple[Any, ...]]:

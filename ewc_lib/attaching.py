@@ -20,10 +20,15 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from ewc_lib._arguments import check_choice
 
-__all__ = ["Attachment", "Form"]
+__all__ = ["Attachment", "Form", "Metric"]
 
 Form: TypeAlias = Literal["proximal", "gradient"]
 """A proximal step after the optimizer's, or a gradient that is added before it."""
+
+Metric: TypeAlias = Literal["optimizer", "euclidean"]
+"""Of a proximal step: distances as the optimizer's own steps measure them, or alike for all."""
+
+METRICS = "optimizer", "euclidean"
 
 INNER = "optimizer", "base_optimizer", "optim"
 """Where wrappers keep the optimizer that makes the step."""
@@ -47,7 +52,7 @@ class Stepping(Protocol):
         """Add the gradient of the penalty."""
         ...
 
-    def _go(self, optimizer: Optimizer) -> None:
+    def _go(self, optimizer: Optimizer, metric: Metric) -> None:
         """Make the proximal step."""
         ...
 
@@ -76,6 +81,8 @@ class Attachment:
         How.
     parameters
         Those that the regularizer may hold.
+    metric
+        Of a proximal step.
 
     Raises
     ------
@@ -94,8 +101,10 @@ class Attachment:
         optimizer: Optimizer,
         form: Form,
         parameters: Mapping[str, Tensor],
+        metric: Metric = "optimizer",
     ) -> None:
         check_choice("form", form, ("proximal", "gradient"))
+        check_choice("metric", metric, METRICS)
         optimizer = unwrapped(optimizer)
         _check_form(optimizer, form)
         name = type(regularizer).__name__
@@ -109,6 +118,7 @@ class Attachment:
             )
         self.regularizer: Stepping = regularizer
         self.form: Form = form
+        self.metric: Metric = metric
         self._optimizer = ref(optimizer)
         self._entered = 0
         _steps_of(optimizer).attached.append(self)
@@ -209,17 +219,23 @@ class _Steps:
             return
         for one in self.attached:
             if one.form == "proximal":
-                one.regularizer._go(optimizer)
+                one.regularizer._go(optimizer, one.metric)
         for one in self.attached:
             one.regularizer._note_after()
 
 
-def unwrapped(optimizer: Any) -> Optimizer:
-    """Return the optimizer of PyTorch whose ``step`` is called in the end."""
+def inner_of(optimizer: Any) -> Any:
+    """Return what is inside of all wrappers."""
     inner, seen = optimizer, {id(optimizer)}
     while (found := _inner(inner)) is not None and id(found) not in seen:
         inner = found
         seen.add(id(inner))
+    return inner
+
+
+def unwrapped(optimizer: Any) -> Optimizer:
+    """Return the optimizer of PyTorch whose ``step`` is called in the end."""
+    inner = inner_of(optimizer)
     if not isinstance(inner, Optimizer):
         raise TypeError(f"expected an optimizer of torch.optim, got {type(optimizer).__name__}")
     return inner

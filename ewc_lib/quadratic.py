@@ -23,9 +23,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ewc_lib._anchored import in_layout_of, product, quadratic, solve
-from ewc_lib._arguments import check_strength
+from ewc_lib._arguments import check_choice, check_strength
 from ewc_lib._foreach import each
 from ewc_lib._held import Held, grown_from, held_ones, names_like
+from ewc_lib._metric import rates_of
 from ewc_lib._multiplier import MOST
 from ewc_lib._names import plain_name
 from ewc_lib._parameters import Vector
@@ -39,7 +40,7 @@ from ewc_lib._states import (
     precision_state,
     settings_of,
 )
-from ewc_lib.attaching import Attachment, Form
+from ewc_lib.attaching import METRICS, Attachment, Form, Metric, own_parameters
 from ewc_lib.files import card_of_penalty, read, write
 from ewc_lib.fisher.structures import Diagonal, Fisher, check_shapes
 from ewc_lib.fisher.structures.base import Join
@@ -213,50 +214,67 @@ class QuadraticPenalty:
             (held if names is None else held.part(names)).add_pull_(self.strength)
 
     @torch.no_grad()
-    def proximal_step_(self, optimizer: torch.optim.Optimizer) -> None:
+    def proximal_step_(
+        self, optimizer: torch.optim.Optimizer, metric: Metric = "optimizer"
+    ) -> None:
         r"""Minimise the penalty plus the distance from where the optimizer has gone.
 
-        .. math:: \theta \leftarrow (I + \eta \lambda A)^{-1} (\theta + \eta \lambda A\, m)
+        .. math:: \theta \leftarrow (I + \lambda S A)^{-1} (\theta + \lambda S A\, m)
 
-        This is :eq:`eq-proximal-step`, with the learning rate :math:`\eta` of each parameter
-        group. Call it after ``optimizer.step()``, and do not add the penalty to the loss or its
-        gradient. To first order in :math:`\eta \lambda` it is the gradient step of plain SGD.
-        But it is stable for every strength, where a gradient step diverges once
-        :math:`\eta \lambda A_i > 2`. And an adaptive optimizer such as Adam does not rescale
-        it, as AdamW does not rescale weight decay (Loshchilov and Hutter 2019). Parameters of
-        half precision move as those of float32 do: what is rounded away is kept and added to
-        the next step; the penalty knows of it, and so does a state. With momentum
-        :math:`\mu`, the gradient of the loss accumulates and the penalty does not: for the same
-        balance multiply the strength by :math:`1/(1-\mu)`.
+        This is :eq:`eq-metric-step`. Call it after ``optimizer.step()``, and do not add the
+        penalty to the loss or its gradient. The rates :math:`S` are those of the optimizer's own
+        steps, which for a gradient :math:`g` that stays are :math:`-S g`: the learning rate for
+        plain SGD, :math:`\eta/(1-\mu)` with momentum :math:`\mu`, and for Adam
+        :math:`\eta / (\sqrt{\hat v_i} + \varepsilon)` of each entry. So the strength weighs the
+        penalty against the loss as it does in a sum of the two (:prf:ref:`thm-metric`). But the
+        step is stable for every strength, where a gradient step diverges once
+        :math:`\lambda S_i A_i > 2`. Parameters of half precision move as those of float32 do:
+        what is rounded away is kept and added to the next step; the penalty knows of it, and so
+        does a state.
 
         It moves the parameters that this optimizer holds and that require grad; all others are
-        constants in it. With several optimizers, call it for each, after its step. Where the
-        rates differ, :math:`\eta` is the diagonal matrix of them.
+        constants in it. With several optimizers, call it for each, after its step.
 
         Parameters
         ----------
         optimizer
-            It has to hold at least one of the parameters that the penalty holds.
+            It has to hold at least one of the parameters that the penalty holds. The rates of
+            entries are known for Adam, AdamW, SparseAdam, NAdam, RAdam (the learning rate, as
+            long as it does not divide), Adamax, RMSprop, Adagrad, Adadelta and Adafactor (without
+            its clipping), and for classes that extend them. For any other optimizer they are its
+            learning rate: Rprop, Muon and ASGD among those of PyTorch. So they are where it has
+            seen no gradient of a parameter. With a precision that is not diagonal, rates of
+            entries take some products with it in every step (conjugate gradients).
+        metric
+            ``"optimizer"``, or ``"euclidean"`` for :math:`S = \eta` whatever the optimizer is:
+            :eq:`eq-proximal-step`. An adaptive optimizer then does not rescale the penalty, as
+            AdamW does not rescale weight decay (Loshchilov and Hutter 2019), and the strength is
+            another one than that in the loss (:prf:ref:`prop-rest`).
 
         Raises
         ------
         ValueError
-            If the optimizer holds none of them, though some require grad; and as
-            :meth:`penalty`.
+            If the optimizer holds none of them, though some require grad; if the metric is
+            unknown; and as :meth:`penalty`.
 
         References
         ----------
-        Parikh and Boyd 2014, section 4.2: the proximal gradient method.
+        Parikh and Boyd 2014, section 4.2: the proximal gradient method. Yun, Lozano and Yang
+        2021: that of an adaptive optimizer, in its own metric.
         """
-        self._step(optimizer, needed=True)
+        self._step(optimizer, metric, needed=True)
 
-    def _step(self, optimizer: torch.optim.Optimizer, needed: bool) -> None:
+    def _step(self, optimizer: torch.optim.Optimizer, metric: Metric, needed: bool) -> None:
         """Take the proximal step, or raise an error if it is needed and moves nothing."""
+        check_choice("metric", metric, METRICS)
         if self._precision is None or (self._budget is None and self.strength == 0):
             return
         held = self._held()
-        if rates := _rates(optimizer, held, needed):
-            held = held.part(rates)
+        rates = rates_of(optimizer, held.moving, metric)
+        if needed and not rates.numbers:
+            _check_holds(optimizer, held)
+        if rates.numbers:
+            held = held.part(rates.numbers)
             with self._uncast():
                 if self._budget is None:
                     held.go_(self.strength, rates)
@@ -307,7 +325,13 @@ class QuadraticPenalty:
         else:
             self._keep(self._precision._within(left), left)
 
-    def attach(self, optimizer: torch.optim.Optimizer, form: Form = "proximal") -> Attachment:
+    def attach(
+        self,
+        optimizer: torch.optim.Optimizer,
+        form: Form = "proximal",
+        *,
+        metric: Metric = "optimizer",
+    ) -> Attachment:
         r"""Act in every step of an optimizer from now on, so that the training loop stays as it is.
 
         The loop calls ``loss.backward()`` and ``optimizer.step()`` as it does without a penalty;
@@ -322,12 +346,13 @@ class QuadraticPenalty:
         ----------
         optimizer
             Any of ``torch.optim``, or in a wrapper that keeps it as ``optimizer``. With several,
-            attach to each: it acts on the parameters of that one. Its ``lr`` is taken for the
-            size of its step, which it is not quite in Rprop, Adadelta and Adafactor.
+            attach to each: it acts on the parameters of that one.
         form
-            ``"proximal"``: :meth:`proximal_step_` after the step, stable for every strength and
-            not rescaled by an adaptive optimizer. ``"gradient"``: :meth:`add_gradient_` before
-            it, as if the penalty were part of the loss.
+            ``"proximal"``: :meth:`proximal_step_` after the step, stable for every strength.
+            ``"gradient"``: :meth:`add_gradient_` before it, as if the penalty were part of the
+            loss.
+        metric
+            Of the proximal step, as there.
 
         Returns
         -------
@@ -339,8 +364,9 @@ class QuadraticPenalty:
         TypeError
             If it is no optimizer of PyTorch.
         ValueError
-            If this penalty is attached to it already, if it holds none of the parameters, or if
-            the form does not go with it (:class:`ewc_lib.attaching.Attachment`).
+            If this penalty is attached to it already, if it holds none of the parameters, if the
+            form does not go with it (:class:`ewc_lib.attaching.Attachment`), or if a word is
+            unknown.
 
         Examples
         --------
@@ -359,7 +385,7 @@ class QuadraticPenalty:
         if form == "gradient":
             self._check_no_budget()
         frozen = {n: p for n, p in self._choose.every(self.model).items() if not p.requires_grad}
-        return Attachment(self, optimizer, form, {**self._parameters(), **frozen})
+        return Attachment(self, optimizer, form, {**self._parameters(), **frozen}, metric)
 
     def _reads_gradients(self, form: Form) -> bool:
         return form == "gradient"
@@ -373,8 +399,8 @@ class QuadraticPenalty:
             self._add_gradient(own)
 
     @torch.no_grad()
-    def _go(self, optimizer: torch.optim.Optimizer) -> None:
-        self._step(optimizer, needed=False)
+    def _go(self, optimizer: torch.optim.Optimizer, metric: Metric) -> None:
+        self._step(optimizer, metric, needed=False)
 
     def _note_after(self) -> None:
         self.after_step()
@@ -654,23 +680,13 @@ class QuadraticPenalty:
         self._kept_held = None  # free what was held
 
 
-def _rates(optimizer: torch.optim.Optimizer, held: Held, needed: bool) -> dict[str, float]:
-    """Return the learning rate of each parameter that the optimizer can move.
-
-    Raise a ValueError if it holds none, though there are such and one is needed.
-    """
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    found = {n: float(rates[id(p)]) for n, p in held.moving.items() if id(p) in rates}
-    if (
-        needed
-        and not found
-        and held.moving
-        and not any(id(p) in rates for p in held.parameters.values())
-    ):
+def _check_holds(optimizer: torch.optim.Optimizer, held: Held) -> None:
+    """Raise a ValueError if an optimizer holds no parameter of a penalty, though some move."""
+    own = own_parameters(optimizer)
+    if held.moving and not any(id(p) in own for p in held.parameters.values()):
         raise ValueError(
             f"the optimizer holds none of the parameters of the penalty, {list(held.moving)}"
         )
-    return found
 
 
 def _number(value: float) -> Tensor:

@@ -140,6 +140,9 @@ class Checks:
             ewc.add_gradient_()
             gradient = {n: full(p.grad) for n, p in model.named_parameters()}
             ewc.proximal_step_(torch.optim.SGD(model.parameters(), lr=0.1))
+            adam = torch.optim.Adam(model.parameters(), lr=0.1)
+            adam.step()  # by the gradient of the penalty
+            ewc.proximal_step_(adam)
             if structure == "diagonal":
                 own = slice(dist.get_rank(), None, 2) if shards else slice(None)
                 data = x[own].to(dtype), y[own]

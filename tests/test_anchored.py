@@ -97,6 +97,17 @@ def test_operations_are_few_and_constant_whatever_the_number_of_parameters(form,
     assert count(28, tasks=1) == count(3, tasks=2) == count(3, tasks=1)
 
 
+def test_rates_of_entries_take_a_constant_number_of_operations_too():
+    def count(layers):
+        model = network(layers, torch.float32)
+        ewc, optimizer = held(model), torch.optim.Adam(model.parameters(), lr=0.1)
+        set_gradients(model)
+        optimizer.step()
+        return operations(lambda: ewc.proximal_step_(optimizer))
+
+    assert count(3) == count(28) == 8
+
+
 def test_gradients_that_are_missing_take_a_constant_number_of_operations_too():
     def count(layers):
         model = network(layers, torch.float32)
@@ -362,7 +373,7 @@ class Mixed(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:vmap cannot follow:RuntimeWarning")
-@pytest.mark.parametrize("form", ["gradient", "proximal"])
+@pytest.mark.parametrize("form", ["gradient", "proximal", "Adam"])
 def test_parameters_of_several_dtypes_each_keep_theirs(form):
     with torch.random.fork_rng():
         model = Mixed()
@@ -377,9 +388,17 @@ def test_parameters_of_several_dtypes_each_keep_theirs(form):
         ewc.add_gradient_()
         found = gradients(model)
     else:
-        pull = {n: 0.1 * 3.0 * A[n] for n in A}
+        optimizer, divisor = sgd(model), 1.0
+        if form == "Adam":  # the roots of the means of squares are 2, of both parts of a number
+            optimizer, divisor = torch.optim.Adam(model.parameters(), lr=0.1), 2.0
+            for p in model.parameters():
+                p.grad = torch.full_like(p, complex(2, -2) if p.is_complex() else 2.0)
+            optimizer.step()
+            for name, p in model.named_parameters():
+                p.detach().copy_(start[name])
+        pull = {n: 0.1 * 3.0 * A[n] / divisor for n in A}
         expected = [((p + pull[n] * m[n]) / (1 + pull[n])).to(p.dtype) for n, p in start.items()]
-        ewc.proximal_step_(sgd(model))
+        ewc.proximal_step_(optimizer)
         found = [p.detach() for p in model.parameters()]
     assert [value.dtype for value in found] == dtypes
     for value, other in zip(found, expected, strict=True):

@@ -1034,13 +1034,13 @@ def rates(model, *own):
 
 @pytest.mark.claim("thm-budget")
 @pytest.mark.parametrize("structure", ALL_STRUCTURES)
-@pytest.mark.parametrize("own", [(0.5, 0.5), (0.05, 0.5)], ids=["one rate", "two rates"])
+@pytest.mark.parametrize("own", [(0.5, 0.5), (0.05, 0.5), None], ids=["one", "two", "Adam"])
 def test_a_budget_is_kept_after_every_step_and_used(structure, own):
     model = network(torch.float32)
     ewc = EWC(model, budget=0.02, structure=structure)
     x, y = task(0, dtype=torch.float32, n=40)
     ewc.consolidate((x, y))
-    optimizer, spent = rates(model, *own), []
+    optimizer, spent = rates(model, *own) if own else torch.optim.Adam(model.parameters(), 0.05), []
     ewc.attach(optimizer)
     for _ in range(40):
         optimizer.zero_grad()
@@ -1067,6 +1067,25 @@ def test_the_step_of_a_budget_is_the_nearest_place_within_it(structure):
     assert ewc.nats().item() <= 0.01
     pull = F_ @ (x - m)
     torch.testing.assert_close((z - x) / eta, ewc.strength * pull, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.claim("thm-budget")
+@pytest.mark.parametrize("structure", ["diagonal", "dense"])
+def test_the_step_of_a_budget_is_the_nearest_place_in_the_metric_of_adam(structure):
+    model = network()
+    ewc = EWC(model, budget=1e-3, structure=structure)
+    F_ = ewc.consolidate(task(n=40)).to_dense()
+    m, optimizer = flat(copies(model)), torch.optim.Adam(model.parameters(), lr=0.1)
+    for p in model.parameters():
+        p.grad = torch.linspace(0.1, 3, p.numel(), dtype=DOUBLE).reshape(p.shape)
+    size = flat({n: p.grad.clone() for n, p in model.named_parameters()})
+    optimizer.step()
+    z = flat(copies(model))
+    ewc.proximal_step_(optimizer)
+    x = flat(copies(model))
+    assert 0.99e-3 < ewc.nats().item() <= 1e-3
+    pull = F_ @ (x - m)
+    torch.testing.assert_close((z - x) * size / 0.1, ewc.strength * pull, rtol=1e-5, atol=1e-8)
 
 
 def test_within_the_budget_nothing_is_held():

@@ -76,6 +76,18 @@ def singular():
     return root @ root.mT
 
 
+def rates(optimizer, model, metric="optimizer"):
+    """The rates of all entries as one vector, from the state of the optimizer."""
+    if metric == "euclidean" or isinstance(optimizer, torch.optim.SGD):
+        (group,) = optimizer.param_groups
+        momentum = 0 if metric == "euclidean" else group["momentum"]
+        return torch.full((5,), group["lr"] / (1 - momentum), dtype=DOUBLE)
+    states = [optimizer.state[p] for p in model.parameters()]
+    (group,), t = optimizer.param_groups, int(states[0]["step"])
+    means = torch.cat([state["exp_avg_sq"] for state in states]) / (1 - group["betas"][1] ** t)
+    return group["lr"] / (means.sqrt() + group["eps"])
+
+
 def set_gradients(model, seed=6):
     model.a.grad, model.b.grad = random(3, seed=seed), random(2, seed=seed + 1)
 
@@ -85,7 +97,10 @@ def set_gradients(model, seed=6):
 
 @each_optimizer
 @pytest.mark.parametrize("strength", [0.5, 100.0])
-def test_it_moves_to_the_weighted_mean_of_where_the_optimizer_went_and_the_anchor(name, strength):
+@pytest.mark.parametrize("metric", ["optimizer", "euclidean"])
+def test_it_moves_to_the_weighted_mean_of_where_the_optimizer_went_and_the_anchor(
+    name, strength, metric
+):
     model, penalty, anchor = held(lambda m: diagonal(m, spread()), strength)
     twin = Points(model.a.detach().clone(), model.b.detach().clone())
     ours, plain = OPTIMIZERS[name](model.parameters()), OPTIMIZERS[name](twin.parameters())
@@ -94,8 +109,8 @@ def test_it_moves_to_the_weighted_mean_of_where_the_optimizer_went_and_the_ancho
         set_gradients(twin, step)
         ours.step()
         plain.step()
-        penalty.proximal_step_(ours)
-        there, weight = parameters(twin), 0.1 * strength * spread()
+        penalty.proximal_step_(ours, metric)
+        there, weight = parameters(twin), strength * spread() * rates(ours, model, metric)
         torch.testing.assert_close(
             parameters(model), (there + weight * anchor) / (1 + weight), **TIGHT
         )
@@ -127,11 +142,12 @@ def test_it_follows_a_schedule_of_learning_rates_and_one_that_is_a_tensor():
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
-def test_an_adaptive_optimizer_does_not_rescale_it(name):
+@pytest.mark.parametrize("metric", ["optimizer", "euclidean"])
+def test_an_adaptive_optimizer_rescales_it_in_its_own_metric_only(name, metric):
     """After gradients of any size, a step without gradient moves by the penalty alone."""
 
     def pulled(size):
-        model, penalty, _ = held(lambda m: diagonal(m, spread()), 3.0)
+        model, penalty, anchor = held(lambda m: diagonal(m, spread()), 3.0)
         optimizer = OPTIMIZERS[name](model.parameters())
         for p in model.parameters():
             p.grad = torch.full_like(p, size)
@@ -140,10 +156,58 @@ def test_an_adaptive_optimizer_does_not_rescale_it(name):
         with torch.no_grad():
             for p, before in zip(model.parameters(), state, strict=True):
                 p.copy_(before)
-        penalty.proximal_step_(optimizer)
-        return parameters(model)
+        before = parameters(model) - anchor
+        penalty.proximal_step_(optimizer, metric)
+        return before / (parameters(model) - anchor) - 1
 
-    torch.testing.assert_close(pulled(1e-3), pulled(1e3), **TIGHT)
+    small, large = pulled(1e-3), pulled(1e3)
+    rescaled = 1e6 if metric == "optimizer" else 1.0
+    torch.testing.assert_close(small, rescaled * large, rtol=1e-4, atol=1e-6)
+
+
+def expected_at_rest(hessian, target, matrix, strength, anchor):
+    return torch.linalg.solve(
+        hessian + strength * matrix, hessian @ target + strength * matrix @ anchor
+    )
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "dense"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+        lambda params: torch.optim.Adam(params, lr=1e-2, betas=(0.9, 0.9)),
+        lambda params: torch.optim.RMSprop(params, lr=1e-2, alpha=0.9),
+        lambda params: torch.optim.Adagrad(params, lr=0.5),
+    ],
+    ids=["momentum", "Adam", "RMSprop", "Adagrad"],
+)
+def test_in_its_own_metric_it_rests_where_loss_and_penalty_are_smallest(make, structure):
+    hessian = torch.diag(torch.linspace(0.5, 2.0, 5, dtype=DOUBLE)) + 0.1
+    target, strength = 3 * random(5, seed=8), 10.0
+    root = random(5, 5, seed=5)
+    matrix = (
+        root @ root.mT if structure == "dense" else torch.diag(torch.linspace(0.1, 1, 5).double())
+    )
+
+    def precision(model):
+        return dense(model, matrix) if structure == "dense" else diagonal(model, matrix.diagonal())
+
+    def rest(metric):
+        model, penalty, anchor = held(precision, strength)
+        optimizer = make(model.parameters())
+        for _ in range(1500):
+            gradient = hessian @ (parameters(model) - target)
+            model.a.grad, model.b.grad = (g.clone() for g in gradient.split([3, 2]))
+            optimizer.step()
+            penalty.proximal_step_(optimizer, metric)
+        return parameters(model), anchor
+
+    found, anchor = rest("optimizer")
+    expected = expected_at_rest(hessian, target, matrix, strength, anchor)
+    tolerance = 1e-2 if structure == "dense" else 1e-4  # of conjugate gradients
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    assert (rest("euclidean")[0] - expected).norm() > 0.1
 
 
 def test_it_is_the_gradient_step_of_sgd_to_first_order():

@@ -14,6 +14,7 @@ from torch import nn
 
 from ewc_lib._forms import Pick, picked
 from ewc_lib._progress import progress as show_progress
+from ewc_lib.attaching import Metric
 from ewc_lib.continual._checkpoint import described, plain, restore, save
 from ewc_lib.continual._course import Course, course_of
 from ewc_lib.continual._measuring import Evaluate, Learned, Measure
@@ -50,7 +51,7 @@ def learn(
     reset_optimizer: bool = False,
     batch_size: int = 128,
     batch: Pick | None = None,
-    proximal: bool = False,
+    proximal: bool | Metric = False,
     n_samples: int | None = None,
     evaluate: Evaluate | None = None,
     watch: Iterable[int] = (),

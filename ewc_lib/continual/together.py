@@ -15,14 +15,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from ewc_lib._anchored import go_
+from ewc_lib._anchored import shares as shares_of
+from ewc_lib._metric import rates_of
 from ewc_lib._progress import progress as show_progress
+from ewc_lib._rounding import Rests
+from ewc_lib.attaching import Metric
 from ewc_lib.continual._course import course_of
 from ewc_lib.continual._measuring import Learned, Measure
 from ewc_lib.continual._reading import batches, some
 from ewc_lib.continual.learning import task_seed
 from ewc_lib.continual.metrics import accuracy
 from ewc_lib.continual.tasks import Stream
-from ewc_lib.continual.training import adam
+from ewc_lib.continual.training import adam, proximal_metric
 from ewc_lib.ewc import EWC
 from ewc_lib.fisher.structures import Diagonal, Vector
 from ewc_lib.heads import MultiHead
@@ -46,8 +51,8 @@ class Together:
         Makes the optimizer from the stacked parameters, and is kept from task to task. It has to
         treat every number alone, as Adam and SGD do.
     proximal
-        Whether the penalties make a proximal step, as in :func:`train`. Then their precisions
-        have to be diagonal.
+        Whether the penalties make a proximal step, or its metric, as in :func:`train`. Then their
+        precisions have to be diagonal.
 
     Raises
     ------
@@ -70,7 +75,7 @@ class Together:
         penalties: Sequence[EWC | None] | None = None,
         *,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = adam,
-        proximal: bool = False,
+        proximal: bool | Metric = False,
     ) -> None:
         self.models = list(models)
         self.penalties = [None] * len(self.models) if penalties is None else list(penalties)
@@ -78,7 +83,7 @@ class Together:
             raise ValueError(
                 f"{len(self.models)} networks need as many penalties, got {len(self.penalties)}"
             )
-        self.proximal = proximal
+        self.metric = proximal_metric(proximal)
         self.parameters = _stack(self.models)
         self.optimizer = optimizer(self.parameters.values())
 
@@ -113,7 +118,7 @@ class Together:
             for i, penalty in enumerate(self.penalties)
             if penalty is not None and not isinstance(penalty.precision, Diagonal | None)
         ]
-        if alone and self.proximal:
+        if alone and self.metric:
             raise ValueError("networks make proximal steps together only with diagonal precisions")
         orders = [
             batches(len(y), batch_size, steps, seed)
@@ -129,12 +134,12 @@ class Together:
             outputs = vmap(self._outputs)(self.parameters, x)
             loss = F.cross_entropy(outputs.flatten(0, 1), y.flatten(), reduction="sum")
             (loss / batch_size).backward()  # the sum over networks of their mean losses
-            if not self.proximal:
+            if not self.metric:
                 self._add_gradients_(stiffness, anchors)
                 for i in alone:
                     self._add_gradient_of_(i)
             self.optimizer.step()
-            if self.proximal:
+            if self.metric:
                 self._proximal_step_(stiffness, anchors)
 
     def _outputs(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -175,10 +180,11 @@ class Together:
 
     @torch.no_grad()
     def _proximal_step_(self, stiffness: Vector, anchors: Vector) -> None:
-        rate = self.optimizer.param_groups[0]["lr"]
-        for name, pull in stiffness.items():
-            share = 1 / (1 + 1 / (rate * pull))  # 0 where nothing pulls, and 1 at most
-            self.parameters[name].lerp_(anchors[name], share)
+        assert self.metric is not None
+        held = {name: self.parameters[name] for name in stiffness}
+        rates = rates_of(self.optimizer, held, self.metric)
+        shares = shares_of(stiffness, anchors, 1.0, rates)
+        go_(held, anchors, shares, Rests())
 
 
 def _stack(models: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
@@ -202,7 +208,7 @@ def learn_together(
     seeds: Sequence[int],
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = adam,
     batch_size: int = 128,
-    proximal: bool = False,
+    proximal: bool | Metric = False,
     n_samples: int | None = None,
 ) -> list[Learned]:
     """Learn several streams at once, each as :func:`learn` would learn it alone.

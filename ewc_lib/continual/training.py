@@ -10,8 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ewc_lib._arguments import check_choice
 from ewc_lib._forms import Pick, picked
 from ewc_lib._progress import progress as show_progress
+from ewc_lib.attaching import METRICS, Metric
 from ewc_lib.continual._objective import Objective
 from ewc_lib.continual._reading import Piece, Training, device_of, seeded
 from ewc_lib.continual._suiting import check_is_for, check_knows
@@ -31,7 +33,7 @@ MakesScheduler: TypeAlias = Callable[[Optimizer], Scheduler]
 class Proximal(Protocol):
     """A regularizer with a proximal step, as those with a quadratic penalty are."""
 
-    def proximal_step_(self, optimizer: Optimizer) -> None: ...
+    def proximal_step_(self, optimizer: Optimizer, metric: Metric = "optimizer") -> None: ...
 
 
 def mlp(sizes: tuple[int, ...], seed: int) -> nn.Sequential:
@@ -62,6 +64,14 @@ def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, fused=True)
 
 
+def proximal_metric(proximal: bool | Metric) -> Metric | None:
+    """Return the metric of a proximal step, or None where there is no such step."""
+    if isinstance(proximal, str):
+        check_choice("proximal", proximal, METRICS, ", True or False")
+        return proximal
+    return "optimizer" if proximal else None
+
+
 def train(
     model: nn.Module,
     data: Any,
@@ -73,7 +83,7 @@ def train(
     criterion: Criterion | None = None,
     optimizer: Optimizer | MakesOptimizer | None = None,
     scheduler: Scheduler | MakesScheduler | None = None,
-    proximal: bool = False,
+    proximal: bool | Metric = False,
     batch_size: int = 64,
     batch: Pick | None = None,
     on_step: Callable[[int], None] | None = None,
@@ -115,7 +125,8 @@ def train(
         each update, not after each pass.
     proximal
         Whether the regularizer makes a proximal step after the optimizer's instead of adding its
-        gradient before it.
+        gradient before it; or the metric of that step, which is the optimizer's own if it is True
+        (:meth:`ewc_lib.EWC.proximal_step_`).
     batch_size
         Observations for each update, where the data are no batches yet.
     batch
@@ -149,7 +160,8 @@ def train(
     order = Training(
         picked(data, batch), steps=steps, epochs=epochs, batch_size=batch_size, seed=seed
     )
-    if proximal and regularizer is not None and not hasattr(regularizer, "proximal_step_"):
+    metric = proximal_metric(proximal)
+    if metric and regularizer is not None and not hasattr(regularizer, "proximal_step_"):
         raise ValueError(f"{type(regularizer).__name__} has no proximal step")
     check_is_for(model, regularizer)
     objective = Objective(model, regularizer, criterion)
@@ -167,7 +179,7 @@ def train(
         for done, piece in enumerate(bar, start=1):
             if done == 1:
                 check_knows(regularizer, model, criterion, piece)
-            losses.append(_step(objective, piece, optimizer, regularizer, proximal))
+            losses.append(_step(objective, piece, optimizer, regularizer, metric))
             if rates is not None:
                 rates.step()
             if on_step is not None:
@@ -191,7 +203,7 @@ def _step(
     piece: Piece,
     optimizer: Optimizer,
     regularizer: Regularizer | None,
-    proximal: bool,
+    metric: Metric | None,
 ) -> Float[Tensor, ""]:
     """Make one update and return the loss of the task before it."""
     loss = objective.loss(piece)
@@ -199,11 +211,11 @@ def _step(
     loss.backward()
     if regularizer is not None:
         regularizer.before_step(piece.inputs)
-        if not proximal:
+        if not metric:
             regularizer.add_gradient_()
     optimizer.step()
     if regularizer is not None:
-        if proximal:
-            cast(Proximal, regularizer).proximal_step_(optimizer)
+        if metric:
+            cast(Proximal, regularizer).proximal_step_(optimizer, metric)
         regularizer.after_step()
     return loss.detach()

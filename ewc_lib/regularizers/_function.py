@@ -14,7 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ewc_lib._arguments import check_choice, check_strength
-from ewc_lib.attaching import Attachment, Form, accumulate_, own_parameters, watch_inputs
+from ewc_lib.attaching import (
+    Attachment,
+    Form,
+    Metric,
+    accumulate_,
+    own_parameters,
+    watch_inputs,
+)
 
 
 class Pass(NamedTuple):
@@ -179,7 +186,7 @@ class FunctionPenalty:
                 self.before_step(one.inputs)
                 act(one.size / total)
 
-    def _go(self, optimizer: torch.optim.Optimizer) -> None:
+    def _go(self, optimizer: torch.optim.Optimizer, metric: Metric) -> None:
         raise NotImplementedError  # there is no such form
 
     def _note_after(self) -> None:

@@ -71,6 +71,7 @@ def consolidated(digits, structure):
         ("diagonal", torch.optim.Adam, False),
         ("diagonal", SGD, False),
         ("diagonal", torch.optim.Adam, True),
+        ("diagonal", torch.optim.Adam, "euclidean"),
         ("diagonal", SGD, True),
         ("dense", torch.optim.Adam, False),
     ],
