@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from ewc_lib import data
@@ -23,11 +25,13 @@ def test_stability_tells_runs_that_diverge_from_others(tmp_path):
 def test_runs_at_once_end_as_those_one_after_another():
     images, protocol = data.digits(), short(STABILITY, steps=30, tasks=3).protocols["digits"]
     protocol["grid"] = [0.1, 100.0, 1e12]
-    found = play_together(images, protocol, seeds=2)
-    assert len(found) == 2 * 2 * 3 * 2
+    rest, valid = data.hold_out(images)
+    found = play_together(rest, protocol, seeds=2, valid=valid)
+    assert len(found) == (2 + 3) * 3 * 2  # two forms with SGD, three with Adam
     for run in found:
-        alone = STABILITY.play(images, protocol, "cpu", run)
+        alone = STABILITY.play(rest, protocol, "cpu", run)
         assert run["diverged"] == alone["diverged"]
+        assert math.isnan(run["valid"]) == run["diverged"]
         # rounding may move images over the border between two classes
         assert run["accuracy"] == pytest.approx(alone["accuracy"], abs=0.02, nan_ok=True)
     diverged = {(r["optimizer"], r["form"], r["strength"]) for r in found if r["diverged"]}
