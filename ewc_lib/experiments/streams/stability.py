@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ewc_lib.attaching import Metric
-from ewc_lib.continual import MultiHead, average_accuracy, learn_together, mlp, permuted
-from ewc_lib.data import Images
+from ewc_lib.continual import MultiHead, Stream, average_accuracy, learn_together, mlp, permuted
+from ewc_lib.data import Images, hold_out
 from ewc_lib.ewc import EWC
 from ewc_lib.experiments.runs.protocols import (
     METHODS,
@@ -57,8 +57,17 @@ def _optimizer(protocol: Protocol, name: str) -> Callable[..., torch.optim.Optim
     return partial(algorithm, lr=protocol["optimizers"][name])
 
 
+def _held_out(images: Images, protocol: Protocol, seed: int) -> tuple[Images, Stream | None]:
+    """Return the images without those for validation, and a stream of these if there are any."""
+    if not protocol.get("held_out"):
+        return images, None
+    rest, valid = hold_out(images, protocol["held_out"])
+    return rest, permuted(valid, protocol["tasks"], seed=seed)
+
+
 def _play(images: Images, protocol: Protocol, device: str, run: Run) -> dict[str, Any]:
     make, seed = METHODS["online EWC"], run["seed"]
+    images, valid = _held_out(images, protocol, seed)
     try:
         found = play(
             permuted(images, protocol["tasks"], seed=seed),
@@ -66,6 +75,7 @@ def _play(images: Images, protocol: Protocol, device: str, run: Run) -> dict[str
             device,
             lambda model: make(model, run["strength"], seed),
             seed=seed,
+            valid=valid,
             optimizer=_optimizer(protocol, run["optimizer"]),
             proximal=FORMS[run["form"]],
             n_samples=protocol["n_samples"],
@@ -73,7 +83,8 @@ def _play(images: Images, protocol: Protocol, device: str, run: Run) -> dict[str
     except ValueError as problem:  # the parameters are NaN when the Fisher information is due
         if "NaN" not in str(problem) and "not finite" not in str(problem):
             raise
-        return {"accuracy": math.nan, "diverged": True}
+        lost = {"accuracy": math.nan} | ({} if valid is None else {"valid": math.nan})
+        return {**lost, "diverged": True}
     return {**found, "diverged": False}
 
 
@@ -152,7 +163,14 @@ STABILITY = Experiment(
     summary="Five permuted tasks at strengths from 0.1 to 1e12, with SGD and with Adam.",
     protocols={
         "mnist": {**_SHARED, "hidden": [100, 100], "steps": 1000, "batch": 128},
-        "digits": {**_SHARED, "hidden": [64, 64], "steps": 50, "batch": 64},
+        "digits": {
+            **_SHARED,
+            "tasks": 3,
+            "hidden": [64, 64],
+            "steps": 200,
+            "batch": 64,
+            "held_out": 0.2,
+        },
     },
     stages=(_all,),
     play=_play,

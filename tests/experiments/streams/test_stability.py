@@ -1,5 +1,3 @@
-import math
-
 import pytest
 
 from ewc_lib import data
@@ -25,13 +23,13 @@ def test_stability_tells_runs_that_diverge_from_others(tmp_path):
 def test_runs_at_once_end_as_those_one_after_another():
     images, protocol = data.digits(), short(STABILITY, steps=30, tasks=3).protocols["digits"]
     protocol["grid"] = [0.1, 100.0, 1e12]
-    rest, valid = data.hold_out(images)
+    rest, valid = data.hold_out(images, protocol["held_out"])
     found = play_together(rest, protocol, seeds=2, valid=valid)
     assert len(found) == (2 + 3) * 3 * 2  # two forms with SGD, three with Adam
     for run in found:
-        alone = STABILITY.play(rest, protocol, "cpu", run)
+        alone = STABILITY.play(images, protocol, "cpu", run)
         assert run["diverged"] == alone["diverged"]
-        assert math.isnan(run["valid"]) == run["diverged"]
+        assert run["valid"] == pytest.approx(alone["valid"], abs=0.03, nan_ok=True)
         # rounding may move images over the border between two classes
         assert run["accuracy"] == pytest.approx(alone["accuracy"], abs=0.02, nan_ok=True)
     diverged = {(r["optimizer"], r["form"], r["strength"]) for r in found if r["diverged"]}
