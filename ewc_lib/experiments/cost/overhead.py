@@ -126,11 +126,12 @@ def overhead(
     Returns
     -------
     dict
-        ``plain`` and, for each form and number of tasks, the seconds of each step;
-        :func:`overheads` reads it.
+        ``plain`` and, for each form and number of tasks, the seconds of each step, on a processor
+        those that it has worked for it; :func:`overheads` reads it.
     """
     start, before = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(threads)
+    clock = time.process_time if device == "cpu" else time.perf_counter
     try:
         steps = _steps(network, tasks, device)
         seconds: dict[tuple[str, int], list[float]] = {key: [] for key in steps}
@@ -139,9 +140,9 @@ def overhead(
                 step()
         for _ in show_progress(range(rounds), "overhead", progress):
             for key, step in steps.items():
-                begin = time.perf_counter()
+                begin = clock()
                 step()
-                seconds[key].append(round(time.perf_counter() - begin, 7))
+                seconds[key].append(round(clock() - begin, 7))
         record = provenance(seeds=[0], wall_seconds=time.perf_counter() - start)
     finally:
         torch.set_num_threads(before)
