@@ -43,8 +43,6 @@ ALLOWED = {
     "practice/stability": {
         "learning rate 0.1": CHOSEN,
         "strengths from 0.1 to": CHOSEN,
-        "decade from 0.1 to": CHOSEN,
-        "95 % confidence intervals": "a level of confidence",
     },
     "practice/which_fisher": {
         "99 % sure of an image keeps 99 % of its information": CHOSEN,

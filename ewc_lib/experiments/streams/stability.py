@@ -11,20 +11,18 @@ from typing import Any
 import torch
 
 from ewc_lib.attaching import Metric
-from ewc_lib.continual import MultiHead, Stream, average_accuracy, learn_together, mlp, permuted
+from ewc_lib.continual import Stream, permuted
 from ewc_lib.data import Images, hold_out
-from ewc_lib.ewc import EWC
 from ewc_lib.experiments.runs.protocols import (
     METHODS,
     Experiment,
     Protocol,
-    average_over,
     play,
 )
 from ewc_lib.experiments.runs.store import Run
 from ewc_lib.experiments.runs.strengths import decades
 
-__all__ = ["STABILITY", "play_together"]
+__all__ = ["STABILITY"]
 
 FORMS: dict[str, bool | Metric] = {
     "gradient": False,
@@ -41,15 +39,11 @@ _SHARED = {
 }
 
 
-def _forms(optimizer: str) -> list[str]:
-    """Return the forms that differ: the metric of plain SGD is the euclidean one."""
-    return [form for form in FORMS if optimizer != "SGD" or form != "euclidean"]
-
-
 def _all(protocol: Protocol, seeds: int, _: Sequence[Run]) -> Iterable[Run]:
     for seed, optimizer in product(range(seeds), protocol["optimizers"]):
-        for form, strength in product(_forms(optimizer), protocol["grid"]):
-            yield {"optimizer": optimizer, "form": form, "strength": strength, "seed": seed}
+        for form, strength in product(FORMS, protocol["grid"]):
+            if (optimizer, form) != ("SGD", "euclidean"):  # which is its own metric
+                yield {"optimizer": optimizer, "form": form, "strength": strength, "seed": seed}
 
 
 def _optimizer(protocol: Protocol, name: str) -> Callable[..., torch.optim.Optimizer]:
@@ -86,76 +80,6 @@ def _play(images: Images, protocol: Protocol, device: str, run: Run) -> dict[str
         lost = {"accuracy": math.nan} | ({} if valid is None else {"valid": math.nan})
         return {**lost, "diverged": True}
     return {**found, "diverged": False}
-
-
-def play_together(
-    images: Images, protocol: Protocol, seeds: int, *, valid: Images | None = None
-) -> list[Run]:
-    """Do all runs of a protocol here, those of an optimizer and a form at once.
-
-    Parameters
-    ----------
-    images, protocol
-        The data set, and a protocol of :data:`STABILITY`.
-    seeds
-        How many seeds each row has.
-    valid
-        The same with validation images in the place of the test images, as
-        :func:`ewc_lib.data.hold_out` makes them.
-
-    Returns
-    -------
-    list of dict
-        ``optimizer``, ``form``, ``strength`` and ``seed`` of each run, its ``accuracy``, and
-        whether it has ``diverged``. The accuracy is NaN then. With validation images also
-        ``valid``, the average accuracy on those.
-    """
-    finished = []
-    for optimizer in protocol["optimizers"]:
-        for form in _forms(optimizer):
-            runs = [
-                run
-                for run in _all(protocol, seeds, ())
-                if (run["optimizer"], run["form"]) == (optimizer, form)
-            ]
-            finished += _at_once(images, valid, protocol, optimizer, form, runs)
-    return finished
-
-
-def _at_once(
-    images: Images,
-    valid: Images | None,
-    protocol: Protocol,
-    optimizer: str,
-    form: str,
-    runs: list[Run],
-) -> list[Run]:
-    """Do runs that differ in strength and seed alone."""
-    seeds = sorted({run["seed"] for run in runs})
-    streams = {seed: permuted(images, protocol["tasks"], seed=seed) for seed in seeds}
-    sizes = (images.n_features, *protocol["hidden"], images.n_classes)
-    models = [MultiHead(mlp(sizes, run["seed"])) for run in runs]
-    strengths = [run["strength"] for run in runs]
-    learned = learn_together(
-        [streams[run["seed"]] for run in runs],
-        models,
-        [EWC(model, s, "online") for model, s in zip(models, strengths, strict=True)],
-        steps=protocol["steps"],
-        seeds=[run["seed"] for run in runs],
-        optimizer=_optimizer(protocol, optimizer),
-        batch_size=protocol["batch"],
-        proximal=FORMS[form],
-        n_samples=protocol["n_samples"],
-    )
-    finished = []
-    for run, model, known in zip(runs, models, learned, strict=True):
-        accuracy = average_accuracy(known.accuracies)
-        found = {**run, "accuracy": accuracy, "diverged": math.isnan(accuracy)}
-        if valid is not None:
-            tasks = permuted(valid, protocol["tasks"], seed=run["seed"])
-            found["valid"] = math.nan if found["diverged"] else average_over(model, tasks)
-        finished.append(found)
-    return finished
 
 
 STABILITY = Experiment(
