@@ -27,7 +27,15 @@ from ewc_lib.experiments.runs.strengths import best, decades, points
 from ewc_lib.fisher import Diagonal, fisher_information
 from ewc_lib.quadratic import QuadraticPenalty
 
-__all__ = ["FISHER_VARIANTS", "VARIANTS", "OnlinePenalty", "at_their_best", "of_batch_means"]
+__all__ = [
+    "FISHER_VARIANTS",
+    "VARIANTS",
+    "Importance",
+    "OnlinePenalty",
+    "at_their_best",
+    "of_batch_means",
+    "of_drawn_labels",
+]
 
 Importance = Callable[..., Any]
 """Of a model and the data of a task, inputs and labels."""
@@ -71,17 +79,55 @@ def of_batch_means(
     batch_size
         Observations of a batch; a last batch that is smaller counts as much as the others.
     """
+    batches = list(zip(*(tensor.split(batch_size) for tensor in data), strict=True))
+    sums = _sums_of_squares(model, batches, [1 / len(batches)] * len(batches))
+    return Diagonal(len(data[0]), "squared batch means", dict.fromkeys(sums, "rule"), sums)
+
+
+def of_drawn_labels(
+    model: nn.Module,
+    data: tuple[Tensor, Tensor],
+    *,
+    batch_size: int = 128,
+    generator: torch.Generator,
+) -> Diagonal:
+    """Return the squared gradients of batches with labels from the model, times the batch size.
+
+    The scores of labels that the model draws are independent and zero on average. What cancels in
+    the gradient of a batch therefore comes back in the square, on average: this is an unbiased
+    estimate of the Fisher information (Liu et al. 2024, "Gauss-Newton-Bartlett").
+
+    Parameters
+    ----------
+    model
+        A classifier.
+    data
+        Inputs and labels; the labels are not read.
+    batch_size
+        Observations of a batch; a smaller last batch counts for less.
+    generator
+        Draws the labels.
+    """
+    x, _ = data
+    with torch.no_grad(), evaluating(model):
+        labels = torch.multinomial(model(x).softmax(1), 1, generator=generator).squeeze(1)
+    batches = list(zip(x.split(batch_size), labels.split(batch_size), strict=True))
+    sums = _sums_of_squares(model, batches, [len(part) ** 2 / len(x) for part, _ in batches])
+    return Diagonal(len(x), "batched", dict.fromkeys(sums, "rule"), sums)
+
+
+def _sums_of_squares(
+    model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]
+) -> dict[str, Tensor]:
+    """Return the weighted sum of the squared gradients of the mean losses of batches."""
     names, parameters = zip(*model.named_parameters(), strict=True)
     sums = [torch.zeros_like(p) for p in parameters]
-    batches = list(zip(*(tensor.split(batch_size) for tensor in data), strict=True))
     with evaluating(model):
-        for x, y in batches:
+        for (x, y), weight in zip(batches, weights, strict=True):
             gradients = torch.autograd.grad(F.cross_entropy(model(x), y), parameters)
             for total, g in zip(sums, gradients, strict=True):
-                total.addcmul_(g, g)
-    values = {name: total / len(batches) for name, total in zip(names, sums, strict=True)}
-    paths = dict.fromkeys(names, "rule")
-    return Diagonal(len(data[0]), "squared batch means", paths, values)
+                total.addcmul_(g, g, value=weight)
+    return dict(zip(names, sums, strict=True))
 
 
 _fisher = partial(partial, fisher_information, progress=False)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from ewc_lib._arguments import check_whole
 from ewc_lib._foreach import each
 from ewc_lib._parameters import Vector, ravel
+from ewc_lib._selecting import Selection, select_parameters
 from ewc_lib._sharded import total
 from ewc_lib.fisher.structures.base import Fisher, Join
 from ewc_lib.fisher.structures.vectors import divide, padded
@@ -29,6 +31,90 @@ class Diagonal(Fisher):
     """
 
     values: Vector
+
+    SECOND_MOMENTS: ClassVar[str] = "second moments"
+    """The kind of what :meth:`from_optimizer` returns."""
+
+    @classmethod
+    def from_optimizer(
+        cls,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        *,
+        batch_size: int,
+        params: Selection = None,
+        n_samples: int | None = None,
+    ) -> Self:
+        r"""Return Adam's second moments, times the batch size: no pass over the data.
+
+        .. math:: B \,\hat v, \qquad
+                  \hat v = \frac{1 - \beta_2}{1 - \beta_2^T}
+                  \sum_{t \le T} \beta_2^{T-t} \, \bar s_t^{\,2}
+
+        with the gradients :math:`\bar s_t` of the mean loss of each batch, the latest of which
+        count most. Li et al. (2025) take such moments for the Fisher information. What they are
+        on average says :eq:`eq-batch-mean`, at the parameters of each step: :math:`B\,\hat v` is
+        the *empirical* Fisher :math:`\tilde F` plus :math:`(B-1)\,\mu^2`, with the mean score
+        :math:`\mu` of the data. That is close to :math:`\tilde F` only if training has come to
+        rest, so that :math:`\mu^2 \ll \tilde F / B`, and to the Fisher information only if, in
+        addition, the observed labels are as the model predicts them.
+
+        Parameters
+        ----------
+        optimizer
+            Adam, AdamW, NAdam or RAdam, after some steps with ``model``. The moments are those of
+            the gradients that it was given: a penalty or a weight decay in the loss, and clipped
+            gradients, are part of them. The average is bias-corrected; of ``amsgrad``, too, it is
+            the average, not its maximum. If the optimizer goes on from task to task, so do the
+            moments.
+        model
+            Names the parameters.
+        batch_size
+            :math:`B`, observations of a batch, over all processes; the loss was their mean.
+        params
+            As in :func:`ewc_lib.fisher_information`.
+        n_samples
+            Observations that it shall count for, as in :meth:`pool`. By default all that the
+            optimizer has seen, repeated ones included: the batch size times the steps.
+
+        Returns
+        -------
+        Diagonal
+            Of the kind ``"second moments"``. An :class:`ewc_lib.EWC` of that kind remembers it. A
+            parameter that never had a gradient has zero.
+
+        Raises
+        ------
+        ValueError
+            If the optimizer has made no step, holds no second moments of each entry, or does not
+            have one of the parameters; or if a number is not positive.
+
+        Examples
+        --------
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> for x in (1.0, 3.0):
+        ...     optimizer.zero_grad()
+        ...     model(torch.full((4, 1), x)).mean().backward()  # its gradient is x
+        ...     optimizer.step()
+        >>> F = Diagonal.from_optimizer(optimizer, model, batch_size=4)
+        >>> round(F.values["weight"].item(), 3)  # about 4 (1 + 9) / 2
+        20.008
+        >>> F.kind, F.n_samples
+        ('second moments', 8)
+        """
+        check_whole(batch_size=batch_size, n_samples=n_samples)
+        chosen = select_parameters(model, params)
+        found = {name: _second_moment(optimizer, name, p) for name, p in chosen.items()}
+        n_steps = max(n for _, n in found.values())
+        if not n_steps:
+            raise ValueError("the optimizer has made no step with these parameters")
+        return cls(
+            batch_size * n_steps if n_samples is None else n_samples,
+            cls.SECOND_MOMENTS,
+            {name: "rule" if n else "unused" for name, (_, n) in found.items()},
+            {name: batch_size * moment for name, (moment, _) in found.items()},
+        )
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -103,3 +189,25 @@ class Diagonal(Fisher):
     ) -> Self:
         values = {name: state[f"diagonal.{name}"].clone() for name in paths}
         return cls(n_samples, kind, paths, values)
+
+
+def _second_moment(
+    optimizer: torch.optim.Optimizer, name: str, parameter: nn.Parameter
+) -> tuple[Tensor, int]:
+    """Return the bias-corrected mean square of the gradients of a parameter, of how many steps."""
+    groups = (g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    if (group := next(groups, None)) is None:
+        raise ValueError(
+            f"the optimizer does not have parameter {name!r}; params= chooses those that it has"
+        )
+    state: dict[str, Any] = optimizer.state.get(parameter, {})
+    if not state:
+        return torch.zeros_like(parameter, dtype=parameter.dtype.to_real()).detach(), 0
+    if not {"exp_avg_sq", "step"} <= state.keys() or "betas" not in group:
+        raise ValueError(
+            f"{type(optimizer).__name__} holds no second moment of each entry of {name!r}, as "
+            "Adam and AdamW do"
+        )
+    n_steps = int(state["step"])
+    moment = state["exp_avg_sq"] / (1 - group["betas"][1] ** n_steps)
+    return torch.view_as_real(moment).sum(-1) if moment.is_complex() else moment, n_steps
