@@ -24,8 +24,7 @@ from ewc_lib._precision import Precision
 from ewc_lib._processes import Group, fisher_of_ranks
 from ewc_lib._selecting import Selection
 from ewc_lib._states import check_likelihood
-from ewc_lib.fisher.estimate import Structure, check_request
-from ewc_lib.fisher.output import Kind
+from ewc_lib.fisher.estimate import AnyKind, Structure, check_request
 from ewc_lib.fisher.structures import (
     BlockDiagonal,
     Dense,
@@ -74,7 +73,9 @@ class EWC(QuadraticPenalty):
     decay
         :math:`\gamma \in [0, 1]` of the online mode. The default 1 forgets nothing.
     likelihood, criterion, kind
-        As in :func:`ewc_lib.fisher_information`, which computes every :math:`F_t`.
+        As in :func:`ewc_lib.fisher_information`, which computes every :math:`F_t`. With
+        ``kind="second moments"`` nothing is computed: :meth:`remember` takes what
+        :meth:`ewc_lib.fisher.Diagonal.from_optimizer` makes of the optimizer.
     structure
         As there. The Kronecker structures hold one task only, because the sum of two of them has
         another structure. With ``"lowrank"`` the rank, and so the memory, grows with every task.
@@ -137,7 +138,7 @@ class EWC(QuadraticPenalty):
         decay: float = 1.0,
         likelihood: Likelihood | None = None,
         criterion: Criterion | None = None,
-        kind: Kind = "exact",
+        kind: AnyKind | Literal["second moments"] = "exact",
         structure: Structure = "diagonal",
         params: Selection = None,
         n_samples: int | None = None,
@@ -149,7 +150,8 @@ class EWC(QuadraticPenalty):
         device: torch.device | str | None = None,
     ) -> None:
         check_choice("mode", mode, ("separate", "online"))
-        check_request(kind, structure, n_samples, draws, rank, certify, precision, dtype, device)
+        known = "exact" if kind == "second moments" else kind  # these are remembered only
+        check_request(known, structure, n_samples, draws, rank, certify, precision, dtype, device)
         given_distribution(likelihood)  # refuses an unknown word now, not later
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must lie between 0 and 1, got {decay}")
@@ -163,7 +165,7 @@ class EWC(QuadraticPenalty):
         self.decay = decay
         self.likelihood = likelihood
         self.criterion = criterion
-        self.kind: Kind = kind
+        self.kind: AnyKind | Literal["second moments"] = kind
         self.structure: Structure = structure
         self.n_samples = n_samples
         self.draws, self.rank, self.certify = draws, rank, certify
@@ -265,9 +267,9 @@ class EWC(QuadraticPenalty):
         Raises
         ------
         ValueError
-            If this is the second task and the structure holds one only, and as
-            :func:`ewc_lib.fisher_information`. If no likelihood was given and the one that was
-            found is not that of the tasks so far, also of those in a state. If
+            If this is the second task and the structure holds one only, if the kind is that of an
+            optimizer, and as :func:`ewc_lib.fisher_information`. If no likelihood was given and
+            the one that was found is not that of the tasks so far, also of those in a state. If
             processes have other parameters, or the structure is one that does not add up over
             processes.
         RuntimeError
@@ -283,6 +285,11 @@ class EWC(QuadraticPenalty):
             (:func:`ewc_lib.freeze_norms`).
         """
         self._check_room()
+        if self.kind == "second moments":
+            raise ValueError(
+                "second moments are those of an optimizer, not of data: call "
+                "remember(Diagonal.from_optimizer(optimizer, model, batch_size=...))"
+            )
         chosen = list(self._of_task())
         fisher = fisher_of_ranks(
             self.model,

@@ -16,6 +16,7 @@ from ewc_lib._drawing import random_part
 from ewc_lib._forms import Pick, picked
 from ewc_lib._precision import Precision
 from ewc_lib._selecting import Selection, select_parameters
+from ewc_lib.fisher.batched import BatchedSum, add_batches
 from ewc_lib.fisher.output import KINDS, Kind, columns
 from ewc_lib.fisher.structures import Fisher
 from ewc_lib.fisher.sums.base import ParameterSpace, Sum
@@ -39,6 +40,9 @@ Structure: TypeAlias = Literal[
 ]
 STRUCTURES: tuple[str, ...] = get_args(Structure)
 
+AnyKind: TypeAlias = Kind | Literal["batched"]
+"""Also the one without gradients of observations, of which there is a diagonal only."""
+
 
 def fisher_information(
     model: nn.Module,
@@ -46,7 +50,7 @@ def fisher_information(
     likelihood: Likelihood | None = None,
     *,
     criterion: Criterion | None = None,
-    kind: Kind = "exact",
+    kind: AnyKind = "exact",
     structure: Structure = "diagonal",
     params: Selection = None,
     n_samples: int | None = None,
@@ -116,6 +120,13 @@ def fisher_information(
 
         ``"empirical"`` uses the observed labels. That is *not* the Fisher information unless
         the model is the truth (Kunstner et al. 2019).
+
+        ``"batched"`` squares one gradient of each batch, of the sum of the sketches of its
+        observations (:eq:`eq-batched`; Liu et al. 2024 draw labels instead): unbiased, and no
+        gradient of a single observation is needed. It is for models on the path ``"generic"`` or
+        ``"loop"``, where every other kind is slow, and gives the diagonal only. Its noise, other
+        than its mean, depends on the batches: it falls with their number, not with that of the
+        observations. They are taken as they come; one tuple of tensors makes batches of 128.
     structure
         What is kept. ``"diagonal"``; ``"block"``, one matrix for each parameter; ``"module"``,
         one for all parameters of a module; ``"dense"``, the whole matrix of a small model.
@@ -158,13 +169,15 @@ def fisher_information(
         A function that picks ``(inputs, targets)``, or a dict with ``"labels"``, from a batch
         that holds more, as ``lambda b: (b[0], b[2])``. One tuple of tensors is one batch.
     draws
-        Random columns for each observation, for ``"sketch"`` and ``"sampled"``.
+        Random columns for each observation, for ``"sketch"``, ``"sampled"`` and ``"batched"``.
     certify
         Which batches are compared with autograd's gradients. By default those whose plan is not
         known to hold: the first of each form, the last, a sixteenth of the others, and all in
         which values may decide which row goes where, as in masks, sorting and mixtures of
         experts. ``"always"`` compares every batch, and the output of each half of it with that
-        of the whole, for the price of two to five more passes forward and backward.
+        of the whole, for the price of two to five more passes forward and backward. The gradients
+        of ``kind="batched"`` are autograd's own: there only outputs are compared, those of some
+        observations alone with those in their batch, for the first batch or for all.
     precision
         With ``"highest"``, products of matrices and convolutions are as precise as float32,
         whatever PyTorch is set to: they are not rounded to TF32, as convolutions of cuDNN are by
@@ -235,17 +248,21 @@ def fisher_information(
     generator = random_source(generator, network.device)
     data = random_part(picked(data, batch), n_samples, generator)
 
+    def finished(total: Sum, paths: dict[str, str], rounding: float) -> Fisher:
+        found = total.mean(kind, paths)
+        check_finite_sums(found.diagonal())
+        words = in_words(distribution)
+        return replace(found, tolerance=math.sqrt(rounding) or None, likelihood=words)
+
     def accumulate(total: Sum) -> Fisher:
         rounding = 0.0
+        assert kind != "batched"
         for batch in explaining(network.over(data, n_samples, progress), model):
             target = batch.batch.target
             total.add(batch, columns(kind, distribution, batch.output, target, draws, generator))
             rounding = max(rounding, batch.forward.graph.eps())
             del batch  # and with it the graph, before the next one grows
-        found = total.mean(kind, network.paths())
-        check_finite_sums(found.diagonal())
-        words = in_words(distribution)
-        return replace(found, tolerance=math.sqrt(rounding) or None, likelihood=words)
+        return finished(total, network.paths(), rounding)
 
     space = ParameterSpace(
         network.parameters, dtype, None if device is None else torch.device(device)
@@ -253,6 +270,10 @@ def fisher_information(
     with network.leaving_no_trace():
         data, distribution = agreed(model, data, likelihood, criterion)
         network.distribution = distribution
+        if kind == "batched":
+            batches = BatchedSum(space)
+            eps = add_batches(batches, network, data, n_samples, draws, generator, progress)
+            return finished(batches, batches.paths(), eps)
         if structure == "eigenkronecker":
             start = generator.get_state()
             factors = KroneckerSum(space)
@@ -274,8 +295,13 @@ def check_request(
     device: torch.device | str | None,
 ) -> None:
     """Raise a ValueError that names the first argument that cannot be meant."""
-    check_choice("kind", kind, KINDS)
+    check_choice("kind", kind, (*KINDS, "batched"))
     check_choice("structure", structure, STRUCTURES)
+    if kind == "batched" and structure != "diagonal":
+        raise ValueError(
+            f"kind='batched' gives structure='diagonal' only, not {structure!r}: other entries "
+            "need the gradients of observations, as kind='sketch' computes them"
+        )
     check_choice("certify", certify, get_args(Certify))
     check_choice("precision", precision, get_args(Precision))
     check_whole(n_samples=n_samples, draws=draws, rank=rank)

@@ -29,8 +29,7 @@ from ewc_lib._sharded import any_sharded
 from ewc_lib._states import check_settings, settings_of
 from ewc_lib.attaching import accumulate_
 from ewc_lib.fisher import Diagonal, fisher_information
-from ewc_lib.fisher.estimate import check_request
-from ewc_lib.fisher.output import Kind
+from ewc_lib.fisher.estimate import AnyKind, check_request
 from ewc_lib.fisher.structures import Fisher, check_shapes
 from ewc_lib.fisher.structures.states import under
 from ewc_lib.likelihood.agreement import Criterion
@@ -117,7 +116,7 @@ class AdapterEWC(FunctionPenalty):
         decay: float = 1.0,
         likelihood: Likelihood | None = None,
         criterion: Criterion | None = None,
-        kind: Kind = "exact",
+        kind: AnyKind = "exact",
         params: Selection = None,
         n_samples: int | None = None,
         draws: int = 1,
@@ -135,7 +134,7 @@ class AdapterEWC(FunctionPenalty):
         self._wrapped = model  # which says whose running statistics count
         self.mode, self.decay = mode, decay
         self.likelihood, self.criterion = likelihood, criterion
-        self.kind: Kind = kind
+        self.kind: AnyKind = kind
         self.n_samples, self.draws, self.certify = n_samples, draws, certify
         self.products: Precision = precision
         self._precision: Diagonal | None = None

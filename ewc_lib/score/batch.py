@@ -53,8 +53,7 @@ class BatchScores:
     @property
     def output(self) -> Tensor:
         """The output of the model, in the precision of the sums."""
-        output = self.forward.output.detach()
-        return output.to(sum_dtype(output))
+        return self.forward.output_for_sums
 
     @cached_property
     def uses(self) -> dict[str, dict[int, UseInBatch]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -57,6 +57,12 @@ class ForwardPass:
     def way(self) -> tuple[Any, ...]:
         """The operations, and what they do with each parameter."""
         return self.graph.signature, self.recorder.steps
+
+    @property
+    def output_for_sums(self) -> Tensor:
+        """The output, without its graph, in the precision of the sums."""
+        output = self.output.detach()
+        return output.to(sum_dtype(output))
 
     @property
     def nbytes(self) -> int:
@@ -124,6 +130,16 @@ class ForwardPass:
         for its, g in zip(at_ends.values(), found, strict=True):
             hand_out(its, g)
 
+    def pull_to(self, ends: Mapping[str, Tensor], column: Tensor) -> dict[str, Tensor]:
+        """Bring an output column back to parameters, summed over observations; by name."""
+        if not self.output.requires_grad:
+            return {}
+        unit = self.unit(column)
+        column = (column / unit if isinstance(unit, Tensor) else column).to(self.output)
+        found = pull_through(self.output, list(ends.values()), column)
+        pairs = zip(ends, found, strict=True)
+        return {name: in_units(g.detach(), unit) for name, g in pairs if g is not None}
+
     def edges(self, numbers: Sequence[int]) -> dict[GradientEdge, list[int]]:
         """Return where the gradients of some uses arrive; those of one operation share it."""
         edges: dict[GradientEdge, list[int]] = {}
@@ -165,7 +181,7 @@ def in_units(gradient: Tensor, unit: Tensor | float) -> Tensor:
 
 
 def pull_through(
-    output: Tensor, ends: Sequence[GradientEdge], column: Tensor
+    output: Tensor, ends: Sequence[GradientEdge] | Sequence[Tensor], column: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Bring an output column back to edges of the graph; None where it does not reach.
 

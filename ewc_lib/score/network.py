@@ -298,17 +298,21 @@ class NetworkScores:
         """Run the model on one batch, check its output, and plan its backward passes."""
         self.planner.look_ahead(batch)
         whole = self._forward_of(batch)
-        output = whole.output.detach()
-        if output.shape[:1] != (len(batch),):
-            raise ValueError(
-                f"the model must return one row per observation, got {tuple(output.shape)} for "
-                f"a batch of {len(batch)}"
-            )
-        settle([*self._problems(output, batch), *self.planner.problems(whole)])
+        settle([*self._problems(whole, batch), *self.planner.problems(whole)])
         scores = self.planner.scores(batch, whole)
         room = memory.budget(self.device).batch if self._joins else 0
         self._enough = room * len(batch) // max(1, whole.nbytes)
         return scores
+
+    def whole_batches(
+        self, data: Any, n_samples: int | None, progress: bool | None
+    ) -> Iterator[tuple[Batch, ForwardPass]]:
+        """Run the model on each batch as it comes, and check its output; nothing is planned."""
+        for batch in show_progress(batches(data, self.device, n_samples), "batches", progress):
+            whole = self._forward(batch.inputs)
+            settle([*self._problems(whole, batch)])
+            self.planner.check_apart(whole)
+            yield batch, whole
 
     def _forward_of(self, batch: Batch) -> ForwardPass:
         try:
@@ -318,8 +322,14 @@ class NetworkScores:
                 raise
             raise NotTogetherError from error
 
-    def _problems(self, output: Tensor, batch: Batch) -> Iterator[Problem]:
+    def _problems(self, whole: ForwardPass, batch: Batch) -> Iterator[Problem]:
         """Yield what may be wrong with the numbers of a batch, in the order they were computed."""
+        output = whole.output.detach()
+        if output.shape[:1] != (len(batch),):
+            raise ValueError(
+                f"the model must return one row per observation, got {tuple(output.shape)} for "
+                f"a batch of {len(batch)}"
+            )
         yield from batch.problems
         if self.distribution is not None:
             yield from self.distribution.problems(output, batch.target, batch.first)

@@ -162,6 +162,16 @@ class Planner:
         assert self._ahead is not None
         return [self._apart(whole, self._ahead.output, self._ahead.rows)]
 
+    def check_apart(self, whole: ForwardPass) -> None:
+        """Compare the outputs of some observations alone with those in the batch, if it is due.
+
+        That is so for the first batch, and with ``certify="always"`` for every one.
+        """
+        due, self._is_first = self._is_first or self._always, False
+        if due and len(whole) > 1:
+            rows = _some_rows(len(whole), whole.recorder.rows.in_place)
+            self._check_outputs(whole, self._run_alone(whole, rows), rows)
+
     def _went_as(self, whole: ForwardPass) -> bool:
         """Whether what was looked at ahead went the same way as the whole batch."""
         ahead = self._ahead

@@ -65,7 +65,8 @@ class Fisher(ABC):
     n_samples
         Number of observations it is the mean of; ``n_samples * F`` is the information in all.
     kind
-        ``"exact"``, ``"sketch"``, ``"sampled"`` or ``"empirical"``.
+        ``"exact"``, ``"sketch"``, ``"batched"``, ``"sampled"`` or ``"empirical"``; or
+        ``"second moments"``, those of an optimizer.
     paths
         How each parameter was computed: ``"rule"``, from the operations that use it;
         ``"generic"``, by differentiating the model for each observation, which is slower;

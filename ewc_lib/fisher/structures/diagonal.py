@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -31,9 +31,6 @@ class Diagonal(Fisher):
     """
 
     values: Vector
-
-    SECOND_MOMENTS: ClassVar[str] = "second moments"
-    """The kind of what :meth:`from_optimizer` returns."""
 
     @classmethod
     def from_optimizer(
@@ -111,7 +108,7 @@ class Diagonal(Fisher):
             raise ValueError("the optimizer has made no step with these parameters")
         return cls(
             batch_size * n_steps if n_samples is None else n_samples,
-            cls.SECOND_MOMENTS,
+            "second moments",
             {name: "rule" if n else "unused" for name, (_, n) in found.items()},
             {name: batch_size * moment for name, (moment, _) in found.items()},
         )
