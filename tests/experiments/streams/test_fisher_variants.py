@@ -1,5 +1,8 @@
+from itertools import product
+
 import torch
 
+from ewc_lib import fisher_information
 from ewc_lib.continual import mlp
 from ewc_lib.experiments.streams.fisher_variants import (
     FISHER_VARIANTS,
@@ -7,6 +10,7 @@ from ewc_lib.experiments.streams.fisher_variants import (
     OnlinePenalty,
     at_their_best,
     of_batch_means,
+    of_drawn_labels,
 )
 from tests.experiments.cases import run
 
@@ -67,3 +71,17 @@ def test_a_variant_is_shown_at_its_best_strength_among_those_with_most_seeds():
     runs += at("exact", 100.0, 0.96, 0.98) + at("sketch", 10.0, 0.5)
     found = [(row.settings["variant"], row.settings["strength"]) for row in at_their_best(runs)]
     assert found == [("none", 0.0), ("exact", 10.0), ("sketch", 10.0)]
+
+
+def test_batches_with_labels_from_the_model_have_the_fisher_information_as_their_mean(monkeypatch):
+    model = mlp((2, 3, 3), 0).double()
+    x = torch.tensor([[1.0, -2.0], [0.5, 1.5], [-1.0, 1.0]], dtype=torch.float64)
+    p = model(x).softmax(1).detach()
+    y, mean = torch.zeros(3, dtype=torch.long), 0.0
+    for labels in product(range(3), repeat=3):
+        drawn = torch.tensor(labels)
+        monkeypatch.setattr(torch, "multinomial", lambda *_, drawn=drawn, **__: drawn[:, None])
+        found = of_drawn_labels(model, (x, y), batch_size=2, generator=torch.Generator())
+        mean = mean + p[torch.arange(3), drawn].prod() * found.values["0.weight"]
+    exact = fisher_information(model, (x, y)).diagonal()["0.weight"]
+    torch.testing.assert_close(mean, exact, rtol=1e-12, atol=1e-15)
