@@ -19,6 +19,7 @@ from ewc_lib.continual import permuted
 from ewc_lib.data import Images, hold_out
 from ewc_lib.experiments.runs.choosing import Choice, choose, propose
 from ewc_lib.experiments.runs.protocols import METHODS, Experiment, Protocol, play
+from ewc_lib.experiments.runs.report import Row, rows
 from ewc_lib.experiments.runs.store import Run
 from ewc_lib.experiments.runs.strengths import decades
 from ewc_lib.experiments.streams.fisher_variants import (
@@ -30,7 +31,7 @@ from ewc_lib.experiments.streams.fisher_variants import (
 from ewc_lib.fisher import Diagonal, fisher_information
 from ewc_lib.regularizers import Regularizer
 
-__all__ = ["IMPORTANCES", "SEARCHED", "SEARCH_SEED", "choices"]
+__all__ = ["IMPORTANCES", "SEARCHED", "SEARCH_SEED", "choices", "results"]
 
 SEARCH_SEED = 1000
 """The seed with which strengths are chosen."""
@@ -117,6 +118,24 @@ def choices(runs: Iterable[Run]) -> dict[str, Choice]:
     return {method: choose(_tried(runs, method), ["strength"]) for method in SEARCHED}
 
 
+def results(runs: Iterable[Run]) -> dict[str, Row]:
+    """Return plain training and each method at its strength, by name, without the search.
+
+    Parameters
+    ----------
+    runs
+        As :func:`.run_all` keeps them.
+    """
+    runs = list(runs)
+    strengths = {method: c.settings["strength"] for method, c in choices(runs).items()}
+    final = [
+        run
+        for run in runs
+        if run["seed"] != SEARCH_SEED and run["strength"] == strengths.get(run["method"], 0.0)
+    ]
+    return {row.settings["method"]: row for row in rows(final)}
+
+
 def _play(images: Images, protocol: Protocol, device: str, run: Run) -> dict[str, Any]:
     method, seed, made = run["method"], run["seed"], _Made(protocol["rate"])
     rest, valid = (_smaller(part, protocol["images"]) for part in hold_out(images, seed=seed))
@@ -177,7 +196,7 @@ def _importance(method: str, protocol: Protocol, made: _Made, seed: int) -> Impo
     return importance
 
 
-_SHARED = {"tasks": 5, "rate": 1e-3, "grid": decades(-1, 5, step=2), "budget": 6}
+_SHARED = {"tasks": 5, "rate": 1e-3, "grid": decades(-1, 5, step=2), "budget": 8}
 
 IMPORTANCES = Experiment(
     name="importances",

@@ -8,6 +8,7 @@ from ewc_lib.experiments.streams.importances import (
     SEARCHED,
     VARIANTS,
     choices,
+    results,
 )
 from tests.experiments.cases import run
 
@@ -34,6 +35,15 @@ def test_the_result_is_that_of_other_seeds_at_the_strength_with_the_best_validat
         best = max(tried, key=lambda r: r["valid"])
         assert at["strength"] == choice.settings["strength"] == best["strength"]
     assert [r["seed"] for r in of(result, "none")] == [0]
+
+
+def test_results_leave_out_the_search_and_strengths_that_were_not_chosen(result):
+    other = [{**r, "strength": 12.0} for r in result["runs"] if r["seed"] != SEARCH_SEED]
+    found = results([*result["runs"], *other])
+    assert set(found) == {"none", *SEARCHED}
+    for method, choice in choices(result["runs"]).items():
+        assert found[method].settings["strength"] == choice.settings["strength"]
+        assert len(found[method].accuracies) == 1
 
 
 def test_what_is_chosen_does_not_depend_on_test_images(result):
