@@ -23,7 +23,7 @@ from ewc_lib.experiments.runs.report import interval
 from ewc_lib.experiments.runs.store import Run, run_all
 from ewc_lib.experiments.structures.two_tasks import OUTCOMES, STRUCTURES, play
 
-__all__ = ["METHODS", "PROTOCOL", "chosen", "comparison", "flat", "table"]
+__all__ = ["METHODS", "PROTOCOL", "chosen", "comparison", "flat", "table", "usual_form"]
 
 METHODS = ("plain", "averaging", "L2", *STRUCTURES, "damped", "predictions")
 """What the rows of the result are.
@@ -55,6 +55,7 @@ other one, too. Adam's proximal step in its own metric needs a new solution in e
 """
 
 USUAL = {"SGD": "proximal", "Adam": "gradient"}
+"""The form of a quadratic penalty that is measured for every structure."""
 
 
 def comparison(
@@ -126,11 +127,21 @@ def _settings(protocol: Mapping[str, Any], seeds: int, methods: Sequence[str]) -
 
 
 def _forms(protocol: Mapping[str, Any], optimizer: str, method: str) -> tuple[str, ...]:
+    crossed = method in protocol["crossed"]
+    return ("gradient", "proximal") if crossed else (usual_form(optimizer, method),)
+
+
+def usual_form(optimizer: str, method: str) -> str:
+    """Return the form in which a method is measured with an optimizer, if in one only.
+
+    Examples
+    --------
+    >>> usual_form("SGD", "dense"), usual_form("Adam", "dense"), usual_form("SGD", "plain")
+    ('proximal', 'gradient', 'none')
+    """
     if method in {"plain", "averaging"}:
-        return ("none",)
-    if method == "predictions":
-        return ("gradient",)
-    return ("gradient", "proximal") if method in protocol["crossed"] else (USUAL[optimizer],)
+        return "none"
+    return "gradient" if method == "predictions" else USUAL[optimizer]
 
 
 def flat(result: Mapping[str, Any], **wanted: Any) -> list[Run]:
@@ -171,7 +182,7 @@ def _flat(runs: Sequence[Run], wanted: Mapping[str, Any]) -> Iterator[Run]:
         for setting, *values in zip(run["settings"], *columns, strict=True):
             found = dict(zip(OUTCOMES, values, strict=True))
             losses = found["loss_a"], found["loss_b"]
-            diverged = None in losses or min(losses) >= guess
+            diverged = None in found.values() or min(losses) >= guess
             if diverged:
                 found = dict.fromkeys((*OUTCOMES, "accuracy", "forgotten", "nats"))
             else:
