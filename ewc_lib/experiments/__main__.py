@@ -331,8 +331,8 @@ def _add_comparison(name: str, default: int, description: str) -> None:
 _add_comparison(
     "beyond-diagonal",
     10,
-    "Two tasks of digits with every structure of the Fisher information, over many strengths.\n\n"
-    "Takes about half an hour on one core.",
+    "Two tasks of digits with every structure of the Fisher information, over many strengths, and "
+    "what predicts forgetting.\n\nTakes about a quarter of an hour on one core.",
 )
 _add_comparison(
     "language-models",

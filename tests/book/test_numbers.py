@@ -39,6 +39,10 @@ ALLOWED = {
         "published 90 %": QUOTED,
         "66.9 lies in it": GIVEN,
     },
+    "practice/beyond_diagonal": {
+        "95 % interval of a mean": "a level of confidence",
+        "95 % bootstrap intervals": "a level of confidence",
+    },
     "practice/fine_tuning": {"95 % interval of Student": "a level of confidence"},
     "practice/stability": {
         "learning rate 0.1": CHOSEN,
