@@ -32,6 +32,12 @@ Form: TypeAlias = Literal["gradient", "proximal"]
 PRECISE = 1e-4
 """What conjugate gradients leave of a right-hand side."""
 
+FEW = 0.1
+"""Rank over size below which the equation is solved for the rank alone."""
+
+TINY = 1e-12
+"""Eigenvalues that are zero, as a share of the largest."""
+
 MOST = 300
 """Products of conjugate gradients in a step."""
 
@@ -71,6 +77,13 @@ class Quadratic:
     def _spectrum(self) -> tuple[Tensor, Tensor]:
         return tuple(torch.linalg.eigh(self.matrix))
 
+    @cached_property
+    def _root(self) -> Float[Tensor, "P r"]:
+        """Return columns whose products make up the matrix, one for each direction it knows."""
+        values, vectors = self._spectrum
+        known = values > TINY * values[-1]
+        return vectors[:, known] * values[known].sqrt()
+
     def _product(self, moved: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         return moved * self.matrix if self.matrix.dim() == 1 else moved @ self.matrix
 
@@ -102,11 +115,22 @@ class Quadratic:
             return self.anchor + moved / (
                 1 + factors * self.matrix / (1 if metric is None else metric)
             )
+        if metric is not None and self._root.shape[1] < FEW * len(self.matrix):
+            return self.anchor + self._solved_by_root(factors, metric, moved)
         if metric is not None:
             self._guess = self._solved(factors, metric, moved, self._guess)
             return self.anchor + self._guess
         values, vectors = self._spectrum
         return self.anchor + (moved @ vectors / (1 + factors * values)) @ vectors.mT
+
+    def _solved_by_root(
+        self, f: Float[Tensor, "K 1"], metric: Tensor, moved: Tensor
+    ) -> Float[Tensor, "K P"]:
+        """Solve for a matrix of low rank, by the identity of Woodbury."""
+        scaled = self._root / metric[..., None]
+        inner = self._root.mT @ scaled + torch.eye(self._root.shape[1]).to(moved) / f[..., None]
+        turned = torch.linalg.solve(inner, (moved @ self._root)[..., None])
+        return moved - (scaled @ turned)[..., 0]
 
     def _solved(
         self, f: Float[Tensor, "K 1"], metric: Tensor, moved: Tensor, guess: Tensor | None

@@ -110,6 +110,18 @@ def test_the_proximal_step_in_a_metric_solves_its_equation(strength):
         assert (solved - expected).norm() < 1e-2 * size
 
 
+def test_a_matrix_of_low_rank_is_solved_for_exactly():
+    model, _ = classifier()
+    anchor, rows = vector(model), stack(model)
+    root = torch.randn(len(anchor), 2, dtype=rows.dtype, generator=torch.Generator().manual_seed(4))
+    metric = torch.rand(rows.shape, dtype=rows.dtype, generator=torch.Generator().manual_seed(5))
+    factors = torch.tensor([[1e-3], [1.0], [1e3]], dtype=rows.dtype)
+    found = Quadratic(root @ root.mT, anchor).proximal(rows, factors, metric) - anchor
+    for row, factor, weights, solved in zip(rows, factors, metric, found, strict=True):
+        system = weights.diag() + factor * root @ root.mT
+        torch.testing.assert_close(system @ solved, weights * (row - anchor))
+
+
 def test_conjugate_gradients_begin_at_the_solution_before():
     model, task = classifier()
     F = fisher_information(model, task, structure="dense").to_dense()
