@@ -82,7 +82,8 @@ class Quadratic:
         """Return columns whose products make up the matrix, one for each direction it knows."""
         values, vectors = self._spectrum
         known = values > TINY * values[-1]
-        return vectors[:, known] * values[known].sqrt()
+        root: Tensor = vectors[:, known] * values[known].sqrt()
+        return root
 
     def _product(self, moved: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         return moved * self.matrix if self.matrix.dim() == 1 else moved @ self.matrix
@@ -130,7 +131,8 @@ class Quadratic:
         scaled = self._root / metric[..., None]
         inner = self._root.mT @ scaled + torch.eye(self._root.shape[1]).to(moved) / f[..., None]
         turned = torch.linalg.solve(inner, (moved @ self._root)[..., None])
-        return moved - (scaled @ turned)[..., 0]
+        left: Tensor = moved - (scaled @ turned)[..., 0]
+        return left
 
     def _solved(
         self, f: Float[Tensor, "K 1"], metric: Tensor, moved: Tensor, guess: Tensor | None
