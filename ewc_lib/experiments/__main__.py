@@ -43,6 +43,8 @@ LIBRARIES = (
 STREAMS = {
     "split-mnist": "Five tasks of two digits, in the task-, domain- and class-incremental "
     "scenario.",
+    "split-chosen": "Five tasks of two digits; every method's settings chosen alike, on validation "
+    "images.",
     "fisher-variants": "Task-incremental split MNIST with six importances, each over many "
     "strengths.",
     "importances": "Permuted MNIST with twelve importances, the strength of each chosen on "

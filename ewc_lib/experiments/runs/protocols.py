@@ -269,15 +269,18 @@ def play(
         **options,
     )
     found = outcome(learned)
-    return found if valid is None else {**found, "valid": average_over(model, valid)}
+    evaluate = options.get("evaluate") or accuracy
+    return found if valid is None else {**found, "valid": average_over(model, valid, evaluate)}
 
 
-def average_over(model: MultiHead, stream: Stream) -> float:
+def average_over(
+    model: MultiHead, stream: Stream, evaluate: Callable[[nn.Module, Any], float] = accuracy
+) -> float:
     """Return the average accuracy on the test data of all tasks of a stream, all being learned."""
     accuracies, last = [], len(stream) - 1
     for t in range(len(stream)):
         model.outputs = stream.outputs(t, last)
-        accuracies.append(accuracy(model, stream.test(t)))
+        accuracies.append(evaluate(model, stream.test(t)))
     return math.fsum(accuracies) / len(accuracies)
 
 

@@ -23,6 +23,8 @@ OUTCOMES = frozenset(
     {
         "accuracy",
         "average",
+        "corrected",
+        "corrected_valid",
         "diverged",
         "final",
         "forgetting",

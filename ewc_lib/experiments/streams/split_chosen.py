@@ -1,0 +1,340 @@
+"""Split images with every setting of every method chosen alike, on validation images.
+
+Four streams are made of the same five tasks of two digits. Three are the scenarios of van de Ven,
+Tuytelaars and Tolias (2022). In the fourth, ``"masked"``, the network is trained as if it were told
+the task, with a softmax over the classes of that task, and is then asked for the class among all
+ten, without the task: the "labels trick" of Zeno et al. (2018).
+
+Each method has one search, with as many settings as every other: learning rates and, where there
+is one, strengths (:func:`.propose`). What counts is the average accuracy on images that were held
+out of the training images, over seeds that no table shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import product
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ewc_lib.continual import MultiHead, Scenario, Stream, accuracy, split
+from ewc_lib.data import Images, hold_out
+from ewc_lib.ewc import EWC
+from ewc_lib.experiments.runs.choosing import choose, propose
+from ewc_lib.experiments.runs.protocols import METHODS, Experiment, Protocol, play
+from ewc_lib.experiments.runs.store import Run
+from ewc_lib.experiments.runs.strengths import decades
+from ewc_lib.experiments.streams.fisher_variants import of_batch_means
+from ewc_lib.fisher.structures import Diagonal
+from ewc_lib.quadratic import QuadraticPenalty
+from ewc_lib.regularizers import LwF, Regularizer, Replay
+
+__all__ = ["SPLIT_CHOSEN", "ClippedPenalty", "among_all", "corrected", "criteria", "searched"]
+
+Labelled: TypeAlias = tuple[Tensor, Tensor]
+
+SEARCH_SEED = 1000
+"""The first of the seeds on which settings are chosen."""
+
+CLIP = 1e-4
+"""Where PyCIL, and the authors of EWC-DR with it, cut an importance off."""
+
+ROUNDS = 8
+"""Of the search; each tries what the last one proposes, until the budget is spent."""
+
+WITHOUT_STRENGTH = ("none", "joint")
+
+_SHARES = [0.3, 1.0, 3.0, 10.0, 30.0]
+
+_SHARED: dict[str, Any] = {
+    "tasks": 5,
+    "budget": 10,
+    "search_seeds": 2,
+    "rates": {"alone": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], "beside": [3e-4, 1e-3, 3e-3]},
+    "searched": {
+        "L2": decades(-2, 2),
+        "EWC": decades(1, 5),
+        "EWC, all classes": decades(1, 5),
+        "EWC, clipped": decades(2, 6),
+        "SI": decades(1, 5),
+        "MAS": decades(-2, 2),
+        "EWC-DR": decades(-1, 3),
+        "EWC-DR, clipped": decades(2, 6),
+        "LwF": _SHARES,
+        "replay": _SHARES,
+    },
+}
+"""``searched`` holds the strengths to begin with, ``rates`` the learning rates, for a method alone
+and beside a strength."""
+
+_ALL_DATA = ("replay", "joint", "LwF")
+"""Methods that see all images of a task at its end, of which the first two keep some."""
+
+_METHODS = ["none", "L2", "EWC", "SI", "MAS", "EWC-DR", "LwF", "replay", "joint"]
+_CLIPPED = ["EWC, clipped", "EWC-DR, clipped"]
+
+
+class ClippedPenalty(QuadraticPenalty):
+    """EWC as in PyCIL, and EWC-DR as its authors have it.
+
+    The importance is the mean of squared gradients of the mean loss of a batch, with the observed
+    labels and the softmax over all classes so far, cut off at a ten-thousandth. It is averaged over
+    tasks, around the latest parameters. The code of both is public: ``models/ewc.py`` in
+    G-U-N/PyCIL, ``models/ewc_dr.py`` in scarlet0703/EWC-DR.
+
+    Parameters
+    ----------
+    model, strength
+        As in :class:`ewc_lib.EWC`.
+    reverse
+        Whether the logits change their sign for the importance.
+    batch_size
+        Observations of a batch.
+    """
+
+    def __init__(
+        self, model: nn.Module, strength: float, *, reverse: bool, batch_size: int
+    ) -> None:
+        super().__init__(model, strength)
+        self._reverse, self._size = reverse, batch_size
+
+    def consolidate(self, data: Labelled) -> None:
+        """Average the importance of a task into the others and take the present parameters."""
+        sign = -1 if self._reverse else 1
+        with all_so_far(self.model, data) as labelled:
+            hook = self.model.register_forward_hook(lambda module, inputs, z: sign * z)
+            found = of_batch_means(self.model, labelled, batch_size=self._size)
+            hook.remove()
+        values = {name: value.clamp(max=CLIP) for name, value in found.values.items()}
+        new = Diagonal(len(data[0]), "clipped batch means", dict.fromkeys(values, "rule"), values)
+        t = self.n_tasks
+        self._replace(
+            new if self.precision is None else t / (t + 1) * self.precision + new / (t + 1)
+        )
+
+
+class _OfAllClasses(EWC):
+    """EWC with the Fisher information of the softmax over all classes so far."""
+
+    def consolidate(self, data: Labelled, **options: Any) -> Any:
+        with all_so_far(self.model, data) as labelled:
+            return super().consolidate(labelled, **options)
+
+
+@contextmanager
+def all_so_far(model: nn.Module, data: Labelled) -> Iterator[Labelled]:
+    """Read the outputs of all classes so far, and yield the data with labels that fit."""
+    assert isinstance(model, MultiHead)
+    head = model.outputs
+    assert head is not None
+    model.outputs = range(head.stop)
+    try:
+        yield data[0], data[1] + head.start
+    finally:
+        model.outputs = head
+
+
+def among_all(model: nn.Module, test: Labelled) -> float:
+    """Return the accuracy where all outputs compete, whichever head is read."""
+    assert isinstance(model, MultiHead)
+    start = 0 if model.outputs is None else model.outputs.start
+    return accuracy(model.net, (test[0], test[1] + start))
+
+
+def corrected(z: Tensor, y: Tensor, few: Tensor, y_few: Tensor, n_tasks: int) -> float:
+    """Return the accuracy after a scale and a shift of the outputs of each task.
+
+    These are the two numbers a task of bias correction (BiC; Wu et al. 2019), all fitted at the end
+    by the cross-entropy of a few images. A scale has a Gaussian prior around 1, so that images
+    which can be told apart do not make it infinite.
+
+    Parameters
+    ----------
+    z, y
+        Outputs ``[N, C]`` and labels to judge by.
+    few, y_few
+        Those to fit by.
+    n_tasks
+        The outputs of a task lie beside each other.
+    """
+    n, classes = len(few), z.shape[1] // n_tasks
+    scale = torch.ones(n_tasks, dtype=torch.float64, requires_grad=True)
+    shift = torch.zeros(n_tasks, dtype=torch.float64, requires_grad=True)
+
+    def moved(outputs: Tensor) -> Tensor:
+        parts = outputs.double().unflatten(1, (n_tasks, classes))
+        return (parts * scale[:, None] + shift[:, None]).flatten(1)
+
+    optimizer = torch.optim.LBFGS([scale, shift], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value: Tensor = F.cross_entropy(moved(few), y_few) + (scale - 1).square().sum() / (2 * n)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    with torch.no_grad():
+        return float((moved(z).argmax(1) == y).double().mean())
+
+
+def _made(model: MultiHead, run: Run, protocol: Protocol) -> Regularizer | None:
+    """Make the method of a run."""
+    method, strength, seed = run["method"], run["strength"], run["seed"]
+    if method == "replay":
+        own = torch.Generator().manual_seed(seed)
+        return Replay(model, strength, protocol["kept"], protocol["batch"], own)
+    if method == "LwF":
+        return LwF(model, strength)
+    if method == "EWC, all classes":
+        return _OfAllClasses(model, strength)
+    if method.endswith(", clipped"):
+        reverse = method.startswith("EWC-DR")
+        return ClippedPenalty(model, strength, reverse=reverse, batch_size=protocol["batch"])
+    return METHODS[method](model, strength or 0.0, seed)
+
+
+def _play(images: Images, protocol: Protocol, device: str, run: Run) -> dict[str, Any]:
+    masked = run["scenario"] == "masked"
+    scenario: Scenario = "task" if masked else run["scenario"]
+    parts = hold_out(images, protocol["held_out"])
+    stream, valid = (
+        split(p, protocol["tasks"], scenario=scenario, seed=run["seed"]) for p in parts
+    )
+    models: list[MultiHead] = []
+
+    def regularizer(model: MultiHead) -> Regularizer | None:
+        models.append(model)
+        return _made(model, run, protocol)
+
+    found = play(
+        stream,
+        {**protocol, "rate": run["rate"]},
+        device,
+        regularizer,
+        seed=run["seed"],
+        valid=valid,
+        n_samples=None if run["method"] in _ALL_DATA else protocol["n_samples"],
+        evaluate=among_all if masked else None,
+        watch=() if run["search"] else protocol["watch"],
+    )
+    if masked or scenario == "class":
+        found |= _after_correction(models[0], stream, valid, protocol["kept"])
+    return found
+
+
+@torch.no_grad()
+def _after_correction(
+    model: MultiHead, stream: Stream, valid: Stream, kept: int
+) -> dict[str, float]:
+    """Return the accuracies on test and validation images, corrected by a few training images."""
+    n, k, device = len(stream), stream.n_classes, next(model.parameters()).device
+
+    def outputs(parts: Iterable[Labelled]) -> Labelled:
+        found = [(model.net(x.to(device)).cpu(), y % k + k * t) for t, (x, y) in enumerate(parts)]
+        z, y = map(torch.cat, zip(*found, strict=True))
+        return z, y
+
+    few = outputs(_some_of_each(task.train, kept) for task in stream)
+    tests = {"corrected": stream, "corrected_valid": valid}
+    judged = {name: outputs(own.test(t) for t in range(n)) for name, own in tests.items()}
+    with torch.enable_grad():
+        return {name: corrected(*own, *few, n) for name, own in judged.items()}
+
+
+def _some_of_each(data: Labelled, n: int) -> Labelled:
+    """Return the first images of each class."""
+    x, y = data
+    rows = torch.cat([(y == label).nonzero().squeeze(1)[:n] for label in y.unique()])
+    return x[rows], y[rows]
+
+
+def _round(protocol: Protocol, seeds: int, finished: Sequence[Run]) -> Iterable[Run]:
+    """Yield one round of the search."""
+    for scenario, methods in protocol["methods"].items():
+        for method in methods:
+            tried = searched(finished, scenario, method)
+            knobs = {"rate": protocol["rates"]["alone"]}
+            if method not in WITHOUT_STRENGTH:
+                strengths = protocol["searched"][method]
+                knobs = {"strength": strengths, "rate": protocol["rates"]["beside"]}
+            own = range(SEARCH_SEED, SEARCH_SEED + protocol["search_seeds"])
+            for found, seed in product(propose(tried, knobs, protocol["budget"]), own):
+                yield _run(scenario, method, found, seed, search=True)
+
+
+def _shown(protocol: Protocol, seeds: int, finished: Sequence[Run]) -> Iterable[Run]:
+    """Yield what validation images have chosen, for the seeds of the tables."""
+    for seed, scenario in product(range(seeds), protocol["methods"]):
+        wanted: dict[tuple[Any, ...], Run] = {}
+        for method, by in product(protocol["methods"][scenario], criteria(scenario)):
+            if tried := searched(finished, scenario, method):
+                run = _run(scenario, method, choose(tried, knobs_of(method), by).settings, seed)
+                wanted[tuple(run.values())] = run
+        yield from wanted.values()
+
+
+def criteria(scenario: str) -> tuple[str, ...]:
+    """Return what settings may be chosen by: without and, for new classes, with a correction."""
+    return ("valid", "corrected_valid") if scenario in ("class", "masked") else ("valid",)
+
+
+def knobs_of(method: str) -> tuple[str, ...]:
+    """Return which settings of a method are searched."""
+    return ("rate",) if method in WITHOUT_STRENGTH else ("strength", "rate")
+
+
+def searched(runs: Iterable[Run], scenario: str, method: str) -> list[Run]:
+    """Return the runs of one search."""
+    return [r for r in runs if r["search"] and (r["scenario"], r["method"]) == (scenario, method)]
+
+
+def _run(
+    scenario: str, method: str, found: Mapping[str, float], seed: int, search: bool = False
+) -> Run:
+    settings = {"scenario": scenario, "method": method, "strength": None, **found}
+    return {**settings, "search": search, "seed": seed}
+
+
+SPLIT_CHOSEN = Experiment(
+    name="split-chosen",
+    summary="Five tasks of two digits; every method's settings chosen alike, on validation images.",
+    protocols={
+        "mnist": {
+            **_SHARED,
+            "hidden": [100],
+            "steps": 200,
+            "batch": 64,
+            "held_out": 0.1,
+            "kept": 5,
+            "n_samples": 1000,
+            "watch": [1, 2, 5, 10, 20, 50, 100],
+            "methods": {
+                "domain": _METHODS,
+                "masked": ["none", "EWC", "EWC-DR", *_CLIPPED],
+            },
+        },
+        "digits": {
+            **_SHARED,
+            "hidden": [256],
+            "steps": 100,
+            "batch": 64,
+            "held_out": 0.2,
+            "kept": 5,
+            "n_samples": None,
+            "watch": [1, 2, 5, 10, 20, 50],
+            "methods": {
+                "task": _METHODS,
+                "domain": _METHODS,
+                "class": ["none", "L2", "EWC", "EWC-DR", *_CLIPPED, "LwF", "replay", "joint"],
+                "masked": ["none", "L2", "EWC", "EWC, all classes", "EWC-DR", *_CLIPPED, "LwF"],
+            },
+        },
+    },
+    stages=(*[_round] * ROUNDS, _shown),
+    play=_play,
+)
