@@ -12,36 +12,33 @@ out of the training images, over seeds that no table shows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ewc_lib.continual import MultiHead, Scenario, Stream, accuracy, split
+from ewc_lib.continual import MultiHead, Scenario, Stream, split
 from ewc_lib.data import Images, hold_out
-from ewc_lib.ewc import EWC
 from ewc_lib.experiments.runs.choosing import choose, propose
 from ewc_lib.experiments.runs.protocols import METHODS, Experiment, Protocol, play
 from ewc_lib.experiments.runs.store import Run
 from ewc_lib.experiments.runs.strengths import decades
-from ewc_lib.experiments.streams.fisher_variants import of_batch_means
-from ewc_lib.fisher.structures import Diagonal
-from ewc_lib.quadratic import QuadraticPenalty
+from ewc_lib.experiments.streams.all_classes import (
+    ClippedPenalty,
+    OfAllClasses,
+    among_all,
+    corrected,
+)
 from ewc_lib.regularizers import LwF, Regularizer, Replay
 
-__all__ = ["SPLIT_CHOSEN", "ClippedPenalty", "among_all", "corrected", "criteria", "searched"]
+__all__ = ["SPLIT_CHOSEN", "criteria", "knobs_of", "searched"]
 
 Labelled: TypeAlias = tuple[Tensor, Tensor]
 
 SEARCH_SEED = 1000
 """The first of the seeds on which settings are chosen."""
-
-CLIP = 1e-4
-"""Where PyCIL, and the authors of EWC-DR with it, cut an importance off."""
 
 ROUNDS = 8
 """Of the search; each tries what the last one proposes, until the budget is spent."""
@@ -78,110 +75,6 @@ _METHODS = ["none", "L2", "EWC", "SI", "MAS", "EWC-DR", "LwF", "replay", "joint"
 _CLIPPED = ["EWC, clipped", "EWC-DR, clipped"]
 
 
-class ClippedPenalty(QuadraticPenalty):
-    """EWC as in PyCIL, and EWC-DR as its authors have it.
-
-    The importance is the mean of squared gradients of the mean loss of a batch, with the observed
-    labels and the softmax over all classes so far, cut off at a ten-thousandth. It is averaged over
-    tasks, around the latest parameters. The code of both is public: ``models/ewc.py`` in
-    G-U-N/PyCIL, ``models/ewc_dr.py`` in scarlet0703/EWC-DR.
-
-    Parameters
-    ----------
-    model, strength
-        As in :class:`ewc_lib.EWC`.
-    reverse
-        Whether the logits change their sign for the importance.
-    batch_size
-        Observations of a batch.
-    """
-
-    def __init__(
-        self, model: nn.Module, strength: float, *, reverse: bool, batch_size: int
-    ) -> None:
-        super().__init__(model, strength)
-        self._reverse, self._size = reverse, batch_size
-
-    def consolidate(self, data: Labelled) -> None:
-        """Average the importance of a task into the others and take the present parameters."""
-        sign = -1 if self._reverse else 1
-        with all_so_far(self.model, data) as labelled:
-            hook = self.model.register_forward_hook(lambda module, inputs, z: sign * z)
-            found = of_batch_means(self.model, labelled, batch_size=self._size)
-            hook.remove()
-        values = {name: value.clamp(max=CLIP) for name, value in found.values.items()}
-        new = Diagonal(len(data[0]), "clipped batch means", dict.fromkeys(values, "rule"), values)
-        t = self.n_tasks
-        self._replace(
-            new if self.precision is None else t / (t + 1) * self.precision + new / (t + 1)
-        )
-
-
-class _OfAllClasses(EWC):
-    """EWC with the Fisher information of the softmax over all classes so far."""
-
-    def consolidate(self, data: Labelled, **options: Any) -> Any:
-        with all_so_far(self.model, data) as labelled:
-            return super().consolidate(labelled, **options)
-
-
-@contextmanager
-def all_so_far(model: nn.Module, data: Labelled) -> Iterator[Labelled]:
-    """Read the outputs of all classes so far, and yield the data with labels that fit."""
-    assert isinstance(model, MultiHead)
-    head = model.outputs
-    assert head is not None
-    model.outputs = range(head.stop)
-    try:
-        yield data[0], data[1] + head.start
-    finally:
-        model.outputs = head
-
-
-def among_all(model: nn.Module, test: Labelled) -> float:
-    """Return the accuracy where all outputs compete, whichever head is read."""
-    assert isinstance(model, MultiHead)
-    start = 0 if model.outputs is None else model.outputs.start
-    return accuracy(model.net, (test[0], test[1] + start))
-
-
-def corrected(z: Tensor, y: Tensor, few: Tensor, y_few: Tensor, n_tasks: int) -> float:
-    """Return the accuracy after a scale and a shift of the outputs of each task.
-
-    These are the two numbers a task of bias correction (BiC; Wu et al. 2019), all fitted at the end
-    by the cross-entropy of a few images. A scale has a Gaussian prior around 1, so that images
-    which can be told apart do not make it infinite.
-
-    Parameters
-    ----------
-    z, y
-        Outputs ``[N, C]`` and labels to judge by.
-    few, y_few
-        Those to fit by.
-    n_tasks
-        The outputs of a task lie beside each other.
-    """
-    n, classes = len(few), z.shape[1] // n_tasks
-    scale = torch.ones(n_tasks, dtype=torch.float64, requires_grad=True)
-    shift = torch.zeros(n_tasks, dtype=torch.float64, requires_grad=True)
-
-    def moved(outputs: Tensor) -> Tensor:
-        parts = outputs.double().unflatten(1, (n_tasks, classes))
-        return (parts * scale[:, None] + shift[:, None]).flatten(1)
-
-    optimizer = torch.optim.LBFGS([scale, shift], max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value: Tensor = F.cross_entropy(moved(few), y_few) + (scale - 1).square().sum() / (2 * n)
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    with torch.no_grad():
-        return float((moved(z).argmax(1) == y).double().mean())
-
-
 def _made(model: MultiHead, run: Run, protocol: Protocol) -> Regularizer | None:
     """Make the method of a run."""
     method, strength, seed = run["method"], run["strength"], run["seed"]
@@ -191,7 +84,7 @@ def _made(model: MultiHead, run: Run, protocol: Protocol) -> Regularizer | None:
     if method == "LwF":
         return LwF(model, strength)
     if method == "EWC, all classes":
-        return _OfAllClasses(model, strength)
+        return OfAllClasses(model, strength)
     if method.endswith(", clipped"):
         reverse = method.startswith("EWC-DR")
         return ClippedPenalty(model, strength, reverse=reverse, batch_size=protocol["batch"])
