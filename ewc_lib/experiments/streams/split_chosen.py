@@ -12,6 +12,7 @@ out of the training images, over seeds that no table shows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, TypeAlias
@@ -33,7 +34,7 @@ from ewc_lib.experiments.streams.all_classes import (
 )
 from ewc_lib.regularizers import LwF, Regularizer, Replay
 
-__all__ = ["SPLIT_CHOSEN", "criteria", "knobs_of", "searched"]
+__all__ = ["SPLIT_CHOSEN", "at_choice", "criteria", "flattery", "knobs_of", "searched"]
 
 Labelled: TypeAlias = tuple[Tensor, Tensor]
 
@@ -184,6 +185,42 @@ def knobs_of(method: str) -> tuple[str, ...]:
 def searched(runs: Iterable[Run], scenario: str, method: str) -> list[Run]:
     """Return the runs of one search."""
     return [r for r in runs if r["search"] and (r["scenario"], r["method"]) == (scenario, method)]
+
+
+def at_choice(runs: Iterable[Run], scenario: str, method: str, by: str = "valid") -> dict[int, Run]:
+    """Return the runs of the tables at the settings that were chosen, by seed.
+
+    Parameters
+    ----------
+    runs
+        As :func:`.run_all` keeps them.
+    scenario, method
+        Which ones.
+    by
+        What the settings were chosen by, one of :func:`criteria`.
+    """
+    runs = list(runs)
+    best = choose(searched(runs, scenario, method), knobs_of(method), by).settings
+    wanted = {"scenario": scenario, "method": method, "search": False, **best}
+    own = [run for run in runs if all(run[name] == value for name, value in wanted.items())]
+    return {run["seed"]: run for run in sorted(own, key=lambda run: run["seed"])}
+
+
+def flattery(runs: Iterable[Run], scenario: str, method: str) -> float:
+    """Return how much better a method looks if its settings are chosen on the test images.
+
+    It is the mean test accuracy at the settings that are best in the test, less that at those which
+    are best in validation, both over the seeds of the search.
+
+    Parameters
+    ----------
+    runs, scenario, method
+        As for :func:`at_choice`.
+    """
+    own = searched(runs, scenario, method)
+    honest = choose(own, knobs_of(method)).settings
+    at = [r["accuracy"] for r in own if all(r[name] == value for name, value in honest.items())]
+    return choose(own, knobs_of(method), "accuracy").value - math.fsum(at) / len(at)
 
 
 def _run(

@@ -1,14 +1,23 @@
 import pytest
 
 from ewc_lib.experiments.runs.choosing import choose
-from ewc_lib.experiments.streams.split_chosen import SPLIT_CHOSEN, criteria, knobs_of, searched
+from ewc_lib.experiments.streams.split_chosen import (
+    SPLIT_CHOSEN,
+    at_choice,
+    criteria,
+    flattery,
+    knobs_of,
+    searched,
+)
 from tests.experiments.cases import run
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     few = {"class": ["none", "EWC", "joint"], "masked": ["EWC, clipped", "EWC, all classes"]}
-    return run(SPLIT_CHOSEN, tmp_path_factory.mktemp("few"), seeds=2, budget=4, methods=few)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("EWC_DATA", raising=False)
+        return run(SPLIT_CHOSEN, tmp_path_factory.mktemp("few"), seeds=2, budget=4, methods=few)
 
 
 def test_every_method_tries_as_many_settings_on_seeds_that_no_table_shows(result):
@@ -29,3 +38,18 @@ def test_what_is_shown_was_chosen_on_validation_images(result):
             shown = [r for r in result["runs"] if r["method"] == method and not r["search"]]
             assert all({k: r[k] for k in knobs_of(method)} in best for r in shown)
             assert len(shown) == 2 * len({tuple(b.values()) for b in best})
+
+
+def finished(strength, seed, valid, accuracy, search):
+    settings = {"scenario": "task", "method": "EWC", "strength": strength, "rate": 1e-3}
+    return {**settings, "seed": seed, "valid": valid, "accuracy": accuracy, "search": search}
+
+
+def test_choosing_on_the_test_images_flatters_by_the_difference_in_the_test():
+    tried = [finished(1.0, 9, 0.9, 0.7, True), finished(10.0, 9, 0.8, 0.75, True)]
+    shown = [finished(1.0, 1, 0.9, 0.6, False), finished(1.0, 0, 0.9, 0.65, False)]
+    other = [finished(10.0, 0, 0.9, 0.99, False)]
+    assert flattery(tried + shown, "task", "EWC") == pytest.approx(0.05)
+    found = at_choice([*tried, *other, *shown], "task", "EWC")
+    assert list(found) == [0, 1]
+    assert [run["accuracy"] for run in found.values()] == [0.65, 0.6]
