@@ -19,7 +19,7 @@ OTHERWISE: dict[str, tuple[str, ...]] = {
     "foundations/fisher": ("heads", "the key bias of", "output biases"),
     "foundations/score": ("heads", "one column for each parameter", "at *one* fixed point"),
     "practice/at_scale": ("Biases", "bias", "precision"),
-    "practice/benchmarks": ("the row and the column", "bias"),
+    "practice/benchmarks": ("the row and the column", "bias", "Bias"),
     "practice/fine_tuning": ("half precision",),
     "practice/stability": ("heads", "a head in each"),
 }
