@@ -338,9 +338,10 @@ _add_comparison(
 )
 _add_comparison(
     "language-models",
-    3,
-    "A small language model learns documentation, then source code, with and without penalties "
-    "and adapters.\n\nTakes about an hour on one core.",
+    5,
+    "A small language model learns documentation, then source code: thirteen ways to keep the "
+    "first, among them EWC, averages of weights, replay and adapters, chosen alike.\n\nTakes about "
+    "half an hour on one core.",
 )
 _add_comparison(
     "fine-tuning",

@@ -3,16 +3,29 @@
 from ewc_lib.experiments.language import fine_tuning
 from ewc_lib.experiments.language.language_models import PROTOCOL
 
+SMALL = {"width": 8, "layers": 1, "heads": 2, "length": 8, "steps_a": [4, 2], "steps": 3}
+
 SHORT = {
     **PROTOCOL,
-    "width": 8,
-    "layers": 1,
-    "heads": 2,
-    "length": 8,
-    "rank": 2,
-    "steps_a": 4,
-    "steps_b": 3,
-    "grids": {"L2": [0.1, 1.0], "EWC": [10.0, 1000.0], "LoRA, EWC": [1.0]},
+    "texts": {**PROTOCOL["texts"], **SMALL, "rank": 2},
+    "old": 20,
+    "seen": 30,
+    "rates": {name: [1e-2] for name in PROTOCOL["rates"]} | {"plain": [1e-2, 1e-3]},
+    "settings": {
+        "along": [1e-2],
+        "early stopping": [0.5],
+        "averaging": [0.5],
+        "Fisher averaging": [0.5],
+        "replay": [1.0],
+        "joint": [1.0],
+        "LoRA": [0.0],
+        "LoRA, L2": [0.0, 1e3],
+        "LoRA, EWC on factors": [1.0],
+        "LoRA, EWC": [0.0, 1e3],
+        "L2": [1.0],
+        "EWC": [10.0, 1000.0],
+        "EWC, averaging": [[10.0, 0.5]],
+    },
 }
 
 STRENGTHS = {"L2": [1.0], "EWC": [10.0, 1e12], "EWC, Kronecker": [10.0]}
@@ -28,10 +41,7 @@ FINE = {
     },
     "texts": {
         **fine_tuning.PROTOCOL["texts"],
-        "width": 8,
-        "length": 8,
-        "steps_a": [4, 2],
-        "steps": 3,
+        **SMALL,
         "rates": [1e-2],
         "strengths": STRENGTHS,
     },

@@ -7,37 +7,19 @@ a curve for each method. EWC and replay may use the same few observations of A.
 
 from __future__ import annotations
 
-import copy
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy
-
-from ewc_lib.ewc import EWC
-from ewc_lib.experiments.language.starts import (
-    Examples,
-    Start,
-    State,
-    begin,
-    between,
-    losses,
-    rows_of,
-    tuned,
-)
+from ewc_lib.experiments.language.starts import begin, measured
+from ewc_lib.experiments.language.ways import points
 from ewc_lib.experiments.runs.folders import OUTPUT
 from ewc_lib.experiments.runs.report import interval
 from ewc_lib.experiments.runs.store import Run, run_all
-from ewc_lib.fisher.estimate import Structure
-from ewc_lib.quadratic import QuadraticPenalty
-from ewc_lib.regularizers import L2
 
 __all__ = ["METHODS", "PROTOCOL", "candidates", "chosen", "comparison", "flat", "table"]
 
@@ -158,86 +140,26 @@ def comparison(
     )
 
 
-class _Rehearsal:
-    """The mean loss on old observations, times a weight, in every update."""
-
-    def __init__(self, model: nn.Module, old: Examples, weight: float, batch: int, seed: int):
-        self.model, self.old, self.weight, self.batch = model, old, weight, batch
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def before_task(self) -> None: ...
-
-    def before_step(self, inputs: Any = None) -> None: ...
-
-    def after_step(self) -> None: ...
-
-    def add_gradient_(self) -> None:
-        drawn = torch.randint(len(self.old[0]), (self.batch,), generator=self.generator)
-        x, y = rows_of(self.old, drawn)
-        (self.weight * cross_entropy(self.model(x), y)).backward()
-
-
 def _play(protocol: Mapping[str, Any], run: Run) -> dict[str, Any]:
     """Fine-tune once for each setting of a method, at one learning rate."""
     start = begin(json.dumps(protocol), run["data"], run["seed"])
     own = protocol[run["data"]]
-    found = list(_points(start, own, protocol, run))
-    before = losses(start, start.model.state_dict())
-    return {"before": before, "points": found}
+    found = list(points(start, own, _settings(protocol, own), run))
+    return {"before": measured(start, start.model.state_dict())["losses"], "points": found}
 
 
-def _points(
-    start: Start, own: Mapping[str, Any], protocol: Mapping[str, Any], run: Run
-) -> Iterator[dict[str, Any]]:
-    """Yield each method's settings with their losses."""
-    before, method = copy.deepcopy(start.model.state_dict()), run["trained"]
-    tune = partial(tuned, start, own, rate=run["rate"], seed=run["seed"] + 1)
-
-    def point(method: str, setting: Any, weights: State) -> dict[str, Any]:
-        found = {"losses": losses(start, weights), "nats": _nats(start, before, weights)}
-        return {"method": method, "setting": setting, **found}
-
-    if method == "plain":
-        at = [max(1, round(share * own["steps"])) for share in protocol["checkpoints"]]
-        passed = tune(None, at)
-        yield point("learning rate", 1.0, passed[own["steps"]])
-        for steps in at:
-            yield point("early stopping", steps, passed[steps])
-        for share in protocol["shares"]:
-            yield point("averaging", share, between(before, passed[own["steps"]], share))
-    elif method == "replay":
-        for weight in protocol["weights"]:
-            replay = _Rehearsal(start.model, start.old, weight, own["batch"], run["seed"])
-            yield point("replay", weight, tune(replay)[own["steps"]])
-    else:
-        held = _penalty(method, start)
-        for held.strength in own["strengths"][method]:
-            after = tune(held)[own["steps"]]
-            yield point(method, held.strength, after)
-            for share in protocol["few_shares"] if method == "EWC" else ():
-                weights = between(before, after, share)
-                yield point("EWC, averaging", [held.strength, share], weights)
-
-
-def _nats(start: Start, before: State, after: State) -> dict[str, float]:
-    """Return what each structure says is lost on A, for each term of its loss."""
-    step = {name: after[name] - before[name] for name in start.whole.shapes}
-    found: dict[str, Tensor] = {s: F.quadratic(step) for s, F in start.fisher.items()}
-    with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no derivative of this kind
-        found["whole"] = start.whole.quadratic(step)
-    return {name: value.item() / (2 * start.terms) for name, value in found.items()}
-
-
-def _penalty(method: str, start: Start) -> QuadraticPenalty:
-    """Return a penalty around the start, its strength still 0."""
-    if "EWC" in method:
-        structure: Structure = "kronecker" if "Kronecker" in method else "diagonal"
-        ewc = EWC(start.model, 0.0, kind=start.kind, structure=structure)
-        ewc.remember(start.fisher[structure])
-        return ewc
-    l2 = L2(start.model, 0.0)
-    l2.consolidate(start.old)
-    return l2
+def _settings(protocol: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of each way on one pair of tasks."""
+    return {
+        "early stopping": protocol["checkpoints"],
+        "averaging": protocol["shares"],
+        "replay": protocol["weights"],
+        "EWC, averaging": [
+            [strength, share]
+            for strength, share in product(own["strengths"]["EWC"], protocol["few_shares"])
+        ],
+        **own["strengths"],
+    }
 
 
 def flat(result: Mapping[str, Any], data: str, **wanted: Any) -> list[dict[str, Any]]:
@@ -256,23 +178,27 @@ def flat(result: Mapping[str, Any], data: str, **wanted: Any) -> list[dict[str, 
     -------
     list of dict
         Each with ``method``, ``seed``, ``rate``, ``setting``; the losses ``a`` and ``b`` on test
-        data and ``valid_a`` and ``valid_b``, those on A less what they were before; and ``nats``,
-        what each structure of the Fisher information says is lost on A.
+        data and ``valid_a`` and ``valid_b``, those on A less what they were before; ``both``, the
+        mean loss of A and B on test data, and ``valid``, minus that on validation data; the loss
+        ``before`` on test data of A; and what :func:`.ways.points` says of each point.
     """
     found = []
     for run in result["runs"]:
         if run["data"] == data:
-            of_run = {"seed": run["seed"], "rate": run["rate"]}
             for point in run["points"]:
-                of_point = {name: point[name] for name in ("method", "setting", "nats")}
-                found.append({**of_run, **of_point, **_lost(run["before"], point["losses"])})
+                setting = point["setting"]
+                of_point = {k: v for k, v in point.items() if k != "losses"}
+                of_point["setting"] = tuple(setting) if isinstance(setting, list) else setting
+                lost = _lost(run["before"], point["losses"])
+                found.append({"seed": run["seed"], "rate": run["rate"], **of_point, **lost})
     return [row for row in found if all(row[name] == value for name, value in wanted.items())]
 
 
 def _lost(before: list[float], losses: list[float]) -> dict[str, float]:
     """Name the losses, and take off those on A what they were before."""
     (valid, _, test, _), (valid_a, valid_b, a, b) = before, losses
-    return {"a": a - test, "b": b, "valid_a": valid_a - valid, "valid_b": valid_b}
+    lost = {"a": a - test, "b": b, "valid_a": valid_a - valid, "valid_b": valid_b}
+    return {**lost, "both": (a + b) / 2, "valid": -(valid_a + valid_b) / 2, "before": test}
 
 
 def candidates(result: Mapping[str, Any], data: str, method: str) -> list[dict[str, Any]]:

@@ -1,105 +1,149 @@
 r"""A small language model that has learned English documentation and goes on with Python source.
 
-All weights are trained, plainly or with a penalty, or low-rank adapters are. What counts is the
-*perplexity* on held-out bytes of both texts, :math:`\exp` of the mean of
-:math:`-\log p(x_t \mid x_{<t})`.
+Thirteen ways to keep the first text, with as many settings each, which are chosen on validation
+data of both texts. What counts is the mean log-likelihood of a byte of both texts, and the curve of
+what is learned against what is lost.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache, partial
+import statistics
+from collections.abc import Mapping
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from ewc_lib.ewc import EWC
-from ewc_lib.experiments.cost.models import GPT2
-from ewc_lib.experiments.language.model import (
-    adaptable,
-    language_model,
-    learn,
-    log_likelihood,
-    texts,
-)
-from ewc_lib.experiments.language.texts import Text
+from ewc_lib.experiments.language.fine_tuning import flat
+from ewc_lib.experiments.language.starts import begin, measured
+from ewc_lib.experiments.language.ways import points
+from ewc_lib.experiments.runs.choosing import Choice, choose
 from ewc_lib.experiments.runs.folders import OUTPUT
-from ewc_lib.experiments.runs.report import interval
+from ewc_lib.experiments.runs.paired import Paired, paired
 from ewc_lib.experiments.runs.store import Run, run_all
-from ewc_lib.experiments.runs.strengths import decades, held_out
-from ewc_lib.regularizers import L2, AdapterEWC, add_adapters
 
-__all__ = ["METHODS", "PROTOCOL", "comparison", "flat", "table"]
+__all__ = ["METHODS", "PROTOCOL", "best", "choice", "comparison", "gain", "perplexity", "table"]
 
-METHODS = "none", "L2", "EWC", "LoRA", "LoRA, EWC", "joint"
-"""Plain training; with a penalty; only adapters; adapters with a penalty; both texts at once."""
+METHODS = (
+    "learning rate",
+    "early stopping",
+    "averaging",
+    "Fisher averaging",
+    "L2",
+    "EWC",
+    "EWC, averaging",
+    "replay",
+    "joint",
+    "LoRA",
+    "LoRA, L2",
+    "LoRA, EWC on factors",
+    "LoRA, EWC",
+)
+"""A rate alone; fewer updates; weights between before and after (Wortsman et al. 2022), and each
+weight by its Fisher information (Matena and Raffel 2022); the squared distance to the start (Li,
+Grandvalet and Davoine 2018); EWC, and weights between before it and after it; a few old sequences
+in every update, and all of them; adapters (Hu et al. 2022) alone, with the squared size of their
+products, with EWC of their factors, and with EWC of the weights that they make (Zheng et al. 2026).
+"""
+
+RATES = [3e-4, 1e-3, 3e-3]
+OF_ADAPTERS = [2e-3, 6e-3, 2e-2]
 
 PROTOCOL: Mapping[str, Any] = {
-    "width": 128,
-    "layers": 2,
-    "heads": 4,
-    "length": 128,
-    "rank": 8,
-    "steps_a": 1500,
-    "steps_b": 300,
-    "batch": 16,
-    "rate": 3e-3,
-    "kind": "sketch",
-    "grids": {"L2": decades(-1, 2), "EWC": decades(1, 4), "LoRA, EWC": decades(-2, 1)},
+    "texts": {
+        "width": 48,
+        "layers": 1,
+        "heads": 4,
+        "length": 32,
+        "rank": 4,
+        "steps_a": [1000, 200],
+        "rate_a": 3e-3,
+        "steps": 100,
+        "batch": 16,
+    },
+    "old": 100,
+    "seen": 300,
+    "metric": "optimizer",
+    "rates": {
+        "plain": [3e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2],
+        "replay": RATES,
+        "joint": RATES,
+        "LoRA": [1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2],
+        "LoRA, L2": OF_ADAPTERS,
+        "LoRA, EWC on factors": OF_ADAPTERS,
+        "LoRA, EWC": OF_ADAPTERS,
+        "L2": RATES,
+        "EWC": RATES,
+    },
+    "settings": {
+        "along": [1e-4, *RATES],
+        "early stopping": [0.25, 0.5, 0.75],
+        "averaging": [0.4, 0.6, 0.8],
+        "Fisher averaging": [0.4, 0.6, 0.8],
+        "replay": [0.1, 0.3, 1.0, 3.0],
+        "joint": [0.1, 0.3, 1.0, 3.0],
+        "LoRA": [0.0],
+        "LoRA, L2": [0.5, 2.0, 10.0, 50.0],
+        "LoRA, EWC on factors": [1.0, 5.0, 20.0, 100.0],
+        "LoRA, EWC": [1.0, 5.0, 20.0, 100.0],
+        "L2": [0.02, 0.1, 0.5, 2.0],
+        "EWC": [0.1, 0.5, 2.0, 10.0],
+        "EWC, averaging": [[0.1, 0.6], [0.1, 0.8], [0.5, 0.6], [0.5, 0.8]],
+    },
+    "limits": [0.01, 0.02, 0.05, 0.1, 0.2, 0.5],
 }
-"""Every text is learned by Adam; full training takes the proximal step of its penalty.
-
-The grids are where a network of another seed showed an exchange between the texts. Those of full
-training and of adapters are not on one scale: Adam rescales a gradient, and no proximal step.
-"""
+"""The model and the settings. The first text is learned in two stages, the second at a tenth of the
+rate. ``old`` sequences may be trained on by replay, ``seen`` ones gave the Fisher information. Each
+way has twelve candidates: twelve rates, or three or four with as many settings as make twelve, as
+:func:`ewc_lib.experiments.language.ways.points` reads them. Penalties on all weights take the
+proximal step in the ``metric`` of Adam; those on adapters add their gradient. ``limits`` are what
+may be lost on the first text, in nats."""
 
 
 def comparison(
     path: Path = OUTPUT / "language_models.json",
     *,
-    seeds: int = 3,
+    seeds: int = 5,
     protocol: Mapping[str, Any] = PROTOCOL,
-    methods: Sequence[str] = METHODS,
     workers: int = 1,
     fresh: bool = False,
     progress: bool | None = None,
 ) -> dict[str, Any]:
-    """Learn documentation, then source code, with each method and strength.
+    """Learn documentation, then source code, in every way and with every setting.
 
     Parameters
     ----------
     path
         The JSON file; the same call goes on where it was stopped.
     seeds
-        Each sets the initial weights and the order of the sequences.
+        Each sets the initial weights, the order of the sequences and which are the old ones.
     protocol
-        Shape of the network, rank of the adapters, updates for each text, batch size, learning
-        rate, kind of the Fisher information, and strengths for each method.
-    methods, workers, fresh, progress
-        As in :func:`ewc_lib.experiments.structures.beyond_diagonal.comparison`, with
-        :data:`METHODS`.
+        The model and the settings, as in :data:`PROTOCOL`.
+    workers, fresh, progress
+        As in :func:`.fine_tuning.comparison`.
 
     Returns
     -------
     dict
-        As :func:`.run_all` returns it, one run for each method and seed; :func:`flat` reads it.
+        As :func:`.run_all` returns it, one run for each training, rate and seed, with the losses
+        before and all points; :func:`.flat`, :func:`.candidates` and :func:`best` read it.
 
     Raises
     ------
     ValueError
         As :func:`.run_all`.
     """
+    runs = [
+        {"data": "texts", "seed": seed, "rate": rate, "trained": trained}
+        for (trained, rates), seed in product(protocol["rates"].items(), range(seeds))
+        for rate in rates
+    ]
     return run_all(
         path,
         partial(_play, protocol),
-        [{"method": method, "seed": seed} for seed, method in product(range(seeds), methods)],
+        runs,
         experiment="language-models",
         data="standard library",
         protocol=protocol,
@@ -109,107 +153,91 @@ def comparison(
     )
 
 
-@lru_cache(maxsize=1)
-def _learned(protocol: str, seed: int) -> tuple[Text, Text, GPT2, float]:
-    """Return both texts, a network that has learned the first, and the seconds that took."""
-    settings = json.loads(protocol)
-    english, code = texts(settings["length"])
-    model = language_model(settings, seed)
-    start = time.perf_counter()
-    learn(model, english.train, settings, steps=settings["steps_a"], seed=seed)
-    return english, code, model, time.perf_counter() - start
-
-
 def _play(protocol: Mapping[str, Any], run: Run) -> dict[str, Any]:
-    """Learn documentation, then source code once for each strength."""
-    method, seed = run["method"], run["seed"]
-    english, code, learned, seconds_training = _learned(json.dumps(protocol), seed)
-    model = copy.deepcopy(learned)
-    if "LoRA" in method:
-        generator = torch.Generator().manual_seed(seed)
-        add_adapters(model, adaptable(model), protocol["rank"], generator=generator)
-    optimum = copy.deepcopy(model.state_dict())
-    start = time.perf_counter()
-    regularizer = _regularizer(method, model, protocol["kind"])
-    if regularizer is not None:
-        regularizer.consolidate(english.train)
-    seconds_consolidation = time.perf_counter() - start
-    data = code.train
-    if method == "joint":
-        x, y = (torch.cat(parts) for parts in zip(english.train, code.train, strict=True))
-        data = x, y
-    found: dict[str, list[float]] = {"documentation": [], "code": []}
-    strengths = protocol["grids"][method] if regularizer is not None else [0.0]
-    for strength in strengths:
-        model.load_state_dict(optimum)
-        if regularizer is not None:
-            regularizer.strength = strength
-        steps = protocol["steps_b"]
-        learn(model, data, protocol, steps=steps, seed=seed + 1, regularizer=regularizer)
-        found["documentation"].append(log_likelihood(model, english.test))
-        found["code"].append(log_likelihood(model, code.test))
-    return {
-        "strengths": list(strengths),
-        **{name: [round(value, 5) for value in values] for name, values in found.items()},
-        "before": [round(log_likelihood(learned, text.test), 5) for text in (english, code)],
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "sequences": len(english.train[0]),
-        "seconds_training": round(seconds_training, 2),
-        "seconds_consolidation": round(seconds_consolidation, 2),
-    }
+    """Fine-tune once for each setting of a way, at one learning rate."""
+    start = begin(json.dumps(protocol), run["data"], run["seed"])
+    found = list(points(start, protocol["texts"], protocol["settings"], run))
+    return {"before": measured(start, start.model.state_dict())["losses"], "points": found}
 
 
-def _regularizer(method: str, model: nn.Module, kind: Any) -> EWC | L2 | AdapterEWC | None:
-    """Return what holds on to a text, its strength still 0."""
-    if method == "EWC":
-        return EWC(model, 0.0, kind=kind)
-    if method == "L2":
-        return L2(model, 0.0)
-    return AdapterEWC(model, 0.0, kind=kind) if method == "LoRA, EWC" else None
-
-
-def flat(result: Mapping[str, Any], **wanted: Any) -> list[Run]:
-    """Return one run for each method, seed and strength.
+def choice(result: Mapping[str, Any], method: str) -> Choice:
+    """Return the rate and the setting of a method that are best on validation data.
 
     Parameters
     ----------
     result
         As :func:`comparison` returns it.
-    **wanted
-        Settings that the runs must have, as ``method="EWC"``.
+    method
+        Of :data:`METHODS`.
+    """
+    return choose(flat(result, "texts", method=method), ["rate", "setting"])
+
+
+def best(result: Mapping[str, Any], method: str) -> list[dict[str, Any]]:
+    """Return the rows of a method at its choice, in the order of seeds.
+
+    Parameters
+    ----------
+    result, method
+        As for :func:`choice`.
 
     Returns
     -------
     list of dict
-        Each with the log-likelihood of a held-out byte of both texts, ``documentation`` and
-        ``code``, and their mean ``both``, in nats.
+        As :func:`.flat` returns them.
     """
-    found = []
-    for run in result["runs"]:
-        if all(run[name] == value for name, value in wanted.items()):
-            columns = (run[name] for name in ("strengths", "documentation", "code"))
-            for strength, english, code in zip(*columns, strict=True):
-                settings = {"method": run["method"], "seed": run["seed"], "strength": strength}
-                outcome = {"documentation": english, "code": code, "both": (english + code) / 2}
-                found.append({**settings, **outcome})
-    return found
+    at = choice(result, method).settings
+    return sorted(flat(result, "texts", method=method, **at), key=lambda row: row["seed"])
+
+
+def gain(result: Mapping[str, Any], method: str, over: str, outcome: str = "both") -> Paired:
+    """Compare two methods seed by seed: how much less the first has of a loss, in nats a byte.
+
+    Parameters
+    ----------
+    result, method
+        As for :func:`choice`.
+    over
+        The other method.
+    outcome
+        ``"both"``, the mean loss of both texts on test data, or ``"a"`` or ``"b"``.
+    """
+    rows = best(result, over), best(result, method)
+    return paired(*({row["seed"]: row[outcome] for row in found} for found in rows))
+
+
+def perplexity(rows: list[dict[str, Any]], text: str) -> float:
+    """Return the mean perplexity over seeds, of the first text (``"a"``) or the second (``"b"``).
+
+    Parameters
+    ----------
+    rows
+        As :func:`best` returns them.
+    text
+        Which.
+    """
+    return statistics.mean(
+        math.exp(row[text] + (row["before"] if text == "a" else 0)) for row in rows
+    )
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Return perplexities of both texts, at strengths chosen by the other seeds, as text.
+    """Return test results at the choice of each method, as text.
 
     Parameters
     ----------
     result
         As :func:`comparison` returns it, with at least two seeds.
     """
-    methods = dict.fromkeys(run["method"] for run in result["runs"])
-    lines = [_line(method, flat(result, method=method)) for method in methods]
-    return "\n".join(["perplexity      documentation          code", *lines])
+    lines = ["perplexity:            manual   code   both: nats    gain"]
+    return "\n".join([*lines, *(_line(result, method) for method in METHODS)])
 
 
-def _line(method: str, runs: Iterable[Run]) -> str:
-    chosen = held_out(runs, "both")
-    columns = ([math.exp(-run[text]) for run in chosen] for text in ("documentation", "code"))
-    cells = (f"{sum(c) / len(c):6.2f} ± {interval(c):.2f}" for c in columns)
-    return f"{method:15} " + "   ".join(cells)
+def _line(result: Mapping[str, Any], method: str) -> str:
+    rows = best(result, method)
+    both = statistics.mean(row["both"] for row in rows)
+    cells = f"{perplexity(rows, 'a'):8.2f}{perplexity(rows, 'b'):7.2f}{both:9.3f}"
+    if method == METHODS[0]:
+        return f"{method:21}{cells}"
+    found = gain(result, method, METHODS[0])
+    return f"{method:21}{cells}{found.difference:+11.3f} ± {found.half_width:.3f}"

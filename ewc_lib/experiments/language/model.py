@@ -45,7 +45,7 @@ def language_model(protocol: Mapping[str, Any], seed: int) -> GPT2:
     Parameters
     ----------
     protocol
-        ``width``, ``layers``, ``heads`` and ``length``, as in :data:`.language_models.PROTOCOL`.
+        ``width``, ``layers``, ``heads`` and ``length``.
     seed
         Of the weights; the global random state is left as it was.
     """
@@ -97,7 +97,7 @@ def learn(
     data
         Inputs and targets.
     protocol
-        ``rate`` and ``batch``, as in :data:`.language_models.PROTOCOL`.
+        ``rate`` (of Adam) and ``batch`` (sequences of an update).
     steps
         Number of updates.
     seed

@@ -14,21 +14,36 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div, nll_loss
 
 from ewc_lib import data
 from ewc_lib.continual import mlp, rotated, train
 from ewc_lib.experiments.language.model import ClassesSecond, language_model, texts
-from ewc_lib.fisher import Fisher, MatrixFree, fisher_information
+from ewc_lib.fisher import Diagonal, Fisher, MatrixFree, fisher_information
 from ewc_lib.fisher.estimate import Structure
 from ewc_lib.fisher.output import Kind
 from ewc_lib.likelihood import Categorical
 from ewc_lib.quadratic import QuadraticPenalty
 
-__all__ = ["Examples", "Start", "State", "Task", "begin", "between", "losses", "rows_of", "tuned"]
+__all__ = [
+    "Examples",
+    "Start",
+    "State",
+    "Task",
+    "averaged",
+    "begin",
+    "between",
+    "diagonal",
+    "measured",
+    "rows_of",
+    "tuned",
+]
 
 Examples: TypeAlias = tuple[Tensor, Tensor]
 State: TypeAlias = Mapping[str, Tensor]
+
+FLOOR = 1e-6
+"""Added to the Fisher information of every weight where it weighs an average."""
 
 
 class Task(NamedTuple):
@@ -50,10 +65,16 @@ class Start(NamedTuple):
         The tasks.
     old
         Observations of A that may be used while B is learned.
+    seen
+        Those that the Fisher information is computed from.
     fisher
-        Their Fisher information, by structure.
+        The Fisher information, by structure.
     whole
-        All of it.
+        All of it, from the old observations.
+    said
+        Logarithms of the probabilities that the model gives on the test data of both tasks.
+    likelihood
+        Of an observation; None for classes.
     terms
         Terms of the mean loss in one observation: the bytes of a sequence.
     kind
@@ -64,20 +85,24 @@ class Start(NamedTuple):
     a: Task
     b: Task
     old: Examples
+    seen: Examples
     fisher: Mapping[Structure, Fisher]
     whole: MatrixFree
+    said: tuple[Tensor, Tensor]
+    likelihood: Categorical | None
     terms: int
     kind: Kind
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)
 def begin(protocol: str, name: str, seed: int) -> Start:
     """Learn task A, and compute its Fisher information from the old observations.
 
     Parameters
     ----------
     protocol
-        As :data:`.fine_tuning.PROTOCOL`, in JSON.
+        As :data:`.fine_tuning.PROTOCOL`, in JSON. ``old`` is the number of old observations, and
+        ``seen`` that of those for the Fisher information, by default the same.
     name
         ``"digits"`` or ``"texts"``.
     seed
@@ -92,12 +117,17 @@ def begin(protocol: str, name: str, seed: int) -> Start:
         options = {"steps": steps, "batch_size": own["batch"], "progress": False}
         train(model, a.train, seed=seed, optimizer=adam, **options)
     rows = torch.randperm(len(a.train[0]), generator=torch.Generator().manual_seed(seed))
-    old = rows_of(a.train, rows[: settings["old"]])
-    measure = partial(fisher_information, model, old, likelihood, progress=False)
+    old, seen = (
+        rows_of(a.train, rows[:n]) for n in (settings["old"], settings.get("seen", settings["old"]))
+    )
+    measure = partial(fisher_information, model, seen, likelihood, progress=False)
     kind: Kind = "sketch" if terms > 1 else "exact"
     structures: tuple[Structure, ...] = "diagonal", "kronecker"
     fisher = {s: measure(kind=kind, structure=s) for s in structures}
-    return Start(model, a, b, old, fisher, MatrixFree(model, old, likelihood), terms, kind)
+    whole = MatrixFree(model, old, likelihood)
+    with torch.no_grad():
+        said = model(a.test[0]).log_softmax(1), model(b.test[0]).log_softmax(1)
+    return Start(model, a, b, old, seen, fisher, whole, said, likelihood, terms, kind)
 
 
 def _digits(own: Mapping[str, Any], seed: int) -> tuple[nn.Module, Task, Task, None, int]:
@@ -135,6 +165,7 @@ def tuned(
     *,
     rate: float,
     seed: int,
+    proximal: bool = True,
 ) -> dict[int, State]:
     """Fine-tune by Adam from the start, which stays as it was.
 
@@ -145,13 +176,15 @@ def tuned(
     own
         ``steps`` and ``batch``, as in :data:`.fine_tuning.PROTOCOL`.
     regularizer
-        What holds on to task A; a quadratic penalty by its proximal step.
+        What holds on to task A.
     at
         Numbers of updates.
     rate
         The learning rate.
     seed
         Of the order of the data.
+    proximal
+        Whether a quadratic penalty makes its proximal step, or adds its gradient.
 
     Returns
     -------
@@ -174,7 +207,7 @@ def tuned(
         seed=seed,
         regularizer=regularizer,
         optimizer=adam,
-        proximal=isinstance(regularizer, QuadraticPenalty),
+        proximal=proximal and isinstance(regularizer, QuadraticPenalty),
         batch_size=own["batch"],
         on_step=note,
         progress=False,
@@ -204,9 +237,74 @@ def between(before: State, after: State, share: float) -> State:
 
 
 @torch.no_grad()
-def losses(start: Start, weights: State) -> list[float]:
-    """Return the mean losses of some weights: validation A and B, test A and B."""
+def averaged(start: Start, after: State, of_b: Diagonal, share: float) -> State:
+    r"""Return the weights before and after, each averaged by its Fisher information.
+
+    .. math:: \theta_i = \frac{(1 - \alpha)\, F_{A,i}\, \theta_{\text{before},i}
+                            + \alpha\, F_{B,i}\, \theta_{\text{after},i}}
+                            {(1 - \alpha)\, F_{A,i} + \alpha\, F_{B,i}}
+
+    Parameters
+    ----------
+    start
+        With the weights before, and :math:`F_A`.
+    after
+        The weights after.
+    of_b
+        :math:`F_B`, as :func:`diagonal` returns it for them.
+    share
+        :math:`\alpha`.
+
+    Notes
+    -----
+    To both a millionth is added, so that a weight that neither knows of is on the line between.
+
+    References
+    ----------
+    Matena and Raffel 2022.
+    """
+    model = copy.deepcopy(start.model)
+    of_a = start.fisher["diagonal"].diagonal()
+    for name, weight in model.named_parameters():
+        a, b = (1 - share) * (of_a[name] + FLOOR), share * (of_b.values[name] + FLOOR)
+        weight.copy_((a * weight + b * after[name]) / (a + b))
+    return model.state_dict()
+
+
+def diagonal(start: Start, weights: State, examples: Examples) -> Diagonal:
+    """Return the diagonal of the Fisher information at some weights, of the kind of the start."""
     model = copy.deepcopy(start.model)
     model.load_state_dict(weights)
-    parts = start.a.valid, start.b.valid, start.a.test, start.b.test
-    return [round(cross_entropy(model(x), y).item(), 5) for x, y in parts]
+    found = fisher_information(model, examples, start.likelihood, kind=start.kind, progress=False)
+    assert isinstance(found, Diagonal)
+    return found
+
+
+@torch.no_grad()
+def measured(start: Start, weights: State) -> dict[str, list[float]]:
+    """Return what some weights are worth, and how far they have gone.
+
+    Parameters
+    ----------
+    start
+        The model, both tasks, and what the model said.
+    weights
+        Of the model.
+
+    Returns
+    -------
+    dict
+        ``losses``, the mean losses on validation A and B and on test A and B; ``kl``, the mean
+        divergence of what is said from what was said, on test A and B; in nats for each term.
+    """
+    model = copy.deepcopy(start.model)
+    model.load_state_dict(weights)
+    found = [cross_entropy(model(x), y) for x, y in (start.a.valid, start.b.valid)]
+    kl = []
+    for (x, y), before in zip((start.a.test, start.b.test), start.said, strict=True):
+        now = model(x).log_softmax(1)
+        found.append(nll_loss(now, y))
+        kl.append(kl_div(now, before, reduction="sum", log_target=True) / y.numel())
+    return {
+        name: [round(v.item(), 5) for v in own] for name, own in (("losses", found), ("kl", kl))
+    }

@@ -14,8 +14,9 @@ from ewc_lib.experiments.language.model import (
     token_trace,
 )
 from ewc_lib.regularizers import add_adapters
-from tests.experiments.texts import SHORT, cut_short
+from tests.experiments.texts import SMALL, cut_short
 
+SHORT = {**SMALL, "rate": 3e-3, "batch": 16}
 few = pytest.fixture(autouse=True)(cut_short)
 
 
