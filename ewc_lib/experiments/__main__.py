@@ -339,7 +339,7 @@ _add_comparison(
 _add_comparison(
     "language-models",
     5,
-    "A small language model learns documentation, then source code: thirteen ways to keep the "
+    "A small language model learns documentation, then source code: fourteen ways to keep the "
     "first, among them EWC, averages of weights, replay and adapters, chosen alike.\n\nTakes about "
     "half an hour on one core.",
 )

@@ -24,6 +24,7 @@ SHORT = {
         "LoRA, EWC": [0.0, 1e3],
         "L2": [1.0],
         "EWC": [10.0, 1000.0],
+        "EWC, euclidean": [1.0],
         "EWC, averaging": [[10.0, 0.5]],
     },
 }

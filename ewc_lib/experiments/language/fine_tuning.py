@@ -70,6 +70,7 @@ PROTOCOL: Mapping[str, Any] = {
         },
     },
     "old": 100,
+    "metric": "euclidean",
     "plain_rates": [3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5],
     "checkpoints": [0.02, 0.05, 0.1, 0.2, 0.5],
     "shares": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
@@ -81,7 +82,7 @@ PROTOCOL: Mapping[str, Any] = {
 the rate. ``plain_rates`` are those of fine-tuning without a penalty. ``checkpoints`` are shares of
 the updates; ``shares`` how far to go from before to after; ``weights`` those of the old
 observations; ``old`` how many of these there are; ``limits`` what may be lost on A, in nats. All
-training is by Adam, with the proximal step of a penalty."""
+training is by Adam, with the proximal step of a penalty in this ``metric``."""
 
 
 def comparison(
@@ -143,7 +144,7 @@ def comparison(
 def _play(protocol: Mapping[str, Any], run: Run) -> dict[str, Any]:
     """Fine-tune once for each setting of a method, at one learning rate."""
     start = begin(json.dumps(protocol), run["data"], run["seed"])
-    own = protocol[run["data"]]
+    own = {**protocol[run["data"]], "metric": protocol["metric"]}
     found = list(points(start, own, _settings(protocol, own), run))
     return {"before": measured(start, start.model.state_dict())["losses"], "points": found}
 

@@ -1,6 +1,6 @@
 r"""A small language model that has learned English documentation and goes on with Python source.
 
-Thirteen ways to keep the first text, with as many settings each, which are chosen on validation
+Fourteen ways to keep the first text, with as many settings each, which are chosen on validation
 data of both texts. What counts is the mean log-likelihood of a byte of both texts, and the curve of
 what is learned against what is lost.
 """
@@ -33,6 +33,7 @@ METHODS = (
     "Fisher averaging",
     "L2",
     "EWC",
+    "EWC, euclidean",
     "EWC, averaging",
     "replay",
     "joint",
@@ -43,13 +44,14 @@ METHODS = (
 )
 """A rate alone; fewer updates; weights between before and after (Wortsman et al. 2022), and each
 weight by its Fisher information (Matena and Raffel 2022); the squared distance to the start (Li,
-Grandvalet and Davoine 2018); EWC, and weights between before it and after it; a few old sequences
+Grandvalet and Davoine 2018); EWC, in the metric of Adam and in that of a plain step, and weights
+between before the first of them and after it; a few old sequences
 in every update, and all of them; adapters (Hu et al. 2022) alone, with the squared size of their
 products, with EWC of their factors, and with EWC of the weights that they make (Zheng et al. 2026).
 """
 
 RATES = [3e-4, 1e-3, 3e-3]
-OF_ADAPTERS = [2e-3, 6e-3, 2e-2]
+OF_ADAPTERS = [6e-4, 2e-3, 6e-3, 2e-2]
 
 PROTOCOL: Mapping[str, Any] = {
     "texts": {
@@ -68,14 +70,9 @@ PROTOCOL: Mapping[str, Any] = {
     "metric": "optimizer",
     "rates": {
         "plain": [3e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2],
-        "replay": RATES,
-        "joint": RATES,
+        **dict.fromkeys(("replay", "joint", "EWC", "L2", "EWC, euclidean"), RATES),
         "LoRA": [1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2],
-        "LoRA, L2": OF_ADAPTERS,
-        "LoRA, EWC on factors": OF_ADAPTERS,
-        "LoRA, EWC": OF_ADAPTERS,
-        "L2": RATES,
-        "EWC": RATES,
+        **dict.fromkeys(("LoRA, L2", "LoRA, EWC on factors", "LoRA, EWC"), OF_ADAPTERS),
     },
     "settings": {
         "along": [1e-4, *RATES],
@@ -88,18 +85,19 @@ PROTOCOL: Mapping[str, Any] = {
         "LoRA, L2": [0.5, 2.0, 10.0, 50.0],
         "LoRA, EWC on factors": [1.0, 5.0, 20.0, 100.0],
         "LoRA, EWC": [1.0, 5.0, 20.0, 100.0],
-        "L2": [0.02, 0.1, 0.5, 2.0],
-        "EWC": [0.1, 0.5, 2.0, 10.0],
-        "EWC, averaging": [[0.1, 0.6], [0.1, 0.8], [0.5, 0.6], [0.5, 0.8]],
+        "L2": [0.03, 0.1, 0.3, 1.0],
+        "EWC": [0.1, 0.3, 1.0, 3.0],
+        "EWC, euclidean": [10.0, 50.0, 200.0, 1000.0],
+        "EWC, averaging": [[0.1, 0.6], [0.1, 0.75], [0.3, 0.6], [0.3, 0.75]],
     },
     "limits": [0.01, 0.02, 0.05, 0.1, 0.2, 0.5],
 }
 """The model and the settings. The first text is learned in two stages, the second at a tenth of the
 rate. ``old`` sequences may be trained on by replay, ``seen`` ones gave the Fisher information. Each
-way has twelve candidates: twelve rates, or three or four with as many settings as make twelve, as
-:func:`ewc_lib.experiments.language.ways.points` reads them. Penalties on all weights take the
-proximal step in the ``metric`` of Adam; those on adapters add their gradient. ``limits`` are what
-may be lost on the first text, in nats."""
+way has twelve candidates, those on adapters sixteen, where the first grid was too narrow: as many
+rates, or some with some settings each, as :func:`ewc_lib.experiments.language.ways.points` reads
+them. Penalties on all weights take the proximal step, in this ``metric`` if nothing else is said;
+those on adapters add their gradient. ``limits`` are what may be lost on the first text, in nats."""
 
 
 def comparison(
@@ -156,7 +154,8 @@ def comparison(
 def _play(protocol: Mapping[str, Any], run: Run) -> dict[str, Any]:
     """Fine-tune once for each setting of a way, at one learning rate."""
     start = begin(json.dumps(protocol), run["data"], run["seed"])
-    found = list(points(start, protocol["texts"], protocol["settings"], run))
+    own = {**protocol["texts"], "metric": protocol["metric"]}
+    found = list(points(start, own, protocol["settings"], run))
     return {"before": measured(start, start.model.state_dict())["losses"], "points": found}
 
 

@@ -165,7 +165,7 @@ def tuned(
     *,
     rate: float,
     seed: int,
-    proximal: bool = True,
+    proximal: str | bool = True,
 ) -> dict[int, State]:
     """Fine-tune by Adam from the start, which stays as it was.
 
@@ -184,7 +184,7 @@ def tuned(
     seed
         Of the order of the data.
     proximal
-        Whether a quadratic penalty makes its proximal step, or adds its gradient.
+        The metric in which a quadratic penalty makes its proximal step; or False, for its gradient.
 
     Returns
     -------
@@ -200,6 +200,8 @@ def tuned(
             passed[done] = copy.deepcopy(model.state_dict())
 
     adam = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
+    has_step = isinstance(regularizer, QuadraticPenalty)
+    form: dict[str, Any] = {"proximal": proximal if has_step else False}
     train(
         model,
         start.b.train,
@@ -207,7 +209,7 @@ def tuned(
         seed=seed,
         regularizer=regularizer,
         optimizer=adam,
-        proximal=proximal and isinstance(regularizer, QuadraticPenalty),
+        **form,
         batch_size=own["batch"],
         on_step=note,
         progress=False,

@@ -49,7 +49,7 @@ def points(
     start
         The model and both tasks.
     own
-        ``steps``, ``batch`` and, for adapters, ``rank``.
+        ``steps``, ``batch``, ``metric`` (of proximal steps) and, for adapters, ``rank``.
     settings
         For each way: shares of the updates, for early stopping; how far to go from before to after,
         for averaging; weights of the old observations, for replay and for joint training, which
@@ -122,8 +122,9 @@ def _penalized(
     held = _penalty(method, start)
     pairs = settings.get(f"{method}, averaging", ())
     for held.strength in settings[method]:
-        passed = tuned(start, own, held, rate=run["rate"], seed=run["seed"] + 1)
-        after = passed[own["steps"]]
+        form = "euclidean" if "euclidean" in method else own["metric"]
+        options = {"rate": run["rate"], "seed": run["seed"] + 1, "proximal": form}
+        after = tuned(start, own, held, **options)[own["steps"]]
         yield method, held.strength, after
         for strength, share in pairs:
             if strength == held.strength:

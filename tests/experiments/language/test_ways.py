@@ -11,7 +11,7 @@ from ewc_lib.experiments.language.ways import points
 from tests.experiments.texts import SHORT, cut_short
 
 few = pytest.fixture(autouse=True)(cut_short)
-OWN = SHORT["texts"]
+OWN = {**SHORT["texts"], "metric": SHORT["metric"]}
 
 
 def found(trained, **settings):
@@ -24,7 +24,7 @@ def test_a_run_can_be_repeated_by_hand():
     start, (of_ewc, *_) = found("EWC")
     ewc = EWC(start.model, 10.0, kind="sketch")
     ewc.remember(start.fisher["diagonal"])
-    after = tuned(start, OWN, ewc, rate=1e-2, seed=1)[OWN["steps"]]
+    after = tuned(start, OWN, ewc, rate=1e-2, seed=1, proximal="optimizer")[OWN["steps"]]
     x, y = start.b.test
     weights = {name: after[name] for name in start.whole.shapes}  # the head is tied
     expected = cross_entropy(torch.func.functional_call(start.model, weights, (x,)), y)
@@ -50,6 +50,15 @@ def test_a_penalty_on_products_is_none_at_strength_zero_and_holds_at_a_large_one
     _, (plain,) = found("LoRA")
     assert free["losses"] == plain["losses"]
     assert held["kl"][0] < free["kl"][0]
+
+
+def test_the_metric_of_a_proximal_step_is_that_of_the_way():
+    (_, (own, *_)), (_, (plain,)) = (
+        found("EWC"),
+        found("EWC, euclidean", **{"EWC, euclidean": [10]}),
+    )
+    assert own["setting"] == plain["setting"]
+    assert own["losses"] != plain["losses"]
 
 
 def test_the_two_penalties_on_products_are_not_the_same():
