@@ -7,7 +7,7 @@ from ewc_lib import data
 from ewc_lib.continual import Learned, MultiHead, mlp, split
 from ewc_lib.experiments import __main__ as command
 from ewc_lib.experiments.runs import protocols
-from ewc_lib.experiments.runs.protocols import METHODS, measure, outcome, play
+from ewc_lib.experiments.runs.protocols import METHODS, average_over, measure, outcome, play
 from ewc_lib.experiments.streams.permuted_mnist import PERMUTED_MNIST
 from tests.experiments.cases import run
 
@@ -128,3 +128,15 @@ def test_validation_images_are_judged_after_the_last_task():
     plain = play(stream, settings, "cpu", remember, seed=0)
     assert plain["accuracy"] == found["accuracy"]
     assert {*found} - {*plain} == {"valid", "worst"}
+
+
+def test_validation_images_are_judged_as_the_test_images_are():
+    stream = split(data.digits(), 5, scenario="task")
+    model, seen = MultiHead(mlp((64, 8, 10), 0)), []
+
+    def judge(model, test):
+        seen.append((model.outputs, len(test[1])))
+        return len(seen) / 10
+
+    assert average_over(model, stream, judge) == pytest.approx(0.3)
+    assert seen == [(range(2 * t, 2 * t + 2), len(stream.test(t)[1])) for t in range(5)]
