@@ -24,8 +24,6 @@ __all__ = [
     "best",
     "decades",
     "draw",
-    "held_out",
-    "left_out",
     "plateau",
     "points",
     "sweep",
@@ -177,70 +175,6 @@ def best(found: Iterable[Point]) -> Point:
     if not sound:
         raise ValueError("some run diverged at every strength")
     return max(sound, key=lambda point: point.mean)
-
-
-def held_out(runs: Iterable[Mapping[str, Any]], value: str) -> list[Mapping[str, Any]]:
-    """Return the run of each seed at the strength that the *other* seeds choose, in order of seeds.
-
-    The best strength of a set of seeds flatters them, because it is partly luck. This does not.
-
-    Parameters
-    ----------
-    runs, value
-        As for :func:`points`. Only strengths count that all seeds have, and where none diverged.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than two seeds, or no such strength.
-
-    Examples
-    --------
-    >>> results = [(1.0, 0, 0.9), (1.0, 1, 0.5), (10.0, 0, 0.6), (10.0, 1, 0.7)]
-    >>> runs = [{"strength": s, "seed": seed, "accuracy": a} for s, seed, a in results]
-    >>> [run["strength"] for run in held_out(runs, "accuracy")]  # seed 1 would choose 10
-    [10.0, 1.0]
-    """
-    found: dict[float, dict[int, Mapping[str, Any]]] = {}
-    for run in runs:
-        found.setdefault(run["strength"], {})[run["seed"]] = run
-    seeds = set().union(*found.values())
-    full = [
-        by
-        for by in found.values()
-        if by.keys() == seeds and all(run[value] is not None for run in by.values())
-    ]
-    if len(seeds) < 2 or not full:
-        raise ValueError("at least two seeds and one strength that all of them have are needed")
-
-    def chosen_without(seed: int) -> Mapping[str, Any]:
-        others = [statistics.mean(run[value] for s, run in by.items() if s != seed) for by in full]
-        return full[others.index(max(others))][seed]
-
-    return [chosen_without(seed) for seed in sorted(seeds)]
-
-
-def left_out(runs: Iterable[Mapping[str, Any]], value: str) -> float:
-    """Return the mean over seeds of the result at the strength that the *other* seeds choose.
-
-    Parameters
-    ----------
-    runs, value
-        As for :func:`held_out`.
-
-    Raises
-    ------
-    ValueError
-        As :func:`held_out`.
-
-    Examples
-    --------
-    >>> results = [(1.0, 0, 0.9), (1.0, 1, 0.5), (10.0, 0, 0.6), (10.0, 1, 0.7)]
-    >>> runs = [{"strength": s, "seed": seed, "accuracy": a} for s, seed, a in results]
-    >>> round(left_out(runs, "accuracy"), 2)  # seed 1 would choose 10, and seed 0 would choose 1
-    0.55
-    """
-    return float(statistics.mean(run[value] for run in held_out(runs, value)))
 
 
 def plateau(found: Sequence[Point], tolerance: float = 0.01) -> tuple[float, float]:

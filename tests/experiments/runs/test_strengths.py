@@ -8,8 +8,6 @@ from ewc_lib.experiments.runs.strengths import (
     best,
     decades,
     draw,
-    held_out,
-    left_out,
     plateau,
     points,
     sweep,
@@ -102,33 +100,3 @@ def test_the_figure_shows_the_curve_its_plateau_and_the_bayesian_strength():
     assert [5.0, 5.0] in lines
     assert axes.get_xscale() == "log"
     plt.close("all")
-
-
-def on_a_grid(results):
-    return [
-        {"strength": strength, "seed": seed, "accuracy": accuracy}
-        for strength, accuracies in results.items()
-        for seed, accuracy in enumerate(accuracies)
-    ]
-
-
-def test_a_seed_that_is_left_out_does_not_choose_its_own_strength():
-    lucky = on_a_grid({1.0: [0.9, 0.5, 0.5], 10.0: [0.6, 0.6, 0.6]})
-    # The mean of all seeds chooses 1; without seed 0 it is 10, without another it is 1.
-    assert left_out(lucky, "accuracy") == pytest.approx((0.6 + 0.5 + 0.5) / 3)
-    clear = on_a_grid({1.0: [0.5, 0.5], 10.0: [0.7, 0.9]})
-    assert left_out(clear, "accuracy") == pytest.approx(0.8)
-
-
-def test_each_seed_is_held_out_once_in_order_with_its_own_run():
-    runs = on_a_grid({1.0: [0.9, 0.5, 0.5], 10.0: [0.6, 0.6, 0.6]})
-    found = held_out(reversed(runs), "accuracy")
-    assert [(run["seed"], run["strength"]) for run in found] == [(0, 10.0), (1, 1.0), (2, 1.0)]
-    assert [run["accuracy"] for run in found] == [0.6, 0.5, 0.5]
-
-
-def test_only_strengths_that_all_seeds_have_can_be_chosen_without_one():
-    runs = on_a_grid({1.0: [0.7, 0.8], 10.0: [0.99], 100.0: [0.99, None]})
-    assert left_out(runs, "accuracy") == pytest.approx(0.75)
-    with pytest.raises(ValueError, match="two seeds"):
-        left_out(on_a_grid({1.0: [0.7]}), "accuracy")

@@ -1,4 +1,3 @@
-
 from ewc_lib.experiments.runs.protocols import measure
 from ewc_lib.experiments.streams.stability import STABILITY
 from tests.experiments.cases import short
