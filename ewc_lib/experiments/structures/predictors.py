@@ -74,7 +74,7 @@ def ranking(
     Examples
     --------
     >>> runs = [{"seed": s, "x": x, "y": x**2} for s in range(3) for x in range(5)]
-    >>> ranking(runs, "x", "y").value
+    >>> round(ranking(runs, "x", "y").value, 3)
     1.0
     """
     return _over_seeds(_of_seeds(runs, predictor, outcome, within))
