@@ -45,6 +45,7 @@ ALLOWED = {
         "95 % bootstrap intervals": "a level of confidence",
     },
     "practice/fine_tuning": {"95 % interval of Student": "a level of confidence"},
+    "practice/language_models": {"95 % interval of Student": "a level of confidence"},
     "practice/stability": {
         "learning rate 0.1": CHOSEN,
         "strengths from 0.1 to": CHOSEN,
