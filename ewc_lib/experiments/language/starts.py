@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, kl_div, nll_loss
 from ewc_lib import data
 from ewc_lib.continual import mlp, rotated, train
 from ewc_lib.experiments.language.model import ClassesSecond, language_model, texts
-from ewc_lib.fisher import Diagonal, Fisher, MatrixFree, fisher_information
+from ewc_lib.fisher import Fisher, MatrixFree, fisher_information
 from ewc_lib.fisher.estimate import Structure
 from ewc_lib.fisher.output import Kind
 from ewc_lib.likelihood import Categorical
@@ -30,10 +30,8 @@ __all__ = [
     "Start",
     "State",
     "Task",
-    "averaged",
     "begin",
     "between",
-    "diagonal",
     "measured",
     "rows_of",
     "tuned",
@@ -41,9 +39,6 @@ __all__ = [
 
 Examples: TypeAlias = tuple[Tensor, Tensor]
 State: TypeAlias = Mapping[str, Tensor]
-
-FLOOR = 1e-6
-"""Added to the Fisher information of every weight where it weighs an average."""
 
 
 class Task(NamedTuple):
@@ -236,50 +231,6 @@ def between(before: State, after: State, share: float) -> State:
     {'w': tensor([0.2500])}
     """
     return {name: torch.lerp(before[name], after[name], share) for name in before}
-
-
-@torch.no_grad()
-def averaged(start: Start, after: State, of_b: Diagonal, share: float) -> State:
-    r"""Return the weights before and after, each averaged by its Fisher information.
-
-    .. math:: \theta_i = \frac{(1 - \alpha)\, F_{A,i}\, \theta_{\text{before},i}
-                            + \alpha\, F_{B,i}\, \theta_{\text{after},i}}
-                            {(1 - \alpha)\, F_{A,i} + \alpha\, F_{B,i}}
-
-    Parameters
-    ----------
-    start
-        With the weights before, and :math:`F_A`.
-    after
-        The weights after.
-    of_b
-        :math:`F_B`, as :func:`diagonal` returns it for them.
-    share
-        :math:`\alpha`.
-
-    Notes
-    -----
-    To both a millionth is added, so that a weight that neither knows of is on the line between.
-
-    References
-    ----------
-    Matena and Raffel 2022.
-    """
-    model = copy.deepcopy(start.model)
-    of_a = start.fisher["diagonal"].diagonal()
-    for name, weight in model.named_parameters():
-        a, b = (1 - share) * (of_a[name] + FLOOR), share * (of_b.values[name] + FLOOR)
-        weight.copy_((a * weight + b * after[name]) / (a + b))
-    return model.state_dict()
-
-
-def diagonal(start: Start, weights: State, examples: Examples) -> Diagonal:
-    """Return the diagonal of the Fisher information at some weights, of the kind of the start."""
-    model = copy.deepcopy(start.model)
-    model.load_state_dict(weights)
-    found = fisher_information(model, examples, start.likelihood, kind=start.kind, progress=False)
-    assert isinstance(found, Diagonal)
-    return found
 
 
 @torch.no_grad()

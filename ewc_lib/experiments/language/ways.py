@@ -18,25 +18,27 @@ from ewc_lib.experiments.language.starts import (
     Examples,
     Start,
     State,
-    averaged,
     between,
-    diagonal,
     measured,
     rows_of,
     tuned,
 )
 from ewc_lib.experiments.runs.store import Run
+from ewc_lib.fisher import Diagonal, fisher_information
 from ewc_lib.fisher.estimate import Structure
 from ewc_lib.quadratic import QuadraticPenalty
 from ewc_lib.regularizers import L2, AdapterEWC, add_adapters
 
-__all__ = ["TRAINED", "points"]
+__all__ = ["TRAINED", "averaged", "diagonal", "points"]
 
 TRAINED: Mapping[str, tuple[str, ...]] = {
     "plain": ("learning rate", "early stopping", "averaging", "Fisher averaging"),
     "EWC": ("EWC", "EWC, averaging"),
 }
 """The ways that come out of one training without more work; any other has its own name."""
+
+FLOOR = 1e-6
+"""Added to the Fisher information of every weight where it weighs an average."""
 
 
 def points(
@@ -102,6 +104,50 @@ def _plain(
         of_b = diagonal(start, after, seen)
         for share in shares:
             yield "Fisher averaging", share, averaged(start, after, of_b, share)
+
+
+@torch.no_grad()
+def averaged(start: Start, after: State, of_b: Diagonal, share: float) -> State:
+    r"""Return the weights before and after, each averaged by its Fisher information.
+
+    .. math:: \theta_i = \frac{(1 - \alpha)\, F_{A,i}\, \theta_{\text{before},i}
+                            + \alpha\, F_{B,i}\, \theta_{\text{after},i}}
+                            {(1 - \alpha)\, F_{A,i} + \alpha\, F_{B,i}}
+
+    Parameters
+    ----------
+    start
+        With the weights before, and :math:`F_A`.
+    after
+        The weights after.
+    of_b
+        :math:`F_B`, as :func:`diagonal` returns it for them.
+    share
+        :math:`\alpha`.
+
+    Notes
+    -----
+    To both a millionth is added, so that a weight that neither knows of is on the line between.
+
+    References
+    ----------
+    Matena and Raffel 2022.
+    """
+    model = copy.deepcopy(start.model)
+    of_a = start.fisher["diagonal"].diagonal()
+    for name, weight in model.named_parameters():
+        a, b = (1 - share) * (of_a[name] + FLOOR), share * (of_b.values[name] + FLOOR)
+        weight.copy_((a * weight + b * after[name]) / (a + b))
+    return model.state_dict()
+
+
+def diagonal(start: Start, weights: State, examples: Examples) -> Diagonal:
+    """Return the diagonal of the Fisher information at some weights, of the kind of the start."""
+    model = copy.deepcopy(start.model)
+    model.load_state_dict(weights)
+    found = fisher_information(model, examples, start.likelihood, kind=start.kind, progress=False)
+    assert isinstance(found, Diagonal)
+    return found
 
 
 def _replay(

@@ -6,14 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ewc_lib import EWC
-from ewc_lib.experiments.language.starts import (
-    averaged,
-    begin,
-    between,
-    diagonal,
-    measured,
-    tuned,
-)
+from ewc_lib.experiments.language.starts import begin, between, measured, tuned
 from ewc_lib.likelihood import Categorical
 from tests.experiments.texts import FINE, cut_short
 
@@ -70,23 +63,3 @@ def test_the_divergence_is_the_mean_over_terms_of_what_is_said_from_what_was_sai
     now = torch.func.functional_call(start.model, weights, (x,)).log_softmax(1)
     expected = (before * (before.log() - now)).sum(1).mean().item()
     assert math.isclose(measured(start, after)["kl"][0], expected, abs_tol=1e-5)
-
-
-def test_an_average_by_information_leaves_each_task_what_it_alone_knows():
-    start = start_of("digits")
-    before = start.model.state_dict()
-    after = {name: value + 1.0 for name, value in before.items()}
-    of_b = diagonal(start, after, start.b.train)
-    of_a = start.fisher["diagonal"].diagonal()
-    found = averaged(start, after, of_b, 0.5)
-    for name, value in found.items():
-        a, b = of_a[name], of_b.values[name]
-        moved = value - before[name]
-        assert ((moved >= -1e-5) & (moved <= 1 + 1e-5)).all()
-        neither = (a == 0) & (b == 0)
-        assert torch.allclose(moved[neither], torch.tensor(0.5), atol=1e-4)
-        firm = (a > 1e-3) & (b == 0)
-        assert (moved[firm] < 0.01).all()
-    ends = (averaged(start, after, of_b, share) for share in (0.0, 1.0))
-    for end, expected in zip(ends, (before, after), strict=True):
-        assert all(torch.allclose(end[n], expected[n], atol=1e-5) for n in end)

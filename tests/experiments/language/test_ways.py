@@ -7,8 +7,8 @@ from torch.nn.functional import cross_entropy
 
 from ewc_lib import EWC
 from ewc_lib.experiments.language.starts import begin, rows_of, tuned
-from ewc_lib.experiments.language.ways import points
-from tests.experiments.texts import SHORT, cut_short
+from ewc_lib.experiments.language.ways import averaged, diagonal, points
+from tests.experiments.texts import FINE, SHORT, cut_short
 
 few = pytest.fixture(autouse=True)(cut_short)
 OWN = {**SHORT["texts"], "metric": SHORT["metric"]}
@@ -102,3 +102,23 @@ def test_what_is_seen_is_what_the_fisher_information_is_from():
     few = rows_of(start.seen, slice(SHORT["old"]))
     assert torch.equal(few[0], start.old[0])
     assert start.fisher["diagonal"].n_samples == SHORT["seen"]
+
+
+def test_an_average_by_information_leaves_each_task_what_it_alone_knows():
+    start = begin(json.dumps(FINE), "digits", 0)
+    before = start.model.state_dict()
+    after = {name: value + 1.0 for name, value in before.items()}
+    of_b = diagonal(start, after, start.b.train)
+    of_a = start.fisher["diagonal"].diagonal()
+    found = averaged(start, after, of_b, 0.5)
+    for name, value in found.items():
+        a, b = of_a[name], of_b.values[name]
+        moved = value - before[name]
+        assert ((moved >= -1e-5) & (moved <= 1 + 1e-5)).all()
+        neither = (a == 0) & (b == 0)
+        assert torch.allclose(moved[neither], torch.tensor(0.5), atol=1e-4)
+        firm = (a > 1e-3) & (b == 0)
+        assert (moved[firm] < 0.01).all()
+    ends = (averaged(start, after, of_b, share) for share in (0.0, 1.0))
+    for end, expected in zip(ends, (before, after), strict=True):
+        assert all(torch.allclose(end[n], expected[n], atol=1e-5) for n in end)
