@@ -49,6 +49,7 @@ ALLOWED = {
     "practice/stability": {
         "learning rate 0.1": CHOSEN,
         "strengths from 0.1 to": CHOSEN,
+        "its 95 % interval": "a level of confidence",
     },
     "practice/which_fisher": {
         "99 % sure of an image keeps 99 % of its information": CHOSEN,
