@@ -294,6 +294,30 @@ def test_what_is_no_optimizer_is_refused(wrong):
         after_one_task("EWC")[1].attach(wrong)
 
 
+def test_an_unknown_metric_is_refused_and_a_known_one_is_that_of_every_step():
+    model, ewc = after_one_task("EWC")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="metric must be one of 'optimizer', 'euclidean'"):
+        ewc.attach(optimizer, metric="adam")
+    with pytest.raises(ValueError, match="metric must be one of"):
+        ewc.proximal_step_(optimizer, "adam")
+    assert ewc.attach(optimizer).metric == "optimizer"
+    other = copy.deepcopy(model)
+    by_hand, second = (
+        EWC(other, strength=ewc.strength),
+        torch.optim.Adam(other.parameters(), lr=0.1),
+    )
+    by_hand.load_state_dict(ewc.state_dict())
+    ewc.attach(third := torch.optim.Adam(model.parameters(), lr=0.1), metric="euclidean")
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    third.step()
+    second.step()
+    by_hand.proximal_step_(second, "euclidean")
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_an_unknown_form_is_refused_and_a_function_has_no_proximal_step():
     model, ewc = after_one_task("EWC")
     with pytest.raises(ValueError, match="form must be one of"):

@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ewc_lib import EWC, data
 from ewc_lib.continual import accuracy, mlp, train
+from ewc_lib.continual.training import proximal_metric
 from ewc_lib.regularizers import Replay
 
 
@@ -306,3 +307,14 @@ def test_a_scheduler_that_needs_a_loss_is_refused(digits):
             steps=1,
             scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau,
         )
+
+
+def test_a_proximal_step_may_name_its_metric_and_no_other_word():
+    assert [proximal_metric(word) for word in (False, True, "optimizer", "euclidean")] == [
+        None,
+        "optimizer",
+        "optimizer",
+        "euclidean",
+    ]
+    with pytest.raises(ValueError, match="proximal must be one of 'optimizer', 'euclidean', True"):
+        proximal_metric("adam")
