@@ -126,7 +126,7 @@ def comparison(
     -------
     dict
         As :func:`.run_all` returns it, one run for each training, rate and seed, with the losses
-        before and all points; :func:`.flat`, :func:`.candidates` and :func:`best` read it.
+        before and all points; :func:`.fine_tuning.flat`, :func:`.candidates` and :func:`best` read it.
 
     Raises
     ------
@@ -183,7 +183,7 @@ def best(result: Mapping[str, Any], method: str) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        As :func:`.flat` returns them.
+        As :func:`.fine_tuning.flat` returns them.
     """
     at = choice(result, method).settings
     return sorted(flat(result, "texts", method=method, **at), key=lambda row: row["seed"])
