@@ -70,7 +70,9 @@ PROTOCOL: Mapping[str, Any] = {
     "metric": "optimizer",
     "rates": {
         "plain": [3e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2],
-        **dict.fromkeys(("replay", "joint", "EWC", "L2", "EWC, euclidean"), RATES),
+        **dict.fromkeys(("replay", "joint", "EWC, euclidean"), RATES),
+        "L2": [1e-4, *RATES],
+        "EWC": [*RATES, 1e-2],
         "LoRA": [1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2],
         **dict.fromkeys(("LoRA, L2", "LoRA, EWC on factors", "LoRA, EWC"), OF_ADAPTERS),
     },
@@ -94,9 +96,8 @@ PROTOCOL: Mapping[str, Any] = {
 }
 """The model and the settings. The first text is learned in two stages, the second at a tenth of the
 rate. ``old`` sequences may be trained on by replay, ``seen`` ones gave the Fisher information. Each
-way has twelve candidates, those on adapters sixteen, where the first grid was too narrow: as many
-rates, or some with some settings each, as :func:`ewc_lib.experiments.language.ways.points` reads
-them. Penalties on all weights take the proximal step, in this ``metric`` if nothing else is said;
+way has twelve candidates, or sixteen where the first grid was too narrow: as many rates, or some
+with some settings each, as :func:`ewc_lib.experiments.language.ways.points` reads them. Penalties on all weights take the proximal step, in this ``metric`` if nothing else is said;
 those on adapters add their gradient. ``limits`` are what may be lost on the first text, in nats."""
 
 

@@ -38,14 +38,18 @@ def test_every_method_is_measured_at_every_setting_for_every_seed(result):
         assert own.count("averaging") == own.count("EWC, averaging") == 1
 
 
-def test_every_method_has_as_many_candidates_and_adapters_a_rate_more():
+WIDER = "L2", "EWC", "EWC, averaging", "LoRA, L2", "LoRA, EWC on factors", "LoRA, EWC"
+"""Methods whose best rate was at the edge of a first grid."""
+
+
+def test_every_method_has_as_many_candidates_or_a_rate_more():
     of = PROTOCOL["settings"]
     trained = {method: name for name, methods in TRAINED.items() for method in methods}
     for method in METHODS:
         rates = PROTOCOL["rates"][trained.get(method, method)]
         if method in TRAINED["plain"][1:]:
             rates = of["along"]
-        wanted = 16 if method.startswith("LoRA, ") else 12
+        wanted = 16 if method in WIDER else 12
         assert len(rates) * len(of.get(method, [1.0])) == wanted, method
         assert set(of["along"]) <= set(PROTOCOL["rates"]["plain"])
 
