@@ -97,8 +97,9 @@ PROTOCOL: Mapping[str, Any] = {
 """The model and the settings. The first text is learned in two stages, the second at a tenth of the
 rate. ``old`` sequences may be trained on by replay, ``seen`` ones gave the Fisher information. Each
 way has twelve candidates, or sixteen where the first grid was too narrow: as many rates, or some
-with some settings each, as :func:`ewc_lib.experiments.language.ways.points` reads them. Penalties on all weights take the proximal step, in this ``metric`` if nothing else is said;
-those on adapters add their gradient. ``limits`` are what may be lost on the first text, in nats."""
+with some settings each, as :func:`ewc_lib.experiments.language.ways.points` reads them. Penalties
+on all weights take the proximal step, in this ``metric`` if nothing else is said; those on adapters
+add their gradient. ``limits`` are what may be lost on the first text, in nats."""
 
 
 def comparison(
@@ -127,7 +128,8 @@ def comparison(
     -------
     dict
         As :func:`.run_all` returns it, one run for each training, rate and seed, with the losses
-        before and all points; :func:`.fine_tuning.flat`, :func:`.candidates` and :func:`best` read it.
+        before and all points; :func:`.fine_tuning.flat`, :func:`.candidates` and :func:`best` read
+        it.
 
     Raises
     ------
