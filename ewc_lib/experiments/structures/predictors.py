@@ -1,9 +1,11 @@
-r"""How well a number ranks networks by what they have forgotten.
+r"""How well a number ranks networks by what they have forgotten: Kendall's :math:`\tau_b`.
 
-.. math:: \tau = \frac{\text{concordant pairs} - \text{discordant pairs}}{\text{all pairs}}
+.. math:: \tau_b = \frac{C - D}{\sqrt{(N - N_x)(N - N_y)}}
 
-A pair of networks is concordant if the one with the larger number has forgotten more. Ranks do not
-ask for a straight line, so that nats, squared lengths and accuracies can be compared.
+Of the :math:`N` pairs of networks, :math:`C` are concordant, the one with the larger number has
+forgotten more, and :math:`D` are discordant; :math:`N_x` are tied in the number, :math:`N_y` in
+what is forgotten. Ranks do not ask for a straight line, so that nats, squared lengths and
+accuracies can be compared.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ class Ranking(NamedTuple):
     Parameters
     ----------
     value
-        The mean over seeds of Kendall's :math:`\tau`; of two networks the predictor names the one
-        that has forgotten more with probability :math:`(1 + \tau)/2`, if there are no ties.
+        The mean over seeds of :math:`\tau_b`; of two networks the predictor names the one
+        that has forgotten more with probability :math:`(1 + \tau_b)/2`, if there are no ties.
     low, high
         Ends of the 95 % bootstrap interval over seeds (percentiles).
     n
