@@ -30,7 +30,8 @@ class ClippedPenalty(QuadraticPenalty):
     The importance is the mean of squared gradients of the mean loss of a batch, with the observed
     labels and the softmax over all classes so far, cut off at a ten-thousandth. It is averaged over
     tasks, around the latest parameters. The code of both is public: ``models/ewc.py`` in
-    G-U-N/PyCIL, ``models/ewc_dr.py`` in scarlet0703/EWC-DR.
+    G-U-N/PyCIL, ``models/ewc_dr.py`` in scarlet0703/EWC-DR. In the former the importance of an
+    output that is new is not averaged; here it is, with the zeros of the tasks before.
 
     Parameters
     ----------
