@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -152,10 +153,13 @@ def _say(words: str) -> None:
 
 
 def keep(store: JupyterCacheBase, chapter: Path, executed: Path, now: str) -> None:
-    """Put the outputs of a chapter into the cache, unless it did not run to the end."""
+    """Put the outputs of a chapter into the cache, unless it failed or glued a name twice."""
     notebook = nbformat.read(executed, as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     if any(output.output_type == "error" for cell in cells for output in cell.outputs):
+        return
+    if twice := glued_twice(cells):
+        _say(f"{page_name(chapter)} glues twice: {', '.join(twice)}")
         return
     data = {"fingerprint": now, "execution_seconds": _seconds(cells)}
     for cell in cells:  # the cache compares metadata, too, and a chapter has no times
@@ -166,6 +170,13 @@ def keep(store: JupyterCacheBase, chapter: Path, executed: Path, now: str) -> No
         )
     except NbValidityError:  # some cells were never reached
         return
+
+
+def glued_twice(cells: list[NotebookNode]) -> list[str]:
+    """Return the names that cells glue more than once, of which a page shows the last value."""
+    found = (output.get("metadata", {}) for cell in cells for output in cell.outputs)
+    names = Counter(data["scrapbook"]["name"] for data in found if "scrapbook" in data)
+    return [name for name, count in names.items() if count > 1]
 
 
 def _seconds(cells: list[NotebookNode]) -> float:

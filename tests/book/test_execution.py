@@ -95,6 +95,25 @@ def test_damaged_or_deleted_outputs_are_made_again(
     assert changed(store) == {}
 
 
+def test_a_chapter_that_glues_a_name_twice_is_not_kept_and_the_name_is_told(
+    tmp_path: Path, store: JupyterCacheBase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"once": ["a", "b"], "twice": ["a", "b", "a"]}
+    for stem, glued in names.items():
+        chapter = write(tmp_path, stem, "x = 1")
+        notebook = nbformat.reads(notebook_text(chapter), as_version=4)
+        notebook.cells[1].execution_count = 1
+        notebook.cells[1].outputs = [
+            nbformat.v4.new_output("display_data", metadata={"scrapbook": {"name": name}})
+            for name in glued
+        ]
+        executed = chapter.with_suffix(".executed")
+        nbformat.write(notebook, executed)
+        execution.keep(store, chapter, executed, "as ever")
+    assert [record.uri for record in store.list_cache_records()] == ["once"]
+    assert capsys.readouterr().out == "twice glues twice: a\n"
+
+
 def test_a_chapter_that_nobody_ran_is_told(
     tmp_path: Path, store: JupyterCacheBase, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
