@@ -9,7 +9,6 @@ with the rates :math:`S`, the displacement :math:`d` of what moves, that of the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,24 +28,6 @@ MOST_STIFF = 1e8
 MOST_PRODUCTS = 1000
 """Of conjugate gradients, where only products solve."""
 
-CLOSE = 1e-3
-"""The share of the pull of a step that conjugate gradients may leave; noise moves it by more."""
-
-MOST_OF_A_STEP = 100
-"""Products, for that."""
-
-
-class Coupled(Protocol):
-    """A precision and the rates of what moves."""
-
-    def left(self, strength: float, moved: Vector, tolerance: float = 0.0) -> Vector:
-        """Return what is left of the displacements of what moves after a step."""
-        ...
-
-    def solved(self, strength: float, b: Vector) -> Vector:
-        r"""Return :math:`(S^{-1} + \lambda A)^{-1} b` of what moves."""
-        ...
-
 
 def above_zero(rates: Rates) -> Rates:
     """Return the rates of what moves at all."""
@@ -54,7 +35,7 @@ def above_zero(rates: Rates) -> Rates:
     return Rates(moving, {name: P for name, P in rates.divisors.items() if name in moving})
 
 
-class OfTensors:
+class Coupled:
     """Rates of whole parameters: the same matrix from step to step, with its eigenvectors.
 
     ``scales`` are the roots of the rates, relative to the largest.
@@ -64,9 +45,9 @@ class OfTensors:
         self.precision, self.scales = precision, scales
         self._system = _scaled(precision, scales)
 
-    def at(self, top: float) -> _AtRate:
+    def at(self, top: float) -> AtRate:
         """Return it with the largest rate."""
-        return _AtRate(self, top)
+        return AtRate(self, top)
 
     def left(self, factor: float, moved: Vector) -> Vector:
         r"""Return what is left of the displacements :math:`d`.
@@ -109,80 +90,42 @@ class OfTensors:
         top = max(float(whole(d).abs().max()) for d in self.precision.diagonal().values())
         factor = 1.0 if factor is None else min(factor, MOST_STIFF / max(top, 1 / MOST_STIFF))
         start = {name: whole(value) for name, value in b.items()}
-        identity = dict.fromkeys(b, own)
-        found = _by_products(self.precision, self.scales, identity, factor, start, 0.0)
-        return placed_like(b, found)
+        return placed_like(b, _by_products(self.precision, self.scales, own, factor, start))
 
 
-class _AtRate:
-    def __init__(self, of: OfTensors, top: float) -> None:
+class AtRate:
+    """A precision with rates of whole parameters, the largest included."""
+
+    def __init__(self, of: Coupled, top: float) -> None:
         self._of, self._top = of, top
 
-    def left(self, strength: float, moved: Vector, tolerance: float = 0.0) -> Vector:
+    def left(self, strength: float, moved: Vector) -> Vector:
+        """Return what is left of the displacements of what moves after a step."""
         return self._of.left(self._top * strength, moved)
 
     def solved(self, strength: float, b: Vector) -> Vector:
+        r"""Return :math:`(S^{-1} + \lambda A)^{-1} b` of what moves."""
         scales = self._of.scales
         along = {name: scale * b[name] for name, scale in scales.items()}
         found = self._of.resolved(self._top * strength, along)
         return {name: self._top * scale * found[name] for name, scale in scales.items()}
 
 
-class OfEntries:
-    r"""Rates of single entries, other ones in every step: conjugate gradients find the solution.
-
-    Their variables are scaled by :math:`(S^{-1} + \lambda \operatorname{diag} A)^{-1/2}`. They
-    begin where the optimizer has gone, so however early they end, the penalty has not grown.
-    """
-
-    def __init__(self, precision: Fisher, rates: Rates) -> None:
-        self.precision = precision
-        one = torch.ones((), device=precision.device)
-        self._stiffness = {
-            name: rates.divisors.get(name, one) / number for name, number in rates.numbers.items()
-        }
-
-    def left(self, strength: float, moved: Vector, tolerance: float = 0.0) -> Vector:
-        pull = product(self.precision, moved)
-        pull = {name: strength * pull[name] for name in self._stiffness}
-        back = self._solved(strength, pull, tolerance)
-        return {name: moved[name] - step for name, step in back.items()}
-
-    def solved(self, strength: float, b: Vector) -> Vector:
-        return self._solved(strength, b, 0.0)
-
-    def _solved(self, strength: float, b: Vector, tolerance: float) -> Vector:
-        values = self.precision.diagonal()
-        own = {name: whole(k) for name, k in self._stiffness.items()}
-        roots = {name: (k + strength * whole(values[name])).rsqrt() for name, k in own.items()}
-        inside = {name: roots[name] ** 2 * k for name, k in own.items()}
-        start = {name: roots[name] * whole(value) for name, value in b.items()}
-        found = _by_products(self.precision, roots, inside, strength, start, tolerance)
-        return placed_like(b, {name: roots[name] * value for name, value in found.items()})
-
-
 def _by_products(
-    precision: Fisher,
-    scales: Mapping[str, Tensor | float],
-    own: Mapping[str, Tensor | float],
-    factor: float,
-    b: Vector,
-    tolerance: float,
+    precision: Fisher, scales: Mapping[str, float], own: float, factor: float, b: Vector
 ) -> Vector:
-    r"""Solve :math:`(D + f S A S)\, u = b`, to the rounding error if that is the tolerance."""
+    r"""Solve :math:`(d I + f S A S)\, u = b` to the rounding error."""
     shapes = {name: value.shape for name, value in b.items()}
     nothing = {n: next(iter(b.values())).new_zeros(s) for n, s in precision.shapes.items()}
 
     def times(flat: Tensor) -> Tensor:
         v = unravel(flat, shapes)
         pull = precision._product({**nothing, **{n: scales[n] * x for n, x in v.items()}})
-        return ravel({n: own[n] * x + factor * scales[n] * pull[n] for n, x in v.items()})[0]
+        return own * flat + factor * ravel({n: scales[n] * pull[n] for n in v})[0]
 
     flat = ravel(b)[0]
     least = 4 * torch.finfo(flat.dtype).eps
-    most = MOST_OF_A_STEP if tolerance else MOST_PRODUCTS
-    found = conjugate_gradients(times, flat, max(tolerance, least), most)
-    return unravel(found.value, shapes)
+    return unravel(conjugate_gradients(times, flat, least, MOST_PRODUCTS).value, shapes)
 
 
 def scales_of(numbers: Mapping[str, float]) -> tuple[dict[str, float], float]:

@@ -26,7 +26,7 @@ from ewc_lib._anchored import (
     shares,
     squared_distance,
 )
-from ewc_lib._coupled import CLOSE, Coupled, OfEntries, OfTensors, above_zero, scales_of
+from ewc_lib._coupled import AtRate, Coupled, above_zero, scales_of
 from ewc_lib._foreach import each, inner
 from ewc_lib._metric import Rates
 from ewc_lib._multiplier import MOST, multiplier
@@ -119,11 +119,8 @@ class Held:
             anchor, moving = self._seen_anchor(), self.moving
             add_pull_(self.precision, anchor, self.parameters, moving, strength, self._pulled)
 
-    def go_(self, strength: float, rates: Rates, tolerance: float = CLOSE) -> None:
-        """Take the proximal step, each parameter that moves with its rates.
-
-        The tolerance is for what has to be found by iteration.
-        """
+    def go_(self, strength: float, rates: Rates) -> None:
+        """Take the proximal step, each parameter that moves with its rates."""
         if isinstance(self.precision, Diagonal):
             found = self._shares(self.precision, strength, rates)
             if self._sweep is None:
@@ -132,7 +129,7 @@ class Held:
                 self._sweep.go_([found[name] for name in self.moving])
         elif (rates := above_zero(rates)).numbers:
             moved = displacement(self.parameters, self._seen_anchor())
-            left = self._coupled(rates).left(strength, moved, tolerance)
+            left = self._coupled(rates).left(strength, moved)
             places = each("add", {name: self.anchor[name] for name in left}, left)
             self.rests.write_({name: self.moving[name] for name in left}, places)
 
@@ -158,7 +155,7 @@ class Held:
 
     def _go_with(self, strength: float, rates: Rates) -> float:
         if strength:
-            self.go_(strength, rates, tolerance=0.0)
+            self.go_(strength, rates)
         return strength
 
     def _diagonal_square(self, precision: Diagonal, rates: Rates) -> tuple[Square, float]:
@@ -217,14 +214,12 @@ class Held:
         kept: Vector = self._kept[1]
         return kept
 
-    def _coupled(self, rates: Rates) -> Coupled:
-        """Return the precision with rates; those of tensors keep its eigenvectors."""
-        if rates.divisors:
-            return OfEntries(self.precision, rates)
+    def _coupled(self, rates: Rates) -> AtRate:
+        """Return the precision with rates of tensors; it keeps its eigenvectors."""
         scales, top = scales_of(rates.numbers)
         if self._kept[0] != scales:
-            self._kept = scales, OfTensors(self.precision, scales)
-        found: OfTensors = self._kept[1]
+            self._kept = scales, Coupled(self.precision, scales)
+        found: Coupled = self._kept[1]
         return found.at(top)
 
 

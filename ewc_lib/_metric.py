@@ -58,13 +58,22 @@ class Rates(NamedTuple):
     divisors: Vector
 
 
-def rates_of(optimizer: Any, parameters: Mapping[str, nn.Parameter], metric: Metric) -> Rates:
+def rates_of(
+    optimizer: Any,
+    parameters: Mapping[str, nn.Parameter],
+    metric: Metric,
+    *,
+    by_entry: bool = True,
+) -> Rates:
     """Return the rates of those parameters that an optimizer holds.
 
     An optimizer without an entry in :data:`SCALES` has its learning rate, and so has a parameter
-    that the optimizer knows no gradient of yet.
+    that the optimizer knows no gradient of yet. If entries may not have rates of their own, so
+    has every optimizer that divides them.
     """
     scale = None if metric == "euclidean" else scale_of(inner_of(optimizer))
+    if not by_entry and scale is not _sgd:
+        scale = None
     names = {id(parameter): name for name, parameter in parameters.items()}
     numbers: dict[str, float] = {}
     divisors: Vector = {}
@@ -96,10 +105,14 @@ def _states(optimizer: Optimizer, own: Mapping[str, nn.Parameter]) -> dict[str, 
 
 
 def _is_new(state: State) -> bool:
-    """Tell whether a state was made before the first step, as Adagrad's is."""
-    if "sum" not in state or torch.compiler.is_compiling():
+    """Tell whether a state was made before the first step.
+
+    Adagrad makes it at once, and a fused kernel counts no step that a gradient scaler leaves out.
+    """
+    step = state.get("step")
+    if torch.compiler.is_compiling() or not isinstance(step, Tensor) or step.device.type != "cpu":
         return False
-    return not state["step"]
+    return not step.numpy()
 
 
 def _sum_of_momentum(group: State) -> float:
@@ -242,6 +255,8 @@ def _number_each(values: list[Any]) -> Number:
 def _root_of_weights(group: State, states: Mapping[str, State]) -> Number:
     """Return the root of the sum of weights in a running mean of squares that began at zero."""
     total = 1 - group["betas"][1] ** _steps(states)
+    if isinstance(total, Tensor):  # of no step, where that cannot be read
+        total = total.clamp_min(torch.finfo(total.dtype).tiny)
     found: Number = total**0.5
     return found
 

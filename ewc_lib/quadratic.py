@@ -243,8 +243,9 @@ class QuadraticPenalty:
             long as it does not divide), Adamax, RMSprop, Adagrad, Adadelta and Adafactor (without
             its clipping), and for classes that extend them. For any other optimizer they are its
             learning rate: Rprop, Muon and ASGD among those of PyTorch. So they are where it has
-            seen no gradient of a parameter. With a precision that is not diagonal, rates of
-            entries take some products with it in every step (conjugate gradients).
+            seen no gradient of a parameter. And so they are for all that divide entries where the
+            precision is not diagonal: of weights whose second moments are near zero, because the
+            new task has no use for them, a matrix that couples them would be free to ask anything.
         metric
             ``"optimizer"``, or ``"euclidean"`` for :math:`S = \eta` whatever the optimizer is:
             :eq:`eq-proximal-step`. An adaptive optimizer then does not rescale the penalty, as
@@ -270,7 +271,8 @@ class QuadraticPenalty:
         if self._precision is None or (self._budget is None and self.strength == 0):
             return
         held = self._held()
-        rates = rates_of(optimizer, held.moving, metric)
+        by_entry = isinstance(self._precision, Diagonal)
+        rates = rates_of(optimizer, held.moving, metric, by_entry=by_entry)
         if needed and not rates.numbers:
             _check_holds(optimizer, held)
         if rates.numbers:

@@ -271,3 +271,16 @@ def test_every_optimizer_of_pytorch_was_decided_on():
     by_rate = {"ASGD", "LBFGS", "Muon", "Optimizer", "Rprop"}
     there = {n for n, c in vars(torch.optim).items() if isinstance(c, type)}
     assert there - by_rate == known
+
+
+@pytest.mark.parametrize("method", [torch.optim.Adam, torch.optim.AdamW])
+def test_a_first_step_that_a_scaler_leaves_out_of_a_fused_kernel_is_no_step(method):
+    model = torch.nn.Linear(3, 2)
+    optimizer = method(model.parameters(), lr=0.01, fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.ones(4, 3)).sum()).backward()
+    model.weight.grad[0, 0] = torch.inf
+    scaler.step(optimizer)
+    found = rates_of(optimizer, dict(model.named_parameters()), "optimizer")
+    assert found.numbers == {"weight": 0.01, "bias": 0.01}
+    assert found.divisors == {}
