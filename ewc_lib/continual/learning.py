@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -124,7 +125,8 @@ def learn(
     Raises
     ------
     ValueError
-        If not exactly one of steps and epochs is given, if a number is not positive, if the
+        If not exactly one of steps and epochs is given, if a number (or one of ``watch``) is not
+        positive, if the
         regularizer was made for another model or would take targets for classes where the
         criterion does not, if the network has too few outputs, if a task has no data or data of
         another form, if nothing says what the loss is, or if the checkpoint is damaged or of
@@ -175,7 +177,7 @@ def learn(
         "n_samples": n_samples,
         "seed": seed,
     }
-    watched = frozenset(watch)
+    watched = _updates(watch)
     named = described(criterion=criterion, scheduler=scheduler, evaluate=evaluate)
     current = optimizer(model.parameters())
     configuration = {
@@ -202,6 +204,13 @@ def learn(
         if path is not None:
             save(path, configuration, model, current, regularizer, vars(found))
     measure.end(found)
+    return found
+
+
+def _updates(watch: Iterable[int]) -> frozenset[int]:
+    found = frozenset(operator.index(number) for number in watch)
+    if any(number < 1 for number in found):
+        raise ValueError(f"watch counts updates from 1, got {min(found)}")
     return found
 
 

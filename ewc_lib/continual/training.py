@@ -216,6 +216,7 @@ def _step(
     optimizer.step()
     if regularizer is not None:
         if metric:
-            cast(Proximal, regularizer).proximal_step_(optimizer, metric)
+            step = cast(Proximal, regularizer).proximal_step_
+            step(optimizer) if metric == "optimizer" else step(optimizer, metric)
         regularizer.after_step()
     return loss.detach()

@@ -527,3 +527,14 @@ def test_what_was_watched_is_in_the_checkpoint(digits, tmp_path):
     assert not again.lowest[1, 0].isnan()
     with pytest.raises(ValueError, match="watch"):
         learn(stream, network(stream), watch=[1], checkpoint=path, **QUICK)
+
+
+def test_what_is_watched_is_counted_in_updates_from_one(digits):
+    stream = permuted(digits, 2, seed=0)
+    for watch in (torch.tensor([1, 5]), [1, 5]):
+        found = learn(stream, network(stream), watch=watch, **QUICK)
+        assert not found.lowest[1, 0].isnan()
+    with pytest.raises(ValueError, match="counts updates from 1, got -3"):
+        learn(stream, network(stream), watch=[-3, 5], **QUICK)
+    with pytest.raises(TypeError, match="float"):
+        learn(stream, network(stream), watch=[1.5], **QUICK)
