@@ -6,6 +6,7 @@ one run better than another is the same for both methods, and drops out of the d
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -74,7 +75,8 @@ def paired(
     Raises
     ------
     ValueError
-        If fewer than two seeds are in both, or sequences differ in length.
+        If fewer than two seeds are in both, if sequences differ in length or meet values by seed,
+        or if a value is not finite.
 
     Examples
     --------
@@ -83,8 +85,11 @@ def paired(
     (0.067, 0.027, 0.03125)
     """
     first, second = _by_seed(one), _by_seed(other)
-    if isinstance(one, Sequence) and not isinstance(one, Row) and len(first) != len(second):
+    named = [isinstance(values, Row | Mapping) for values in (one, other)]
+    if not all(named) and (any(named) or len(first) != len(second)):
         raise ValueError(f"got {len(first)} and {len(second)} values; give them by seed")
+    if not all(math.isfinite(value) for value in (*first.values(), *second.values())):
+        raise ValueError("some values are not finite; leave those seeds out, and say so")
     seeds = sorted(first.keys() & second.keys())
     if len(seeds) < 2:
         raise ValueError(f"at least two seeds in both are needed, got {len(seeds)}")
@@ -111,4 +116,6 @@ def _p(differences: Sequence[float]) -> float:
 def _by_seed(values: Row | Mapping[int, float] | Sequence[float]) -> Mapping[int, float]:
     if isinstance(values, Row):
         return values.by_seed
-    return values if isinstance(values, Mapping) else dict(enumerate(values))
+    if isinstance(values, Mapping):
+        return values
+    return {seed: float(value) for seed, value in enumerate(values)}

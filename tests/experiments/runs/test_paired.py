@@ -1,7 +1,9 @@
 """Differences seed by seed, against all ways to exchange two methods, one by one."""
 
+import math
 from itertools import product
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,7 +50,14 @@ def test_only_seeds_that_both_have_are_compared():
 
 @pytest.mark.parametrize(
     ("one", "other", "message"),
-    [([0.5], [0.4], "at least two"), ([0.5, 0.6], [0.4], "by seed"), ({0: 1.0}, {1: 1.0}, "got 0")],
+    [
+        ([0.5], [0.4], "at least two"),
+        ([0.5, 0.6], [0.4], "by seed"),
+        (np.ones(4), np.ones(3), "by seed"),
+        ({1: 0.5, 2: 0.6}, [0.5, 0.6], "by seed"),
+        ({0: 1.0}, {1: 1.0}, "got 0"),
+        ([0.5, math.nan], [0.4, 0.4], "not finite"),
+    ],
 )
 def test_what_cannot_be_paired_is_refused(one, other, message):
     with pytest.raises(ValueError, match=message):
