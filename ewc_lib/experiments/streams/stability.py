@@ -36,6 +36,7 @@ _SHARED = {
     "grid": decades(-1, 12),
     "optimizers": {"SGD": 0.1, "Adam": 1e-3},
     "n_samples": 2000,
+    "held_out": None,
 }
 
 
@@ -53,7 +54,7 @@ def _optimizer(protocol: Protocol, name: str) -> Callable[..., torch.optim.Optim
 
 def _held_out(images: Images, protocol: Protocol, seed: int) -> tuple[Images, Stream | None]:
     """Return the images without those for validation, and a stream of these if there are any."""
-    if not protocol.get("held_out"):
+    if not protocol["held_out"]:
         return images, None
     rest, valid = hold_out(images, protocol["held_out"])
     return rest, permuted(valid, protocol["tasks"], seed=seed)
