@@ -25,6 +25,9 @@ from ewc_lib.fisher.structures.base import NotKept
 MOST_STIFF = 1e8
 """Where only products solve: beyond this stiffness what has information is at its end anyway."""
 
+LEAST = 1e-30
+"""A strength times a rate that does nothing; its inverse is not beyond single precision."""
+
 MOST_PRODUCTS = 1000
 """Of conjugate gradients, where only products solve."""
 
@@ -75,7 +78,7 @@ class Coupled:
 
     def resolved(self, factor: float, b: Vector) -> Vector:
         r"""Return the solution of :math:`(I + f S A S)\, u = b`."""
-        if not factor:
+        if factor < LEAST:
             return b
         if self._system is not None:
             return each("div", solve(self._system, b, damping=1 / factor), factor)

@@ -142,3 +142,13 @@ def test_momentum_counts_where_parameters_are_coupled_and_second_moments_do_not(
 def test_a_rate_of_zero_leaves_a_parameter_out():
     rates = above_zero(Rates({"a": 0.0, "b": 1.0}, {"a": torch.ones(1)}))
     assert rates == Rates({"b": 1.0}, {})
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_strength_below_the_range_of_single_precision_does_nothing(structure):
+    model, ewc = consolidated(structure)
+    precision = ewc.precision.to(dtype=torch.float32)
+    moved = {name: p.detach().float() for name, p in model.named_parameters()}
+    scales, top = scales_of(dict.fromkeys(moved, 0.1))
+    found = Coupled(precision, scales).at(top).left(1e-290, moved)
+    torch.testing.assert_close(found, moved)
