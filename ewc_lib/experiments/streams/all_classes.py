@@ -52,10 +52,9 @@ class ClippedPenalty(QuadraticPenalty):
     def consolidate(self, data: Labelled) -> None:
         """Average the importance of a task into the others and take the present parameters."""
         sign = -1 if self._reverse else 1
-        with all_so_far(self.model, data) as labelled:
-            hook = self.model.register_forward_hook(lambda module, inputs, z: sign * z)
+        hook = self.model.register_forward_hook(lambda module, inputs, z: sign * z)
+        with hook, all_so_far(self.model, data) as labelled:
             found = of_batch_means(self.model, labelled, batch_size=self._size)
-            hook.remove()
         values = {name: value.clamp(max=CLIP) for name, value in found.values.items()}
         new = Diagonal(len(data[0]), "clipped batch means", dict.fromkeys(values, "rule"), values)
         t = self.n_tasks
