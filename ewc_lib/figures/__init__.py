@@ -1,6 +1,8 @@
-"""Figures of the book: one style, and sliders that need no server."""
+"""Figures of the book: one style, and figures that a reader moves without a server."""
 
-from ewc_lib.figures.sliders import Slider, slider
-from ewc_lib.figures.style import GREY, ellipse, save, use_style
+from ewc_lib.figures._colors import GREY
+from ewc_lib.figures._interactive import MAX_BYTES, Interactive
+from ewc_lib.figures.sliders import slider
+from ewc_lib.figures.style import drawing, ellipse, save, use_style
 
-__all__ = ["GREY", "Slider", "ellipse", "save", "slider", "use_style"]
+__all__ = ["GREY", "MAX_BYTES", "Interactive", "drawing", "ellipse", "save", "slider", "use_style"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from bs4 import BeautifulSoup
 
-from ewc_lib.figures import slider, use_style
+from ewc_lib.figures import _interactive, slider, use_style
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,22 @@ def test_the_figure_is_well_formed_as_html_and_as_xml():
     parser.close()
     assert parser.open == []
     assert parser.seen.count("svg") == 4
-    assert ElementTree.fromstring(markup).get("class") == "ewc-slider"
+    assert ElementTree.fromstring(markup).get("class") == "ewc-figure"
+
+
+def test_frames_and_background_are_cut_into_the_same_panels():
+    def pair(label):
+        figure, axes = plt.subplots(
+            1, 2, figsize=(6, 3), layout="none", gridspec_kw={"wspace": 0.8}
+        )
+        axes[1].set_ylabel(label)
+        return figure
+
+    frames = {label: pair(label) for label in ("a", "a\nb\nc")}
+    page = parse(slider(frames, ["One.", "Two."], name="n", alt="A.", background=pair("")))
+    views = [[svg["viewbox"] for svg in row.select("svg")] for row in page.select("[style*=wrap]")]
+    assert views[0] == views[1] == views[2]
+    assert len(views[0]) == 2
 
 
 def test_one_frame_is_shown_and_the_background_always():
@@ -167,7 +182,7 @@ def test_notebooks_get_page_picture_and_text():
     assert bundle["text/html"] == figure.html
     assert base64.b64decode(bundle["image/png"]) == figure.png
     assert figure.png.startswith(b"\x89PNG")
-    assert bundle["text/plain"] == "Slider()"
+    assert bundle["text/plain"] == "Interactive()"
 
 
 def test_all_figures_are_closed():
@@ -194,8 +209,8 @@ def test_figures_of_unequal_size_are_refused():
 
 def test_a_figure_that_is_too_heavy_is_refused(monkeypatch):
     weight = len(make().html.encode())
-    monkeypatch.setitem(slider.__globals__, "MAX_BYTES", weight)
+    monkeypatch.setattr(_interactive, "MAX_BYTES", weight)
     make()
-    monkeypatch.setitem(slider.__globals__, "MAX_BYTES", weight - 1)
+    monkeypatch.setattr(_interactive, "MAX_BYTES", weight - 1)
     with pytest.raises(ValueError, match=f"weighs {weight} bytes"):
         make()

@@ -1,11 +1,16 @@
+import re
 import runpy
+from xml.etree import ElementTree
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import nbclient
+import nbformat
 import pytest
 import torch
 
-from ewc_lib.figures import style
+from ewc_lib.figures import GREY, style
+from ewc_lib.figures._colors import on_page
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +31,7 @@ def test_importing_changes_no_setting():
 def test_style_makes_figures_transparent_and_text_grey():
     style.use_style()
     assert mpl.rcParams["savefig.facecolor"] == mpl.rcParams["axes.facecolor"] == "none"
-    assert mpl.rcParams["text.color"] == mpl.rcParams["xtick.color"] == style.GREY
+    assert mpl.rcParams["text.color"] == mpl.rcParams["xtick.color"] == GREY
 
 
 def contrast(one, other):
@@ -38,9 +43,59 @@ def contrast(one, other):
     return (light + 0.05) / (dark + 0.05)
 
 
-@pytest.mark.parametrize("page", ["#ffffff", "#121212"])
+SHEET = (style.REPOSITORY / "book" / "_static" / "figures.css").read_text("utf-8")
+PAGES = {"light": "#ffffff", "dark": "#121212"}
+
+
+@pytest.mark.parametrize("page", PAGES.values())
 def test_grey_can_be_read_on_light_and_dark_pages(page):
-    assert contrast(style.GREY, page) > 4.0
+    assert contrast(GREY, page) > 4.0
+
+
+@pytest.mark.parametrize("theme", PAGES)
+def test_every_colour_of_the_style_can_be_seen_on_the_pages_of_the_book(theme):
+    rule = SHEET.partition(f'[data-theme="{theme}"] .ewc-figure {{')[2].partition("}")[0]
+    chosen = dict(re.findall(r"(--ewc-\w+): (#\w+);", rule))
+    assert chosen
+    style.use_style()
+    for color in [*mpl.rcParams["axes.prop_cycle"].by_key()["color"], GREY]:
+        css = on_page(mpl.colors.to_hex(color), is_text=False)
+        name, default = re.fullmatch(r"var\((.*),(.*)\)", css).groups()
+        assert contrast(chosen.get(name, default), PAGES[theme]) >= 3
+
+
+def test_a_figure_is_a_picture_with_a_name_and_one_window_for_each_panel():
+    style.use_style()
+    figure, _ = plt.subplots(1, 3)
+    root = ElementTree.fromstring(style.drawing(figure))
+    assert (root.get("role"), root.get("aria-label")) == ("img", "Figure")
+    assert [child.get("aria-hidden") for child in root] == ["true"] * 3
+
+
+def test_the_same_figure_gives_the_same_part_of_a_page_and_another_one_shares_no_identity():
+    def draw(y):
+        figure, axes = plt.subplots()
+        axes.plot([0, y], "o")
+        return style.drawing(figure)
+
+    assert draw(1) == draw(1)
+    one, other = (set(re.findall(r' id="([^"]*)"', draw(y))) for y in (1, 2))
+    assert one
+    assert not one & other
+
+
+def test_a_notebook_shows_a_figure_on_its_page_and_as_a_picture_elsewhere():
+    code = """
+import matplotlib.pyplot as plt
+from ewc_lib.figures import use_style
+use_style()
+figure, axes = plt.subplots()
+"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    nbclient.NotebookClient(notebook, kernel_name="python3").execute()
+    (output,) = notebook.cells[0].outputs
+    assert {"text/html", "image/png", "text/plain"} == set(output.data)
+    assert output.data["text/html"].startswith('<div class="ewc-figure" role="img"')
 
 
 @pytest.mark.parametrize("probability", [0.5, 0.95])

@@ -6,7 +6,8 @@ import matplotlib.pyplot as plt
 import pytest
 
 from ewc_lib.figures import GREY, use_style
-from ewc_lib.figures._svg import inline
+from ewc_lib.figures._svg import ID, identify
+from ewc_lib.figures._svg import inline as inline_windows
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +17,13 @@ def style():
         use_style()
         yield
     plt.close("all")
+
+
+WHOLE = [(0.0, 345.6)]
+
+
+def inline(figure, prefix, windows=WHOLE):
+    return inline_windows(figure, prefix, windows)
 
 
 def draw(n=40):
@@ -30,16 +38,29 @@ def elements(markup, tag):
     return ElementTree.fromstring(markup).iter("{http://www.w3.org/2000/svg}" + tag)
 
 
-def test_the_drawing_is_well_formed_and_takes_the_width_of_the_page():
+def test_the_drawing_is_well_formed_and_takes_what_width_the_page_has():
     root = ElementTree.fromstring(inline(draw(), "a"))
-    assert root.get("viewBox") == "0 0 403.2 244.8"
+    assert root.get("viewBox") == "0 0 345.6 230.4"
     assert root.get("width") is root.get("height") is None
-    assert "width:100%" in root.get("style")
+    assert "flex:345.6 1 345.6px;min-width:0;max-width:484px" in root.get("style")
+
+
+def test_each_window_shows_its_part_of_one_drawing():
+    markup = inline(draw(), "a", [(0.0, 200.0), (200.0, 145.6)])
+    first, second = ElementTree.fromstring(f"<div>{markup}</div>")
+    assert [svg.get("viewBox") for svg in (first, second)] == [
+        "0 0 200 230.4",
+        "200 0 145.6 230.4",
+    ]
+    assert len(first[0]) > 1
+    assert second[0].get("href") == "#" + first[0].get("id")
+    assert len(second) == 1
 
 
 def test_every_identity_is_used_and_every_reference_leads_to_one():
     markup = inline(draw(), "a")
-    identities = re.findall(r' id="([^"]*)"', markup)
+    whole, *identities = re.findall(r' id="([^"]*)"', markup)
+    assert whole == "a-all"
     assert len(identities) == len(set(identities))
     assert set(identities) == set(re.findall(r'(?:url\(|")#(a\d+)', markup))
     assert len(identities) >= 3  # the marker, a tick and the frame that cuts off what is outside
@@ -63,10 +84,53 @@ def test_the_text_is_text_in_the_font_and_the_colour_of_the_page():
         assert "font-family:inherit" in style
 
 
-def test_grey_becomes_the_colour_of_the_page_and_other_colours_stay():
+def test_lines_take_the_colours_that_the_page_gives_them():
     markup = inline(draw(), "a")
-    assert GREY not in markup
-    assert "stroke:#d55e00" in markup
+    lines = re.findall(r"stroke:([^;\"]*)", markup)
+    assert {f"var(--ewc-grey,{GREY})", "var(--ewc-3,#d55e00)"} <= set(lines)
+    assert set(re.findall(r"fill:([^;\"]*)", markup)) >= {"currentColor", "var(--ewc-0,#0173b2)"}
+
+
+def test_a_colour_that_is_not_of_the_style_stays():
+    figure, axes = plt.subplots()
+    axes.plot([0, 1], color="#123456")
+    assert "stroke:#123456" in inline(figure, "a")
+
+
+@pytest.mark.parametrize(
+    ("formula", "runs"),
+    [
+        (r"$\lambda$ strength", ["λ", " strength"]),
+        (r"$\log\ L(\theta) = 3$", ["log", "L", "(", "θ", ")", "=", "3"]),
+    ],
+)
+def test_formulas_are_words_in_the_order_of_reading(formula, runs):
+    figure, axes = plt.subplots()
+    axes.set(xlabel=formula, xticks=[], yticks=[])
+    letters = sorted(elements(inline(figure, "a"), "tspan"), key=lambda e: float(e.get("x")))
+    assert [letter.text.replace("\xa0", " ") for letter in letters] == runs
+
+
+def test_pixels_stay_sharp_and_are_stored_once():
+    figure, axes = plt.subplots()
+    axes.imshow([[0, 1], [2, 3]])
+    (image,) = elements(inline(figure, "a"), "image")
+    assert image.get("style") == "image-rendering:pixelated"
+    assert len(image.get("href")) < 300
+
+
+def test_what_already_has_the_prefix_keeps_its_identity():
+    figure, axes = plt.subplots()
+    axes.plot([0, 1])[0].set_gid("a-line")
+    assert 'id="a-line"' in inline(figure, "a")
+
+
+def test_an_identity_depends_on_the_content_alone():
+    one, again, other = (identify(f"{ID} {text} {ID}-b") for text in ("x", "x", "y"))
+    assert one == again
+    name, _, second = one.split()
+    assert second == f"{name}-b"
+    assert name not in other
 
 
 def test_markers_stay_where_they_were():
@@ -75,7 +139,7 @@ def test_markers_stay_where_they_were():
     drawn = {(float(e.get("x")), float(e.get("y"))) for e in elements(inline(figure, "a"), "use")}
     points = figure.axes[0].transData.transform([(k, k) for k in range(34)]) * 72 / figure.dpi
     for x, y in points:
-        assert min(abs(x - u) + abs(244.8 - y - v) for u, v in drawn) < 0.11
+        assert min(abs(x - u) + abs(230.4 - y - v) for u, v in drawn) < 0.11
 
 
 def test_a_scattered_point_costs_less_than_fifty_bytes():

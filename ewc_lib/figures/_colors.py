@@ -1,0 +1,33 @@
+"""The colours of the figures, by names that a page may give other values.
+
+A drawing says `var(--ewc-1,#de8f05)`: the value that the page sets for its theme, or, where it
+sets none, that of the palette.
+"""
+
+from __future__ import annotations
+
+import re
+
+import seaborn as sns
+
+__all__ = ["GREY", "on_page"]
+
+GREY = "#787878"
+"""Text and axes: a contrast of at least 4.2 against white and against the dark page."""
+
+PALETTE = "colorblind"
+"""Colours that colour-blind people can tell."""
+
+_VARIABLES = {color: f"--ewc-{k}" for k, color in enumerate(sns.color_palette(PALETTE).as_hex())}
+_VARIABLES[GREY] = "--ewc-grey"
+
+
+def on_page(style: str, is_text: bool) -> str:
+    """Let a page choose the colours of a CSS style. Grey text takes the text colour."""
+
+    def variable(color: re.Match[str]) -> str:
+        if is_text and color[0] == GREY:
+            return "currentColor"
+        return f"var({_VARIABLES[color[0]]},{color[0]})" if color[0] in _VARIABLES else color[0]
+
+    return re.sub("#[0-9a-f]{6}", variable, style)

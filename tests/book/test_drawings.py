@@ -1,0 +1,50 @@
+"""Alternative texts on figures that a page holds as SVG."""
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pytest
+from bs4 import BeautifulSoup
+from docutils import nodes
+from docutils.utils import new_document
+from drawings import NameDrawings
+
+from ewc_lib.figures import drawing
+
+
+def output(html, **picture):
+    """Return a document with the bundle that MyST-NB makes of the output of a cell."""
+    document = new_document("page")
+    image = nodes.container("", nodes.image(uri="picture.png", **picture))
+    page = nodes.container("", nodes.raw("", html, format="html", classes=["text_html"]))
+    document += nodes.container("", page, image)
+    return document
+
+
+@pytest.fixture(scope="module")
+def html():
+    mpl.use("agg")
+    figure, _ = plt.subplots()
+    yield drawing(figure)
+    plt.close(figure)
+
+
+def test_a_drawing_gets_the_alternative_text_of_its_picture(html):
+    document = output(html, alt='A "line" & <more>.')
+    NameDrawings(document).run()
+    (named,) = document.findall(nodes.raw)
+    page = BeautifulSoup(named.astext(), "html.parser")
+    assert page.select_one("[role=img]")["aria-label"] == 'A "line" & <more>.'
+    assert page.svg == BeautifulSoup(html, "html.parser").svg
+
+
+def test_a_drawing_without_an_alternative_text_is_a_warning(html, caplog):
+    document = output(html)
+    NameDrawings(document).run()
+    assert "no alternative text" in caplog.text
+
+
+def test_other_parts_of_a_page_stay(html):
+    document = output("<p>Other.</p>", alt="A line.")
+    before = document.pformat()
+    NameDrawings(document).run()
+    assert document.pformat() == before
