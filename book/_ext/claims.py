@@ -19,7 +19,7 @@ from sphinx.environment import BuildEnvironment
 TESTS = BOOK.parent / "tests"
 PAGE = "book/reference/claims"
 
-_CHECKS = re.compile(r"^\s*# checks: *(?P<labels>.+)$")
+CHECKS = re.compile(r"^\s*# checks: *(?P<labels>.+)$")
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def problems(found: list[Claim], checks: list[Check]) -> list[str]:
 
 def _comments(cell: Part) -> Iterator[tuple[int, list[str]]]:
     for number, line in enumerate(cell.text.splitlines(), 1):
-        if match := _CHECKS.match(line):
+        if match := CHECKS.match(line):
             yield number, [label.strip() for label in match["labels"].split(",")]
 
 

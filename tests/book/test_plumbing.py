@@ -1,0 +1,82 @@
+"""Readers see no plumbing, and lose no other line; what is executed keeps it."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from bs4 import BeautifulSoup
+from notebook_pairs import chapters as sources
+from plumbing import visible
+from prose import page_name
+
+from tests.book.site import PAGES, SITE, require_pages
+
+PLUMBING = re.compile(r"\bglue|# checks:")
+
+
+def one(cell: str) -> str:
+    return visible([cell])[0]
+
+
+def test_what_glues_leaves_no_line_and_no_second_blank_line() -> None:
+    cell = 'from myst_nb import glue\n\nx = 1\n\nglue(\n    "x",\n    x)\n\n\ny = 2\nglue("y", y)\n'
+    assert one(cell) == "x = 1\n\ny = 2"
+
+
+def test_the_comment_for_the_register_goes_and_its_assertion_stays() -> None:
+    assert one("x = f()\n# checks: thm-a, eq-b\nassert x == 1  # so") == (
+        "x = f()\nassert x == 1  # so"
+    )
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "glue('x', x)",
+        "for a in b:\n    for c in a:\n        glue(c, 1)",
+        "if x:\n    glue('x', x)\nelse:\n    glue('x', 0)",
+        "for a in b:\n    key = a + 1\n    glue(key, 1)",
+        "def show(name):\n    key = name + 's'\n    glue(key, 1)\n\nshow('x')",
+        "# checks: thm-a\n# Numbers of the text.\nglue('x', x)",
+    ],
+)
+def test_of_plumbing_alone_nothing_is_left(cell: str) -> None:
+    assert one(cell) == ""
+
+
+@pytest.mark.parametrize(
+    ("cell", "shown"),
+    [
+        ("for a in b:\n    print(a)\n    glue(a, 1)", "for a in b:\n    print(a)"),
+        ("for a in b:\n    last = a\n    glue(a, 1)\nlast", "for a in b:\n    last = a\nlast"),
+        ("for a in b:\n    x[a] = 1\n    glue(a, x[a])\nx", "for a in b:\n    x[a] = 1\nx"),
+        ("glued(1)\nx.glue(2)", "glued(1)\nx.glue(2)"),
+    ],
+)
+def test_what_does_more_is_shown(cell: str, shown: str) -> None:
+    assert one(cell) == shown
+
+
+def test_a_name_that_a_later_cell_uses_is_shown_where_it_is_set() -> None:
+    loop, later = "for a in b:\n    key = a\n    glue(key, 1)", "print(key)"
+    assert visible([loop, later]) == ["for a in b:\n    key = a", later]
+
+
+def test_no_page_shows_plumbing_and_every_notebook_keeps_it() -> None:
+    require_pages()
+    for page in PAGES:
+        tree = BeautifulSoup(page.read_text("utf-8"), "html.parser")
+        for cell in tree.select("div.cell_input"):
+            assert not PLUMBING.search(cell.get_text()), page
+    for chapter in sources():
+        written = chapter.with_suffix(".ipynb")
+        offered = (SITE / "_sources" / "book" / page_name(chapter)).with_suffix(".ipynb")
+        glued = [code.count("glue(") for code in map(code_of, (written, offered))]
+        assert glued[0] == glued[1] > 0 or "glue(" not in chapter.read_text("utf-8")
+        assert "# checks:" not in chapter.read_text("utf-8") or "# checks:" in code_of(offered)
+
+
+def code_of(path: Path) -> str:
+    notebook = nbformat.read(path, as_version=4)
+    return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
