@@ -7,7 +7,8 @@ Sphinx's manual, with the two environments of code cells that the other one woul
 from sphinx.application import Sphinx
 from sphinx.config import Config
 
-# Inputs of cells have a grey frame, outputs none. The glossary has Chinese terms.
+# Inputs of cells have a grey frame, outputs none. The glossary has Chinese terms. Docstrings, which
+# know no macros, say \top for the transpose.
 _PREAMBLE = r"""
 \usepackage{changepage}
 \newenvironment{sphinxVerbatimInput}{}{}
@@ -16,6 +17,7 @@ _PREAMBLE = r"""
   {\end{adjustwidth}}
 \newfontfamily\chinese{WenQuanYi Micro Hei}
 \setTransitionsForCJK{\chinese}{\rmfamily}
+\renewcommand{\top}{\mathsf{T}}
 """
 
 
