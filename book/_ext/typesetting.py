@@ -1,0 +1,68 @@
+"""Numbers that cells compute, set as a book sets them: 4 × 10⁻¹⁷ for 4e-17, − for a hyphen.
+
+This concerns numbers glued into the text and those in tables that cells show. A formula, code and
+what a cell prints stay as they are.
+"""
+
+import re
+from collections.abc import Iterator
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.transforms.post_transforms import SphinxPostTransform
+
+# A hyphen within a word or between two numbers is no minus.
+_NUMBER = re.compile(r"(?<![\w.,-])(-?)(\d[\d,]*(?:\.\d+)?)(?:e([+-]\d+))?(?![\w])")
+_MINUS, _TIMES = "−", "\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}"
+
+
+def typeset(text: str, latex: bool = False) -> list[nodes.Node]:
+    """Return a text with its numbers set."""
+    found, end = list[nodes.Node](), 0
+    for match in _NUMBER.finditer(text):
+        sign, digits, exponent = match.groups()
+        found += [nodes.Text(text[end : match.start()])] if match.start() > end else []
+        found += _power(sign, digits, int(exponent or 0), latex)
+        end = match.end()
+    return [*found, nodes.Text(text[end:])] if end < len(text) else found
+
+
+def _power(sign: str, digits: str, exponent: int, latex: bool) -> list[nodes.Node]:
+    sign = sign and _MINUS
+    if not exponent:
+        return [nodes.Text(sign + digits)]
+    factor = "" if digits == "1" else digits
+    if latex:
+        formula = "-" * bool(sign) + factor + r" \times " * bool(factor) + f"10^{{{exponent}}}"
+        return [nodes.math(formula, formula)]
+    above = str(exponent).replace("-", _MINUS)
+    base = f"{sign}{factor}{_TIMES if factor else ''}10"
+    return [nodes.Text(base), nodes.superscript(above, above)]
+
+
+class _SetNumbers(SphinxPostTransform):
+    """Sets the numbers of a page, when those of other chapters are there too."""
+
+    default_priority = 900
+    formats = ("html", "latex")
+
+    def run(self) -> None:
+        for text in list(self._computed()):
+            text.parent.replace(text, typeset(text.astext(), self.app.builder.format == "latex"))
+
+    def _computed(self) -> Iterator[nodes.Text]:
+        for node in self.document.findall(nodes.Element):
+            if "pasted-text" in node.get("classes", ()):
+                yield from node.findall(nodes.Text)
+            elif node.get("nb_element") == "cell_code_output":
+                for table in node.findall(nodes.table):
+                    yield from filter(_is_prose, table.findall(nodes.Text))
+
+
+def _is_prose(text: nodes.Text) -> bool:
+    return not isinstance(text.parent, nodes.literal | nodes.math | nodes.raw)
+
+
+def setup(app: Sphinx) -> dict[str, object]:
+    app.add_post_transform(_SetNumbers)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
