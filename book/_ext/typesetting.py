@@ -13,12 +13,14 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 
 # A hyphen within a word or between two numbers is no minus.
 _NUMBER = re.compile(r"(?<![\w.,-])(-?)(\d[\d,]*(?:\.\d+)?)(?:e([+-]\d+))?(?![\w])")
+_JOINT = re.compile(r"(?<=\d) (?=[±%])|(?<=±) (?=\d)")  # where no line may end
 _MINUS, _TIMES = "−", "\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}"
 
 
 def typeset(text: str, latex: bool = False) -> list[nodes.Node]:
     """Return a text with its numbers set."""
     found, end = list[nodes.Node](), 0
+    text = _JOINT.sub("\N{NO-BREAK SPACE}", text)
     for match in _NUMBER.finditer(text):
         sign, digits, exponent = match.groups()
         found += [nodes.Text(text[end : match.start()])] if match.start() > end else []

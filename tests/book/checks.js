@@ -37,13 +37,19 @@ window.checks = {
     return [...(raw.test(document.title) ? [document.title] : []), ...found.map((e) => e.textContent.slice(0, 80))];
   },
 
-  // What makes the page, as a whole, scroll sideways. Tables, code and formulas scroll by themselves.
+  // What makes the page, as a whole, scroll sideways. Code and formulas scroll by themselves.
   tooWide() {
     const page = document.scrollingElement;
     if (page.scrollWidth <= page.clientWidth) return [];
     const beyond = (e) => e.getBoundingClientRect().right > page.clientWidth + 1;
     const guilty = [...document.querySelectorAll("body *")].filter(beyond);
     return [`${page.scrollWidth} > ${page.clientWidth}`, ...guilty.slice(0, 8).map((e) => e.outerHTML.slice(0, 80))];
+  },
+
+  // Tables that scroll in their box, so that a column is out of sight.
+  cutTables() {
+    const boxes = [...document.querySelectorAll("article *:has(> table)")];
+    return boxes.filter((box) => box.scrollWidth > box.clientWidth + 1).map((box) => box.innerText.slice(0, 80));
   },
 
   // Keep one token of each kind of code, formulas as empty boxes, and no shapes of pictures. axe looks at each

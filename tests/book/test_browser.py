@@ -105,6 +105,10 @@ def test_the_page_does_not_scroll_sideways(visit: Visit) -> None:
     assert visit.too_wide == []
 
 
+def test_every_column_of_a_table_is_on_the_screen(visit: Visit) -> None:
+    assert visit.cut_tables == []
+
+
 def test_the_page_is_accessible(visit: Visit) -> None:
     assert visit.violations == []
 
@@ -165,6 +169,7 @@ MOVES = """<script>
 const range = document.querySelector("input"), bar = document.querySelector("rect");
 range.addEventListener("input", () => bar.setAttribute("width", 9 + 9 * range.value));
 </script>"""
+TABLE = "<table style='width: 700px'><tr><td>A cell</td></tr></table>"
 LIGHT, DARK = READERS[0], READERS[-1]
 ADDRESS = "https://example.org/picture.png"
 DIM = '<p class="dim">Dim.</p><style>html[data-theme="dark"] .dim { color: #333; }</style>'
@@ -182,6 +187,7 @@ PLANTED: dict[str, tuple[str, tuple[Reader, ...]]] = {
     "mute picture": ('<img src="data:,">', READERS),
     "dead slider": (SLIDER, READERS),
     "wide": ('<p style="width: 700px">Wide.</p>', READERS),
+    "cut table": (f"<article><div style='overflow: auto'>{TABLE}</div></article>", READERS),
     "dim, loaded light": (DIM, READERS),
     "dim, loaded dark": (DIM, READERS[::-1]),
     "stubborn": (STUBBORN, (LIGHT, DARK)),
@@ -227,6 +233,12 @@ def test_a_slider_that_moves_nothing_is_found_by_every_reader(planted: dict[str,
 
 def test_a_page_too_wide_for_a_phone_is_found_there_alone(planted: dict[str, Visit]) -> None:
     found = {reader for reader, _ in planted["wide"].too_wide}
+    assert found == {reader for reader in READERS if reader.width == 375}
+
+
+def test_a_table_too_wide_for_a_phone_is_found_there_alone(planted: dict[str, Visit]) -> None:
+    assert planted["cut table"].too_wide == []
+    found = {reader for reader, _ in planted["cut table"].cut_tables}
     assert found == {reader for reader in READERS if reader.width == 375}
 
 
