@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ewc_lib._foreach import at_once, each, in_dtypes_of, inner, side_by_side
+from ewc_lib._foreach import at_once, each, in_dtypes_of, inner, side_by_side, within_range
 from ewc_lib._metric import Rates
 from ewc_lib._parameters import Vector
 from ewc_lib._rounding import Rests
@@ -134,6 +134,7 @@ class Sweep(NamedTuple):
         if len(gradients) < len(self.parameters) or any(g.is_sparse for g in gradients):
             return False
         moved = torch._foreach_sub(self.parameters, self.anchor)
+        strength = within_range(strength, self.precision)
         torch._foreach_addcmul_(gradients, self.precision, moved, value=strength)
         return True
 
@@ -158,6 +159,7 @@ def add_pull_(
     swept = isinstance(precision, Diagonal)
     moved = displacement(moving if swept else parameters, anchor)
     pull = moved if swept else product(precision, moved)
+    strength = within_range(strength, pull.values())
     if there := _gradients(moving):
         sums = rests.whole(there, pull)
         if isinstance(precision, Diagonal):
@@ -187,8 +189,8 @@ def _gradients(parameters: Mapping[str, nn.Parameter]) -> Vector:
 def shares(A: Vector, anchor: Vector, strength: float, rates: Rates) -> Vector:
     r"""Return how far to go towards the anchor, :math:`sA / (P + sA)` with :math:`s=\eta\lambda`.
 
-    This form has no overflow: 1 / (1 + P / (sA)) is 0 for A = 0, and 1 at most. It is computed in
-    the place of :math:`P`.
+    This form has no overflow: 1 / (1 + P / (sA)) is 0 for A = 0, and 1 at most, with the largest
+    number for an s beyond it. It is computed in the place of :math:`P`.
     """
     numbers, below = rates
     plain = {name: A[name] for name in numbers if name not in below}
@@ -196,7 +198,7 @@ def shares(A: Vector, anchor: Vector, strength: float, rates: Rates) -> Vector:
     found |= each("div_", below, of_parts(below, A))
     for number in set(numbers.values()):
         own = {name: value for name, value in found.items() if numbers[name] == number}
-        each("div_", own, number * strength)
+        each("div_", own, within_range(number * strength, own.values()))
     each("add_", found, 1.0)
     each("reciprocal_", found)
     return in_dtypes_of(as_parts(anchor, found), found)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ewc_lib._anchored import product, solve
 from ewc_lib._foreach import each
 from ewc_lib._metric import Rates
+from ewc_lib._multiplier import MOST
 from ewc_lib._parameters import Vector, ravel, unravel
 from ewc_lib._sharded import placed_like, whole
 from ewc_lib.fisher.iterative import conjugate_gradients
@@ -104,14 +105,17 @@ class AtRate:
 
     def left(self, strength: float, moved: Vector) -> Vector:
         """Return what is left of the displacements of what moves after a step."""
-        return self._of.left(self._top * strength, moved)
+        return self._of.left(self._factor(strength), moved)
 
     def solved(self, strength: float, b: Vector) -> Vector:
         r"""Return :math:`(S^{-1} + \lambda A)^{-1} b` of what moves."""
         scales = self._of.scales
         along = {name: scale * b[name] for name, scale in scales.items()}
-        found = self._of.resolved(self._top * strength, along)
+        found = self._of.resolved(self._factor(strength), along)
         return {name: self._top * scale * found[name] for name, scale in scales.items()}
+
+    def _factor(self, strength: float) -> float:
+        return min(self._top * strength, MOST)
 
 
 def _by_products(

@@ -5,7 +5,7 @@ On an accelerator a call for each tensor costs more than the arithmetic of a sma
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -77,6 +77,11 @@ def copy_back_(places: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> No
     """Write values into their places, but for those that are there already."""
     away = {name: value for name, value in values.items() if value is not places[name]}
     each("copy_", {name: places[name] for name in away}, away)
+
+
+def within_range(number: float, values: Iterable[Tensor]) -> float:
+    """Return a factor, or the largest that tensors can hold: times zero it is zero still."""
+    return min([number, *(torch.finfo(dtype).max for dtype in {x.dtype for x in values})])
 
 
 def inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:

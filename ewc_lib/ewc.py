@@ -408,7 +408,8 @@ class EWC(QuadraticPenalty):
         Raises
         ------
         ValueError
-            If a number is not positive, or if no task is consolidated and ``n_a`` not given.
+            If a number is not positive and finite, or if no task is consolidated and ``n_a`` is
+            not given.
 
         Examples
         --------
@@ -421,8 +422,10 @@ class EWC(QuadraticPenalty):
             old = self.precision.n_samples / self.n_tasks
         else:
             raise ValueError("no task is consolidated yet, so give n_a")
-        if n_b < 1 or old <= 0:
-            raise ValueError(f"numbers of observations must be positive, got {old} and {n_b}")
+        if not (1 <= n_b < math.inf and 0 < old < math.inf):
+            raise ValueError(
+                f"numbers of observations must be positive and finite, got {old} and {n_b}"
+            )
         return old / n_b
 
     def _check_room(self) -> None:

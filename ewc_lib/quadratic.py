@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ewc_lib._anchored import in_layout_of, product, quadratic, solve
 from ewc_lib._arguments import check_choice, check_strength
-from ewc_lib._foreach import each
+from ewc_lib._foreach import each, within_range
 from ewc_lib._held import Held, grown_from, held_ones, names_like
 from ewc_lib._metric import rates_of
 from ewc_lib._multiplier import MOST
@@ -169,7 +169,8 @@ class QuadraticPenalty:
         held = self._held()
         with self._uncast():
             distance = held.squared_distance()
-        return 0.5 * strength * (distance + self._offset)
+        distance = distance + self._offset
+        return 0.5 * within_range(strength, [distance]) * distance
 
     def _warn_of_budget(self) -> None:
         """Warn once where no step can keep the budget."""

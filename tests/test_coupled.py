@@ -145,6 +145,24 @@ def test_a_rate_of_zero_leaves_a_parameter_out():
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("strength", [1e39, 1e308])
+def test_a_strength_beyond_the_range_is_that_which_stands_for_infinity(structure, dtype, strength):
+    model, ewc = consolidated(structure)
+    precision = ewc.precision.to(dtype=dtype)
+    moved = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
+    scales, top = scales_of(dict.fromkeys(moved, 100.0))
+    held = Coupled(precision, scales).at(top)
+    found, solved = held.left(strength, moved), held.solved(strength, moved)
+    torch.testing.assert_close(found, held.left(1e28, moved))
+    torch.testing.assert_close(solved, held.solved(1e28, moved))
+    A, d = precision.to(dtype=torch.float64).to_dense(), flat(found.values()).double()
+    rounding = 1e-9 if dtype == torch.float64 else 1e-5
+    assert d @ A @ d < rounding * A.diagonal().max()
+    assert d.norm() > 0.1  # what has no information is free
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_a_strength_below_the_range_of_single_precision_does_nothing(structure):
     model, ewc = consolidated(structure)
     precision = ewc.precision.to(dtype=torch.float32)

@@ -822,13 +822,16 @@ def test_the_bayesian_penalty_is_the_prior_in_the_mean_loss():
     ("n_b", "n_a", "message"),
     [
         (5, None, "no task is consolidated yet, so give n_a"),
-        (0, 5, "must be positive, got 5 and 0"),
+        (0, 5, "must be positive and finite, got 5 and 0"),
         (-1, 5, "must be positive"),
-        (5, 0, "must be positive, got 0 and 5"),
+        (5, 0, "must be positive and finite, got 0 and 5"),
         (5, -2, "must be positive"),
+        (math.nan, 5, "got 5 and nan"),
+        (5, math.nan, "got nan and 5"),
+        (5, math.inf, "got inf and 5"),
     ],
 )
-def test_numbers_of_observations_that_are_not_positive_are_refused(n_b, n_a, message):
+def test_numbers_of_observations_that_are_not_positive_and_finite_are_refused(n_b, n_a, message):
     with pytest.raises(ValueError, match=message):
         EWC(network(), 1.0).bayesian_strength(n_b, n_a)
 

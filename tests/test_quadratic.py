@@ -277,6 +277,35 @@ def test_it_is_finite_and_never_overshoots_for_any_strength(name, exponent):
             torch.testing.assert_close(after[4].item(), 0.0, rtol=0, atol=1e-6)
 
 
+@each_optimizer
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32])
+@pytest.mark.parametrize(("strength", "lr"), [(1e39, 1.0), (3e38, 100.0), (1e308, 100.0)])
+def test_a_strength_beyond_the_range_of_a_dtype_holds_what_has_information_and_nothing_else(
+    name, dtype, strength, lr
+):
+    model, penalty, anchor = held(lambda m: diagonal(m, spread(dtype)), strength, dtype)
+    optimizer = OPTIMIZERS[name](model.parameters(), lr=lr)
+    model.a.grad, model.b.grad = random(3, dtype=dtype), random(2, seed=1, dtype=dtype)
+    optimizer.step()
+    before = parameters(model).clone()
+    penalty.proximal_step_(optimizer)
+    assert parameters(model)[0] == before[0]
+    assert torch.equal(parameters(model)[1:], anchor[1:])
+    assert penalty.penalty() == 0
+
+
+@pytest.mark.parametrize("of", [diagonal, lambda m, a: dense(m, torch.diag(a))])
+@pytest.mark.parametrize("missing", [False, True])
+def test_the_gradient_of_a_strength_beyond_the_range_is_zero_where_nothing_pulls(of, missing):
+    single = torch.float32
+    model, penalty, _ = held(lambda m: of(m, spread(single)), 1e39, single)
+    if not missing:
+        model.a.grad, model.b.grad = torch.zeros(3), torch.zeros(2)
+    penalty.add_gradient_()
+    assert model.a.grad[0] == 0
+    assert (model.a.grad[1:].abs() > 1e30).all()
+
+
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32])
 @pytest.mark.parametrize("exponent", [*range(-3, 16, 3), 15])
 def test_a_singular_dense_precision_is_stable_for_any_strength(exponent, dtype):

@@ -17,6 +17,7 @@ from torch.func import functional_call, vmap
 
 from ewc_lib._anchored import go_
 from ewc_lib._anchored import shares as shares_of
+from ewc_lib._foreach import within_range
 from ewc_lib._metric import rates_of
 from ewc_lib._progress import progress as show_progress
 from ewc_lib._rounding import Rests
@@ -158,7 +159,8 @@ class Together:
                 for name, anchor in penalty.anchor.items():
                     stack = self.parameters[name].detach()
                     anchors.setdefault(name, stack.clone())[i] = anchor
-                    pull = penalty.strength * penalty.precision.values[name]
+                    values = penalty.precision.values[name]
+                    pull = within_range(penalty.strength, [values]) * values
                     stiffness.setdefault(name, torch.zeros_like(stack))[i] = pull
         return stiffness, anchors
 

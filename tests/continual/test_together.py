@@ -89,6 +89,22 @@ def test_networks_with_penalties_are_trained_as_if_alone(digits, structure, opti
     assert_equal_weights(found, expected)
 
 
+def test_a_strength_beyond_single_precision_holds_what_has_information_and_nothing_else(digits):
+    images = digits._replace(x_train=digits.x_train.float())
+    model = mlp((64, 10), seed=0)
+    ewc = EWC(model, 1e39)
+    ewc.consolidate(images.train)
+    before = [p.detach().clone() for p in model.parameters()]
+    together = Together([model], [ewc], optimizer=SGD, proximal=True)
+    together.train([permute_pixels(images, 1).train], steps=5, seeds=[0])
+    for p, old, values in zip(
+        model.parameters(), before, ewc.precision.values.values(), strict=True
+    ):
+        assert torch.equal(p[values > 1e-30], old[values > 1e-30])
+        assert p.isfinite().all()
+    assert not torch.equal(model[0].weight, before[0])  # of pixels that are always black
+
+
 def test_a_network_without_a_penalty_may_stand_beside_one_with_it(digits):
     found, penalties = consolidated(digits, "diagonal")
     expected = copy.deepcopy(found[2])
