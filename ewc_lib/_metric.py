@@ -15,9 +15,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.optim import (
+    LBFGS,
     SGD,
-    Adadelta,
-    Adafactor,
     Adagrad,
     Adam,
     Adamax,
@@ -40,6 +39,8 @@ Number: TypeAlias = float | Tensor
 State: TypeAlias = Mapping[str, Any]
 Scale: TypeAlias = tuple[Vector, Number]
 """What the entries are divided by, new tensors, and a factor of the learning rate."""
+
+INSTEAD = "use form='gradient' (by hand, add_gradient_())"
 
 
 class Rates(NamedTuple):
@@ -67,11 +68,10 @@ def rates_of(
 ) -> Rates:
     """Return the rates of those parameters that an optimizer holds.
 
-    An optimizer without an entry in :data:`SCALES` has its learning rate, and so has a parameter
-    that the optimizer knows no gradient of yet. If entries may not have rates of their own, so
-    has every optimizer that divides them.
+    A parameter that the optimizer knows no gradient of yet has the learning rate. If entries may
+    not have rates of their own, so has every optimizer that divides them.
     """
-    scale = None if metric == "euclidean" else scale_of(inner_of(optimizer))
+    scale = scale_of(optimizer, metric)
     if not by_entry and scale is not _sgd:
         scale = None
     names = {id(parameter): name for name, parameter in parameters.items()}
@@ -93,9 +93,33 @@ def rates_of(
     return Rates({name: numbers[name] for name in parameters if name in numbers}, divisors)
 
 
-def scale_of(optimizer: Optimizer) -> Callable[..., Scale] | None:
-    """Return what tells the scale of an optimizer's steps, or None."""
-    return next((SCALES[c] for c in type(optimizer).__mro__ if c in SCALES), None)
+def scale_of(optimizer: Any, metric: Metric) -> Callable[..., Scale] | None:
+    """Return what tells the scale of an optimizer's steps; None if the metric needs none.
+
+    Raise a ValueError if a proximal step after those of the optimizer has no scale.
+    """
+    inner = inner_of(optimizer)
+    name = type(inner).__name__
+    if isinstance(inner, LBFGS):
+        raise ValueError(
+            "LBFGS remembers how its own steps changed the gradient, and a proximal step would "
+            f"move the parameters in between: {INSTEAD}"
+        )
+    if any(group.get("lr") is None for group in optimizer.param_groups):
+        raise ValueError(
+            f"a proximal step needs the learning rate, and this {name} has none: {INSTEAD}, or "
+            "give the optimizer a rate"
+        )
+    if metric == "euclidean":
+        return None
+    found = next((SCALES[c] for c in type(inner).__mro__ if c in SCALES), None)
+    if found is None:
+        raise ValueError(
+            f"a proximal step goes by the scale of the optimizer's own steps, and that of {name} "
+            f"is not known: {INSTEAD}, or metric='euclidean' to go by the learning rate alone, "
+            "with another strength"
+        )
+    return found
 
 
 def _states(optimizer: Optimizer, own: Mapping[str, nn.Parameter]) -> dict[str, State]:
@@ -180,30 +204,6 @@ def _adagrad(group: State, own: Any, states: Mapping[str, State]) -> Scale:
     return roots, 1 / (1 + (_steps(states) - 1) * group["lr_decay"])
 
 
-def _adadelta(group: State, own: Any, states: Mapping[str, State]) -> Scale:
-    above, below = (
-        each("sqrt", each("add", _entries(states, key), group["eps"]))
-        for key in ("acc_delta", "square_avg")
-    )
-    return each("div_", below, above), 1.0
-
-
-def _adafactor(group: State, own: Mapping[str, nn.Parameter], states: Mapping[str, State]) -> Scale:
-    """Leave its clipping out, which is one of the gradient of the loss."""
-    least = group["eps"][0]
-    below: Vector = {}
-    for name, state in states.items():
-        own_least = torch.finfo(own[name].dtype).eps if least is None else least
-        values = state.get("variance")
-        if values is None:
-            rows, columns = state["row_var"], state["col_var"]
-            values = rows @ columns / rows.mean(-2, keepdim=True).clamp_min(own_least)
-        size = own[name].detach().square().mean().sqrt().clamp_min(group["eps"][1])
-        below[name] = values.clamp_min(own_least**2).sqrt() / size
-    fall = float(group["lr"]) * _steps(states) ** 0.5
-    return below, (1 / fall).clamp_max(1) if isinstance(fall, Tensor) else 1 / max(1.0, fall)
-
-
 SCALES: dict[type[Optimizer], Callable[..., Scale]] = {
     SGD: _sgd,
     Adam: _adam,
@@ -214,12 +214,12 @@ SCALES: dict[type[Optimizer], Callable[..., Scale]] = {
     Adamax: _adamax,
     RMSprop: _rmsprop,
     Adagrad: _adagrad,
-    Adadelta: _adadelta,
-    Adafactor: _adafactor,
 }
-"""The scales that are known, with those of classes that extend these.
+"""The scales that a state tells after a step, with those of classes that extend these.
 
 Rprop goes by the signs of the gradient, LBFGS and Muon by its matrix: none has a scale of entries.
+Those of Adadelta and Adafactor are of what the step has overwritten, and that of ASGD is of the
+learning rate before.
 """
 
 

@@ -90,9 +90,8 @@ class Attachment:
         If it is no optimizer of PyTorch.
     ValueError
         If the regularizer is attached to this optimizer already, if the optimizer has none of the
-        parameters, or if the form is none that it can have: LBFGS remembers how its own steps
-        changed the gradient, others have no learning rate, go up instead of down, or want sparse
-        gradients only.
+        parameters, or if it cannot have a gradient added: it goes up instead of down, or wants
+        sparse gradients only.
     """
 
     def __init__(
@@ -106,7 +105,8 @@ class Attachment:
         check_choice("form", form, ("proximal", "gradient"))
         check_choice("metric", metric, METRICS)
         optimizer = unwrapped(optimizer)
-        _check_form(optimizer, form)
+        if form == "gradient":
+            _check_takes_gradient(optimizer)
         name = type(regularizer).__name__
         others = attachments(optimizer)
         if any(one.regularizer is regularizer for one in others):
@@ -326,24 +326,12 @@ def _is_transformed() -> bool:
     return found
 
 
-def _check_form(optimizer: Optimizer, form: Form) -> None:
+def _check_takes_gradient(optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
-    if form == "gradient":
-        if any(group.get("maximize") for group in optimizer.param_groups):
-            raise ValueError(f"this {name} goes up, and would go up the penalty as well")
-        if isinstance(optimizer, SparseAdam):
-            raise ValueError(f"{name} takes no dense gradient, as that of a penalty is")
-        return
-    if isinstance(optimizer, LBFGS):
-        raise ValueError(
-            "LBFGS remembers how its own steps changed the gradient, and a proximal step would "
-            "move the parameters in between: use form='gradient'"
-        )
-    if any(group.get("lr") is None for group in optimizer.param_groups):
-        raise ValueError(
-            f"a proximal step needs the learning rate, and this {name} has none: use "
-            "form='gradient', or give the optimizer a rate"
-        )
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        raise ValueError(f"this {name} goes up, and would go up the penalty as well")
+    if isinstance(optimizer, SparseAdam):
+        raise ValueError(f"{name} takes no dense gradient, as that of a penalty is")
 
 
 def _closure(

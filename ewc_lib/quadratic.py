@@ -26,7 +26,7 @@ from ewc_lib._anchored import in_layout_of, product, quadratic, solve
 from ewc_lib._arguments import check_choice, check_strength
 from ewc_lib._foreach import each, within_range
 from ewc_lib._held import Held, grown_from, held_ones, names_like
-from ewc_lib._metric import rates_of
+from ewc_lib._metric import rates_of, scale_of
 from ewc_lib._multiplier import MOST
 from ewc_lib._names import plain_name
 from ewc_lib._parameters import Vector
@@ -40,7 +40,7 @@ from ewc_lib._states import (
     precision_state,
     settings_of,
 )
-from ewc_lib.attaching import METRICS, Attachment, Form, Metric, own_parameters
+from ewc_lib.attaching import METRICS, Attachment, Form, Metric, own_parameters, unwrapped
 from ewc_lib.files import card_of_penalty, read, write
 from ewc_lib.fisher.structures import Diagonal, Fisher, check_shapes
 from ewc_lib.fisher.structures.base import Join
@@ -239,14 +239,13 @@ class QuadraticPenalty:
         Parameters
         ----------
         optimizer
-            It has to hold at least one of the parameters that the penalty holds. The rates of
-            entries are known for Adam, AdamW, SparseAdam, NAdam, RAdam (the learning rate, as
-            long as it does not divide), Adamax, RMSprop, Adagrad, Adadelta and Adafactor (without
-            its clipping), and for classes that extend them. For any other optimizer they are its
-            learning rate: Rprop, Muon and ASGD among those of PyTorch. So they are where it has
-            seen no gradient of a parameter. And so they are for all that divide entries where the
-            precision is not diagonal: of weights whose second moments are near zero, because the
-            new task has no use for them, a matrix that couples them would be free to ask anything.
+            It has to hold at least one of the parameters that the penalty holds. The rates are
+            known for SGD, Adam, AdamW, SparseAdam, NAdam, RAdam, Adamax, RMSprop and Adagrad, and
+            for classes that extend them. They are the learning rate where it has seen no gradient
+            of a parameter, and as long as RAdam does not divide. And so they are for all that
+            divide entries where the precision is not diagonal: of weights whose second moments
+            are near zero, because the new task has no use for them, a matrix that couples them
+            would be free to ask anything.
         metric
             ``"optimizer"``, or ``"euclidean"`` for :math:`S = \eta` whatever the optimizer is:
             :eq:`eq-proximal-step`. An adaptive optimizer then does not rescale the penalty, as
@@ -256,8 +255,10 @@ class QuadraticPenalty:
         Raises
         ------
         ValueError
-            If the optimizer holds none of them, though some require grad; if the metric is
-            unknown; and as :meth:`penalty`.
+            If the optimizer holds none of them, though some require grad; if its rates are not
+            known, as those of Rprop, Muon, ASGD, Adadelta and Adafactor, and the metric is not
+            euclidean; if it is LBFGS, which remembers how its own steps changed the gradient; if
+            the metric is unknown; and as :meth:`penalty`.
 
         References
         ----------
@@ -269,6 +270,7 @@ class QuadraticPenalty:
     def _step(self, optimizer: torch.optim.Optimizer, metric: Metric, needed: bool) -> None:
         """Take the proximal step, or raise an error if it is needed and moves nothing."""
         check_choice("metric", metric, METRICS)
+        scale_of(optimizer, metric)  # refuses one whose steps have none
         if self._precision is None or (self._budget is None and self.strength == 0):
             return
         held = self._held()
@@ -348,12 +350,12 @@ class QuadraticPenalty:
         Parameters
         ----------
         optimizer
-            Any of ``torch.optim``, or in a wrapper that keeps it as ``optimizer``. With several,
+            One of ``torch.optim``, or in a wrapper that keeps it as ``optimizer``. With several,
             attach to each: it acts on the parameters of that one.
         form
-            ``"proximal"``: :meth:`proximal_step_` after the step, stable for every strength.
-            ``"gradient"``: :meth:`add_gradient_` before it, as if the penalty were part of the
-            loss.
+            ``"proximal"``: :meth:`proximal_step_` after the step, stable for every strength; it
+            says of which optimizers. ``"gradient"``: :meth:`add_gradient_` before it, as if the
+            penalty were part of the loss.
         metric
             Of the proximal step, as there.
 
@@ -368,8 +370,8 @@ class QuadraticPenalty:
             If it is no optimizer of PyTorch.
         ValueError
             If this penalty is attached to it already, if it holds none of the parameters, if the
-            form does not go with it (:class:`ewc_lib.attaching.Attachment`), or if a word is
-            unknown.
+            form does not go with it (:meth:`proximal_step_`,
+            :class:`ewc_lib.attaching.Attachment`), or if a word is unknown.
 
         Examples
         --------
@@ -385,10 +387,18 @@ class QuadraticPenalty:
         >>> torch.allclose(model.weight, before, atol=1e-5)  # so strong that nothing moves
         True
         """
-        if form == "gradient":
-            self._check_no_budget()
+        self._check_goes_with(unwrapped(optimizer), form, metric)
         frozen = {n: p for n, p in self._choose.every(self.model).items() if not p.requires_grad}
         return Attachment(self, optimizer, form, {**self._parameters(), **frozen}, metric)
+
+    def _check_goes_with(
+        self, optimizer: torch.optim.Optimizer, form: Form, metric: Metric
+    ) -> None:
+        """Raise a ValueError unless each step of an optimizer can have one of the penalty."""
+        if form == "gradient":
+            self._check_no_budget()
+        elif form == "proximal":
+            scale_of(optimizer, metric)
 
     def _reads_gradients(self, form: Form) -> bool:
         return form == "gradient"

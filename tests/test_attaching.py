@@ -256,6 +256,34 @@ def test_lbfgs_is_refused_where_it_would_be_wrong(name):
             regularizer.attach(optimizer, "gradient")
 
 
+@pytest.mark.parametrize("name", ["ASGD", "Adadelta", "Adafactor", "LBFGS", "Rprop"])
+def test_an_optimizer_whose_steps_have_no_known_scale_is_refused_before_the_first_task(name):
+    model = nn.Linear(3, 2).double()
+    ewc, optimizer = EWC(model, 1.0), getattr(torch.optim, name)(model.parameters())
+    with pytest.raises(ValueError, match="use form='gradient'"):
+        ewc.attach(optimizer)
+    with pytest.raises(ValueError, match="use form='gradient'"):
+        ewc.proximal_step_(optimizer)
+    ewc.attach(optimizer, "gradient")
+    if name != "LBFGS":
+        EWC(model, 1.0).attach(optimizer, metric="euclidean")
+
+
+def test_rprop_with_the_gradient_finds_the_minimum_of_loss_and_penalty():
+    model, ewc = after_one_task("EWC")
+    x, y = task(1)
+    optimizer = torch.optim.Rprop(model.parameters(), lr=1e-3)
+    ewc.attach(optimizer, "gradient")
+    for _ in range(300):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    whole = F.cross_entropy(model(x), y) + ewc.penalty()
+    slope = torch.autograd.grad(whole, list(model.parameters()))
+    assert max(g.abs().max() for g in slope) < 1e-3
+    assert ewc.penalty() > 1e-4
+
+
 def test_an_optimizer_without_a_rate_has_no_proximal_step():
     model, ewc = after_one_task("EWC")
     optimizer = sgd(model)

@@ -112,32 +112,6 @@ def test_gradients_that_change_count_by_the_mean_of_their_squares(name):
         assert all((after[n] < before[n]).all() for n in before)
 
 
-def test_adadelta_has_the_scale_of_its_next_step():
-    model, gradients = Points(), constant()
-    optimizer = torch.optim.Adadelta(model.parameters(), lr=RATE, rho=0.5)
-    for _ in range(200):  # until the mean of squares is at rest
-        step(optimizer, model, gradients)
-    before = scales(optimizer, model)
-    moved = step(optimizer, model, gradients)
-    for n, g in gradients.items():
-        torch.testing.assert_close(-before[n] * g, moved[n], rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize("lr", [1e-3, 0.9])
-def test_adafactor_has_the_scale_of_its_factors_without_clipping(lr):
-    model = nn.Linear(3, 4).double()
-    optimizer = torch.optim.Adafactor(model.parameters(), lr=lr, d=1e9, weight_decay=0.0)
-    rows, columns = draw(4, 1).exp(), draw(3, 2).exp()
-    gradients = {"weight": rows[:, None] * columns, "bias": draw(4, 3)}
-    for _ in range(5):
-        sizes = {n: p.detach().square().mean().sqrt() for n, p in model.named_parameters()}
-        moved = step(optimizer, model, gradients)
-    now = {n: p.detach().square().mean().sqrt() for n, p in model.named_parameters()}
-    for n, scale in scales(optimizer, model).items():
-        expected = moved[n] * now[n] / sizes[n]  # of the size that it has after the step
-        torch.testing.assert_close(-scale * gradients[n], expected, rtol=1e-6, atol=1e-12)
-
-
 def test_sparse_adam_has_its_scale():
     model = nn.Embedding(5, 2, sparse=True).double()
     optimizer = torch.optim.SparseAdam(model.parameters(), lr=RATE)
@@ -258,19 +232,43 @@ def test_what_a_wrapper_or_a_class_of_ones_own_does_is_what_is_inside():
     assert all(scale.dim() for scale in scales(optimizer, model).values())
 
 
-@pytest.mark.parametrize("method", [torch.optim.Rprop, torch.optim.ASGD])
-def test_what_has_no_known_scale_has_the_learning_rate(method):
+UNKNOWN = ["ASGD", "Adadelta", "Adafactor", "Muon", "Rprop"]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_has_no_known_scale_is_refused_but_for_its_learning_rate(name):
+    model = nn.Linear(3, 2, bias=False)
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=RATE)
+    with pytest.raises(ValueError, match=f"that of {name} is not known: use form='gradient'"):
+        scales(optimizer, model)
+    step(optimizer, model, {"weight": torch.ones(2, 3)})
+    assert scales(optimizer, model, "euclidean") == {"weight": RATE}
+
+
+def test_an_optimizer_of_ones_own_is_refused_too():
+    class Own(torch.optim.Optimizer):
+        pass
+
     model = Points()
-    optimizer = method(model.parameters(), lr=RATE)
-    step(optimizer, model, constant())
-    assert {float(scale) for scale in scales(optimizer, model).values()} == {RATE}
+    with pytest.raises(ValueError, match="that of Own is not known"):
+        scales(Own(model.parameters(), {"lr": RATE}), model)
+
+
+@pytest.mark.parametrize("metric", ["optimizer", "euclidean"])
+def test_lbfgs_and_what_has_no_rate_are_refused_in_every_metric(metric):
+    model = Points()
+    with pytest.raises(ValueError, match="LBFGS remembers"):
+        scales(torch.optim.LBFGS(model.parameters()), model, metric)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    optimizer.param_groups[0]["lr"] = None
+    with pytest.raises(ValueError, match="needs the learning rate"):
+        scales(optimizer, model, metric)
 
 
 def test_every_optimizer_of_pytorch_was_decided_on():
     known = {c.__name__ for c in SCALES}
-    by_rate = {"ASGD", "LBFGS", "Muon", "Optimizer", "Rprop"}
     there = {n for n, c in vars(torch.optim).items() if isinstance(c, type)}
-    assert there - by_rate == known
+    assert there - {"LBFGS", "Optimizer", *UNKNOWN} == known
 
 
 @pytest.mark.parametrize("method", [torch.optim.Adam, torch.optim.AdamW])

@@ -15,7 +15,7 @@ from ewc_lib._held import grown_from
 from ewc_lib._parameters import Vector
 from ewc_lib._selecting import Selection
 from ewc_lib._states import Loader, by_plain_names
-from ewc_lib.attaching import Attachment, Form, Metric, own_parameters, unwrapped
+from ewc_lib.attaching import Form, Metric, own_parameters
 from ewc_lib.fisher.structures import check_shapes
 from ewc_lib.fisher.structures.states import under
 from ewc_lib.fisher.structures.vectors import grown, has_room
@@ -39,19 +39,15 @@ class PathPenalty(ImportancePenalty):
         self._stepping: ref[torch.optim.Optimizer] | None = None
         self._counts = True
 
-    def attach(
-        self,
-        optimizer: torch.optim.Optimizer,
-        form: Form = "proximal",
-        *,
-        metric: Metric = "optimizer",
-    ) -> Attachment:
-        if isinstance(unwrapped(optimizer), torch.optim.LBFGS):
+    def _check_goes_with(
+        self, optimizer: torch.optim.Optimizer, form: Form, metric: Metric
+    ) -> None:
+        if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
                 f"{type(self).__name__} adds up gradient times movement, step by step, and LBFGS "
                 "makes many steps in one"
             )
-        return super().attach(optimizer, form, metric=metric)
+        super()._check_goes_with(optimizer, form, metric)
 
     def _reads_gradients(self, form: Form) -> bool:
         return True
