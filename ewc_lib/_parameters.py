@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -43,6 +43,16 @@ def zeros_of(forms: dict[str, tuple[torch.Size, torch.dtype, torch.device]]) -> 
         size = sum(shape.numel() for shape in shapes.values())
         found |= unravel(torch.zeros(size, dtype=dtype, device=device), shapes)
     return {name: found[name] for name in forms}
+
+
+def check_real(parameters: Mapping[str, Tensor], otherwise: str) -> None:
+    """Raise a ValueError if one is complex."""
+    for name, parameter in parameters.items():
+        if parameter.is_complex():
+            raise ValueError(
+                f"parameter {name!r} is complex: {otherwise}, or make it of real numbers by "
+                "torch.view_as_real"
+            )
 
 
 def unravel(flat: Float[Tensor, " P"], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:

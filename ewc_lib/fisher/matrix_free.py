@@ -14,12 +14,13 @@ from ewc_lib._arguments import check_choice, check_place, check_whole, random_so
 from ewc_lib._checking import check_finite_sums, explaining
 from ewc_lib._drawing import random_part
 from ewc_lib._forms import Pick, picked
-from ewc_lib._parameters import Vector
+from ewc_lib._parameters import Vector, check_real
 from ewc_lib._precision import Precision
 from ewc_lib._selecting import Selection, fixed, select_parameters
 from ewc_lib.fisher.linear_map import LinearMap
 from ewc_lib.fisher.output import KINDS, Kind, columns, information_times
 from ewc_lib.fisher.structures.vectors import V, in_form_of, named
+from ewc_lib.fisher.sums.base import DIAGONAL_ONLY
 from ewc_lib.likelihood.agreement import Criterion, agreed
 from ewc_lib.likelihood.outputs import Likelihood, OutputDistribution, given_distribution
 from ewc_lib.score.batch import BatchScores
@@ -119,10 +120,12 @@ class MatrixFree(LinearMap):
         self.progress = progress
         self._found: tuple[Any, OutputDistribution] | None = None
         self._place = dtype, device
-        first = next(iter(self.parameters.values()))  # refuses unknown names now, not later
+        parameters = self.parameters  # refuses unknown names now, not later
+        check_real(parameters, DIAGONAL_ONLY)
         self._state: Tensor | None = None
         if generator is not None:
-            self._state = random_source(generator, first.device).get_state()
+            device = next(iter(parameters.values())).device
+            self._state = random_source(generator, device).get_state()
 
     def __repr__(self) -> str:
         size = sum(shape.numel() for shape in self.shapes.values())

@@ -58,6 +58,15 @@ def per_observation_sum(values: Tensor) -> Float[Tensor, " N"]:
     return values.reshape(len(values), -1).sum(1)
 
 
+def check_real(output: Tensor, distribution: OutputDistribution) -> None:
+    """Raise a ValueError if an output is complex."""
+    if output.is_complex():
+        raise ValueError(
+            f"the output of the model is {output.dtype}, and a {type(distribution).__name__} is "
+            "about real numbers: let it return such, as torch.view_as_real(output)"
+        )
+
+
 def precise(output: Tensor) -> Tensor:
     """Bring half precision to single."""
     return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output

@@ -12,6 +12,7 @@ from torch import Tensor
 from ewc_lib._checking import Problem, settle
 from ewc_lib.likelihood.base import (
     OutputDistribution,
+    check_real,
     first_bad,
     per_observation_sum,
     precise,
@@ -94,6 +95,7 @@ class Categorical(OutputDistribution):
         settle(self.problems(output, target, first))
 
     def problems(self, output: Tensor, target: Tensor, first: int = 0) -> list[Problem]:
+        check_real(output, self)
         if target.is_floating_point() and target.shape == output.shape:
             raise ValueError(
                 "soft labels, one probability for each class, are no observed labels. The kinds "

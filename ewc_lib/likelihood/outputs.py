@@ -26,6 +26,7 @@ from ewc_lib._checking import Problem, settle
 from ewc_lib.likelihood.any_distribution import TorchDistribution
 from ewc_lib.likelihood.base import (
     OutputDistribution,
+    check_real,
     first_bad,
     per_observation_sum,
     precise,
@@ -53,6 +54,7 @@ class _Elementwise(OutputDistribution):
         settle(self.problems(output, target, first))
 
     def problems(self, output: Tensor, target: Tensor, first: int = 0) -> list[Problem]:
+        check_real(output, self)
         if target.shape != output.shape:
             raise ValueError(
                 f"a {type(self).__name__} target must have the shape of the output, "

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ewc_lib._foreach import each
-from ewc_lib._parameters import Vector
+from ewc_lib._parameters import Vector, check_real
+from ewc_lib._selecting import Selection
 from ewc_lib.fisher.structures import Diagonal, Fisher
 from ewc_lib.quadratic import QuadraticPenalty
 from ewc_lib.score.memory import sum_dtype
@@ -21,6 +22,11 @@ class ImportancePenalty(QuadraticPenalty):
 
     importance: ClassVar[str]
     """What the precision is; kept in the state, so that one of another method is refused."""
+
+    def __init__(self, model: nn.Module, strength: float, *, params: Selection = None) -> None:
+        super().__init__(model, strength, params=params)
+        name = type(self).__name__
+        check_real(self._parameters(), f"{name} knows real ones only; choose others by params=")
 
     @property
     def _structure(self) -> str:

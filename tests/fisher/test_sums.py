@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 from ewc_lib import fisher_information
 from ewc_lib._batches import Batch
 from ewc_lib.continual import mlp
+from ewc_lib.fisher import MatrixFree
 from ewc_lib.fisher.output import COLUMNS_AT_ONCE
 from ewc_lib.fisher.structures import Dense, Diagonal
 from ewc_lib.fisher.sums import base
@@ -470,6 +471,24 @@ def test_matrices_that_nobody_means_to_ask_for_are_refused_by_name(structure, na
     message = f"10000[01] × 10000[01] for {names} takes 37 GiB; .*MatrixFree"
     with pytest.raises(ValueError, match=message):
         fisher_information(model, data, Gaussian(), structure=structure)
+
+
+class ComplexMatrix(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(2, 3, dtype=torch.complex64))
+
+    def forward(self, x):
+        return (x.to(self.w) @ self.w.mT).abs()
+
+
+@pytest.mark.parametrize("structure", [*STRUCTURES[1:], "matrix-free"])
+def test_a_complex_parameter_has_no_matrix(structure):
+    model, data = ComplexMatrix(), (torch.ones(4, 3), torch.arange(4) % 2)
+    made = MatrixFree if structure == "matrix-free" else fisher_information
+    options = {} if structure == "matrix-free" else {"structure": structure}
+    with pytest.raises(ValueError, match="'w' is complex: it has a diagonal only"):
+        made(model, data, **options)
 
 
 def test_the_refusal_names_some_of_many_parameters():

@@ -57,6 +57,14 @@ def test_log_prob_is_that_of_torch_summed_over_positions(distribution, shape):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@each(REFERENCE)
+def test_a_complex_output_is_refused(distribution):
+    output = torch.zeros(2, 3, dtype=torch.complex64)
+    name = type(distribution).__name__
+    with pytest.raises(ValueError, match=f"is torch.complex64, and a {name} is about real numbers"):
+        distribution.check(output, torch.zeros(2, 3))
+
+
 @each(ELEMENTWISE)
 def test_log_prob_of_outputs_without_an_axis_of_their_own(distribution):
     output = some_output(7)

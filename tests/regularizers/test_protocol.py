@@ -54,6 +54,15 @@ def test_an_unknown_word_is_refused_when_a_method_is_made(method, wrong):
         method(model, 1.0, **wrong)
 
 
+@pytest.mark.parametrize("name", ["L2", "MAS", "RWalk", "SI"])
+def test_an_importance_of_complex_parameters_is_refused_when_a_method_is_made(name):
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.complex64)])
+    with pytest.raises(ValueError, match=f"'1.weight' is complex: {name} knows real ones only"):
+        METHODS[name](model, 1.0)
+    model[1].requires_grad_(False)
+    assert METHODS[name](model, 1.0)
+
+
 @each
 def test_it_is_shown_in_one_line(name):
     method = METHODS[name](network(), 3.0)

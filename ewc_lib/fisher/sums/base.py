@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from ewc_lib._parameters import Vector
+from ewc_lib._parameters import Vector, check_real
 from ewc_lib.fisher.structures import Fisher
 from ewc_lib.score.batch import BatchScores
 from ewc_lib.score.forward_pass import Columns
@@ -19,6 +19,11 @@ from ewc_lib.score.memory import sum_dtype
 
 MAX_BYTES = 2**34
 """Larger matrices are refused: nobody means to ask for them."""
+
+DIAGONAL_ONLY = (
+    "it has a diagonal only, the squared sizes of its gradients; choose structure='diagonal'"
+)
+"""What is to be done about a complex parameter."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,13 +64,7 @@ class ParameterSpace:
     def zeros(self, names: Iterable[str], *size: int) -> Tensor:
         """Return a sum to start with, for the given parameters."""
         names = list(names)
-        for name in names:
-            if self.parameters[name].is_complex():
-                raise ValueError(
-                    f"parameter {name!r} is complex: it has a diagonal only, the squared sizes of "
-                    "its gradients; choose structure='diagonal', or make it of real numbers by "
-                    "torch.view_as_real"
-                )
+        check_real({name: self.parameters[name] for name in names}, DIAGONAL_ONLY)
         dtype = max(map(self.dtype_of, names), key=lambda d: d.itemsize)
         if (needed := torch.Size(size).numel() * dtype.itemsize) > MAX_BYTES:
             raise ValueError(

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ewc_lib._parameters import Vector
+from ewc_lib._parameters import Vector, check_real
 from ewc_lib.fisher.structures import BlockDiagonal, EigenKronecker, Fisher, Kronecker
 from ewc_lib.fisher.structures.kronecker import matrix_size
-from ewc_lib.fisher.sums.base import ParameterSpace, Sum
+from ewc_lib.fisher.sums.base import DIAGONAL_ONLY, ParameterSpace, Sum
 from ewc_lib.fisher.sums.diagonal import DiagonalSum
 from ewc_lib.fisher.sums.rows import DenseSum
 from ewc_lib.score import memory
@@ -122,6 +122,7 @@ class KroneckerSum(Sum):
 
     def __init__(self, space: ParameterSpace, reduce: bool = False) -> None:
         super().__init__(space)
+        check_real(space.parameters, DIAGONAL_ONLY)
         self.reduce = reduce
         self.layers: list[Layer] = []
         self.inputs: Vector = {}
