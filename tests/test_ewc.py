@@ -13,6 +13,7 @@ from torch import nn
 
 from ewc_lib import EWC, Gaussian, fisher_information
 from ewc_lib.data import digits
+from ewc_lib.fisher import Diagonal
 from ewc_lib.score.gradcheck import GradientCheck
 from tests.budgets import set_budget
 from tests.scenarios import PROPERTY, same, trace_of
@@ -834,6 +835,39 @@ def test_the_bayesian_penalty_is_the_prior_in_the_mean_loss():
 def test_numbers_of_observations_that_are_not_positive_and_finite_are_refused(n_b, n_a, message):
     with pytest.raises(ValueError, match=message):
         EWC(network(), 1.0).bayesian_strength(n_b, n_a)
+
+
+# The second moments of an optimizer
+
+
+def with_moments():
+    """A model, a penalty for the second moments of its optimizer, and these."""
+    model, (x, y) = network(), task()
+    optimizer = torch.optim.Adam(model.parameters())
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    moments = Diagonal.from_optimizer(optimizer, model, batch_size=len(x))
+    return model, EWC(model, strength=2.0, kind="second moments"), moments
+
+
+def test_second_moments_are_remembered_and_not_computed():
+    model, ewc, moments = with_moments()
+    with pytest.raises(ValueError, match="those of an optimizer, not of data"):
+        ewc.consolidate(task())
+    ewc.remember(moments)
+    with torch.no_grad():
+        model[2].bias += 0.5
+    torch.testing.assert_close(ewc.penalty(), 0.25 * moments.values["2.bias"].sum())
+    with pytest.raises(ValueError, match="is of kind 'second moments', got a Fisher of 'exact'"):
+        ewc.remember(fisher_information(model, task()))
+
+
+def test_second_moments_are_stored_and_pooled_as_any_other_diagonal():
+    model, ewc, moments = with_moments()
+    other = EWC(model, strength=2.0, kind="second moments")
+    ewc.remember(moments.pool(moments))
+    other.load_state_dict(ewc.state_dict())
+    torch.testing.assert_close(other.precision.values, moments.values)
 
 
 # What it is for

@@ -1,8 +1,10 @@
+"""A diagonal from the second moments of an optimizer."""
+
 import pytest
 import torch
 from torch import nn
 
-from ewc_lib import EWC, fisher_information
+from ewc_lib import fisher_information
 from ewc_lib.continual import mlp
 from ewc_lib.fisher import Diagonal
 
@@ -131,27 +133,3 @@ def test_a_batch_size_is_a_positive_whole_number():
     model, optimizer, _ = trained(torch.optim.Adam)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         Diagonal.from_optimizer(optimizer, model, batch_size=0)
-
-
-def test_ewc_remembers_them_and_computes_none():
-    model, optimizer, _ = trained(torch.optim.Adam)
-    ewc = EWC(model, strength=2.0, kind="second moments")
-    with pytest.raises(ValueError, match="those of an optimizer, not of data"):
-        ewc.consolidate(task())
-    moments = Diagonal.from_optimizer(optimizer, model, batch_size=3)
-    ewc.remember(moments)
-    with torch.no_grad():
-        model[2].bias += 0.5
-    torch.testing.assert_close(ewc.penalty(), 0.25 * moments.values["2.bias"].sum())
-    with pytest.raises(ValueError, match="is of kind 'second moments', got a Fisher of 'exact'"):
-        ewc.remember(fisher_information(model, task()))
-
-
-def test_they_are_stored_and_pooled_as_any_other():
-    model, optimizer, _ = trained(torch.optim.Adam)
-    moments = Diagonal.from_optimizer(optimizer, model, batch_size=3)
-    other = EWC(model, strength=2.0, kind="second moments")
-    ewc = EWC(model, strength=2.0, kind="second moments")
-    ewc.remember(moments.pool(moments))
-    other.load_state_dict(ewc.state_dict())
-    torch.testing.assert_close(other.precision.values, moments.values)
