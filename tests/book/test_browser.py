@@ -137,21 +137,38 @@ def test_the_first_page_leads_to_the_introduction() -> None:
     assert "Fisher information" in asyncio.run(open_first())
 
 
-def test_the_search_finds_the_chapter_on_the_fisher_information() -> None:
-    # Without a server the results come without the lines around the word, and the console says so.
-    async def search(word: str) -> list[str]:
-        opened = Visit(SITE / "book" / "intro.html")
-        async with open_browser() as browser, loaded(await open_tab(browser), opened) as page:
-            await page.keyboard.press("Control+k")
-            await page.keyboard.type(word)
-            await page.keyboard.press("Enter")
-            results = page.locator("#search-results li > a")
-            await results.first.wait_for()
-            await page.get_by_text("Search finished").wait_for()
-            addresses = await results.evaluate_all("links => links.map(link => link.href)")
-        return [address.partition("/_build/html/")[2].partition("?")[0] for address in addresses]
+FOUND_BY = {
+    "Fisher": "book/foundations/fisher.html",
+    "elastic weight": "book/foundations/ewc.html",
+    "log-likelihood": "book/foundations/likelihood.html",
+    "似然": "book/reference/glossary.html",
+    "信息矩阵": "book/reference/glossary.html",
+    "Fisher 信息": "book/reference/glossary.html",
+    "权重巩固 EWC": "book/reference/glossary.html",
+}
 
-    assert "book/foundations/fisher.html" in asyncio.run(search("Fisher"))
+
+def test_the_search_finds_pages_by_english_and_by_chinese_words() -> None:
+    # Without a server the results come without the lines around the word, and the console says so.
+    async def search(*words: str) -> dict[str, list[str]]:
+        found = {}
+        async with open_browser() as browser:
+            tab = await open_tab(browser)
+            for word in words:
+                async with loaded(tab, Visit(SITE / "book" / "intro.html")) as page:
+                    await page.keyboard.press("Control+k")
+                    await page.keyboard.insert_text(word)
+                    await page.keyboard.press("Enter")
+                    results = page.locator("#search-results li > a")
+                    await page.get_by_text("Search finished").wait_for()
+                    links = await results.evaluate_all("links => links.map(link => link.href)")
+                found[word] = [address.partition("/_build/html/")[2] for address in links]
+        return found
+
+    results = asyncio.run(search(*FOUND_BY, "骆驼"))
+    pages = {word: {link.partition("?")[0] for link in links} for word, links in results.items()}
+    assert {word for word, page in FOUND_BY.items() if page not in pages[word]} == set()
+    assert pages["骆驼"] == set()
 
 
 # What each page below shares: it follows the theme of the system, as a page of the book does.
