@@ -1,8 +1,8 @@
 """Chapters in plain Markdown, for notebooks: what only MyST knows is said in words.
 
-Theorems, exercises and boxes get a bold heading, proofs an end mark, solutions a fold; numbered
-formulas a tag; links become the words they show. Numbers that cells compute are filled in where
-they are known, and stand as ⟨name⟩ where they are not.
+Theorems, exercises and boxes get a bold heading, proofs an end mark, solutions and answers a fold;
+numbered formulas a tag; links become the words they show. Numbers that cells compute are filled in
+where they are known, and stand as ⟨name⟩ where they are not.
 """
 
 import re
@@ -14,6 +14,8 @@ from prose import BOOK, Part, blocks, inline, page_name, parts
 from pybtex.database import BibliographyData, parse_file
 
 _BEFORE = re.compile(r".*?(?=`{3}|:{3}|~{3}|\$\$)")
+_ANSWER = re.compile(r"^(\S.*)\n: +(.*(?:\n.+)*)", re.MULTILINE)
+_FOLD = r"* \1\n\n  <details><summary>Right?</summary>\n\n  \2\n\n  </details>"
 _END = {"prf:proof": "∎", "solution": "\n</details>", "solution-end": "\n</details>"}
 
 
@@ -36,6 +38,8 @@ def readable(text: str, values: Mapping[str, float] | None = None) -> str:
 
 def _plain(part: Part, source: str, values: Mapping[str, float]) -> list[str]:
     """Return what stands for the lines of a part."""
+    if part.inside[-1:] == ("quiz",):
+        source = _ANSWER.sub(_FOLD, source)
     if part.kind in {"heading", "text"}:
         return [_without_roles(source, values)]
     if part.kind == "unseen":
@@ -71,6 +75,8 @@ def _heading(name: str, title: str) -> str:
         return "<details><summary>Solution</summary>\n"
     if not name:  # a box with a class and no more
         return ""
+    if name == "quiz":
+        return "**Question.**\n"
     if name in ("admonition", "solution-end"):
         return f"**{title}.**\n" if title else ""
     if kind == "proof":
