@@ -8,6 +8,7 @@ where they are known, and stand as ⟨name⟩ where they are not.
 import re
 from collections.abc import Mapping
 from functools import cache
+from itertools import pairwise
 from textwrap import indent
 
 from prose import BOOK, Part, blocks, inline, page_name, parts
@@ -41,6 +42,7 @@ def _plain(part: Part, source: str, values: Mapping[str, float]) -> list[str]:
     if part.inside[-1:] == ("quiz",):
         source = _ANSWER.sub(_FOLD, source)
     if part.kind in {"heading", "text"}:
+        source = re.sub(r"^\{[.#][^}\n]*\}\n", "", source)  # the class of a paragraph
         return [_without_roles(source, values)]
     if part.kind == "unseen":
         return []
@@ -101,7 +103,7 @@ def _words(role: str, content: str, values: Mapping[str, float]) -> str:
         return f"`{shown}`"
     if shown != target:
         return shown
-    return _titles().get(target, shown) if role in ("prf:ref", "doc") else shown
+    return _titles().get(target, shown) if role in ("prf:ref", "doc", "ref") else shown
 
 
 def _split(content: str) -> tuple[str, str]:
@@ -113,12 +115,15 @@ def _split(content: str) -> tuple[str, str]:
 
 @cache
 def _titles() -> dict[str, str]:
-    """Return what stands for a label or a page: its kind and title."""
+    """Return what stands for a label or a page: its title, with the kind of a result."""
     found = dict[str, str]()
     for page in sorted(BOOK.rglob("*.md")):
         whole = parts(page.read_text(encoding="utf-8"))
         title = next((part.text for part in whole if part.kind == "heading"), page.stem)
         found |= dict.fromkeys((page.stem, f"/book/{page_name(page)}"), f"“{title}”")
+        for place, part in pairwise(blocks(page.read_text(encoding="utf-8"))):
+            if place.kind == "unseen" and part.kind == "heading":
+                found[place.text] = f"“{part.text}”"
         found |= {part.label: _result(part) for part in whole if part.kind == "open" and part.label}
     return found
 

@@ -96,6 +96,14 @@ def test_citations_become_names_and_years() -> None:
     )
 
 
+def test_a_section_of_another_page_is_named_by_its_title() -> None:
+    assert re.fullmatch("See “[A-Z].*”", readable("See {ref}`intro-run`"))
+
+
+def test_the_class_of_a_paragraph_is_not_shown() -> None:
+    assert readable("{.path}\nNext: {ref}`the end <sec-end>`.") == "Next: the end."
+
+
 def test_a_notebook_begins_with_the_macros_of_its_formulas() -> None:
     assert r"\newcommand{\KL}{\operatorname{KL}}" in opening()
 
