@@ -26,7 +26,7 @@ from ewc_lib.figures._colors import GREY, PALETTE
 from ewc_lib.figures._panels import windows
 from ewc_lib.figures._svg import ID, ROW, identify, inline
 
-__all__ = ["drawing", "ellipse", "save", "use_style"]
+__all__ = ["drawing", "ellipse", "outline", "save", "use_style"]
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -105,18 +105,12 @@ def ellipse(
 ) -> None:
     r"""Draw the region that holds a Gaussian vector with the given probability.
 
-    .. math:: \{\theta : (\theta - c)^\top \Sigma^{-1} (\theta - c) = -2 \log(1 - q)\}
-
     Parameters
     ----------
     axes
         Where to draw.
-    centre
-        The middle of the ellipse, ``[2]``.
-    covariance
-        The covariance :math:`\Sigma`, ``[2, 2]``, positive definite.
-    probability
-        The probability :math:`q` inside; 95 % is the usual confidence region.
+    centre, covariance, probability
+        As for :func:`outline`.
     style
         Passed on to :meth:`matplotlib.axes.Axes.plot`.
 
@@ -127,11 +121,47 @@ def ellipse(
     >>> ellipse(axes, torch.zeros(2), torch.eye(2), label="95 %")
     >>> plt.close(figure)
     """
-    angle = torch.linspace(0, 2 * math.pi, 200, dtype=covariance.dtype)
-    circle = torch.stack([angle.cos(), angle.sin()])
+    axes.plot(*outline(centre, covariance, probability, n_points=200).T, **style)
+
+
+def outline(
+    centre: Float[Tensor, " 2"],
+    covariance: Float[Tensor, "2 2"],
+    probability: float = 0.95,
+    n_points: int = 40,
+) -> Float[Tensor, "n_points 2"]:
+    r"""Return points around the region that holds a Gaussian vector with the given probability.
+
+    .. math:: \{\theta : (\theta - c)^\top \Sigma^{-1} (\theta - c) = -2 \log(1 - q)\}
+
+    Parameters
+    ----------
+    centre
+        The middle :math:`c` of the ellipse, ``[2]``.
+    covariance
+        The covariance :math:`\Sigma`, ``[2, 2]``, positive definite.
+    probability
+        The probability :math:`q` inside; 95 % is the usual confidence region.
+    n_points
+        How many points, of which the last is the first again. Of 40 the eye sees no corners, and
+        a figure that holds many ellipses stays light.
+
+    Returns
+    -------
+    Float[Tensor, "n_points 2"]
+        The points in a row.
+
+    Examples
+    --------
+    >>> import torch
+    >>> outline(torch.zeros(2), torch.eye(2)).norm(dim=1).max()
+    tensor(2.4477)
+    """
+    angle = torch.linspace(0, 2 * math.pi, n_points, dtype=covariance.dtype)
+    circle = torch.stack([angle.cos(), angle.sin()], dim=1)
     radius = math.sqrt(-2 * math.log(1 - probability))
-    x, y = centre.unsqueeze(1) + radius * torch.linalg.cholesky(covariance) @ circle
-    axes.plot(x, y, **style)
+    points: Tensor = centre + radius * circle @ torch.linalg.cholesky(covariance).mT
+    return points
 
 
 def save(figure: Figure, name: str, numbers: Mapping[str, tuple[float, float]]) -> None:
