@@ -19,15 +19,15 @@ PALETTE = "colorblind"
 """Colours that colour-blind people can tell."""
 
 _VARIABLES = {color: f"--ewc-{k}" for k, color in enumerate(sns.color_palette(PALETTE).as_hex())}
-_VARIABLES[GREY] = "--ewc-grey"
+_VARIABLES |= {GREY: "--ewc-grey", "#ffffff": "--ewc-ground"}
 
 
 def on_page(style: str, is_text: bool) -> str:
     """Let a page choose the colours of a CSS style. Grey text takes the text colour."""
 
     def variable(color: re.Match[str]) -> str:
-        if is_text and color[0] == GREY:
-            return "currentColor"
+        if is_text:  # what is not grey stands on a ground of its own
+            return "currentColor" if color[0] == GREY else color[0]
         return f"var({_VARIABLES[color[0]]},{color[0]})" if color[0] in _VARIABLES else color[0]
 
     return re.sub("#[0-9a-f]{6}", variable, style)

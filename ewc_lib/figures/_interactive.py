@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,11 @@ class Interactive:
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         picture = base64.b64encode(self.png).decode("ascii")
         return {"text/html": self.html, "image/png": picture, "text/plain": repr(self)}
+
+
+def typeset(text: str) -> str:
+    """Write negative numbers with a minus sign."""
+    return re.sub(r"(?<![\w.)-])-(?=\.?\d)", "−", text)
 
 
 def in_script(data: object) -> str:

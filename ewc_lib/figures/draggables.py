@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from ewc_lib.figures._interactive import Interactive, finish, in_script
+from ewc_lib.figures._interactive import Interactive, finish, in_script, typeset
 from ewc_lib.figures._panels import windows
 from ewc_lib.figures._svg import ID, ROW, inline
 
@@ -127,7 +127,8 @@ def draggable(
 def _reading(names: tuple[str, str], pair: tuple[float, float], text: str) -> str:
     if not text.strip():
         raise ValueError(f"there is no text at {pair}")
-    return ", ".join(f"{n} = {v:.3g}" for n, v in zip(names, pair, strict=True)) + f". {text}"
+    values = ", ".join(f"{name} = {value:.3g}" for name, value in zip(names, pair, strict=True))
+    return typeset(f"{values}. {text}")
 
 
 def _draw(axes: Axes, place: tuple[float, float], lines: Mapping[Line2D, Line]) -> None:

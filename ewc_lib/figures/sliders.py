@@ -10,7 +10,7 @@ from html import escape
 
 from matplotlib.figure import Figure
 
-from ewc_lib.figures._interactive import Interactive, finish, in_script
+from ewc_lib.figures._interactive import Interactive, finish, in_script, typeset
 from ewc_lib.figures._panels import windows
 from ewc_lib.figures._svg import ID, ROW, inline
 
@@ -76,7 +76,8 @@ def slider(
     for k, figure in enumerate(frames.values()):
         attributes = ' class="frame"' + (' hidden=""' if k != start else "")
         layers.append(_layer(inline(figure, f"{ID}f{k}-", cut), attributes))
-    readings = [{"value": value, "text": text} for value, text in zip(frames, texts, strict=True)]
+    said = zip(map(typeset, frames), map(typeset, texts), strict=True)
+    readings = [{"value": value, "text": text} for value, text in said]
     html = _TEMPLATE.format(
         alt=escape(alt),
         name=escape(name),

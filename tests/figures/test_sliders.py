@@ -119,6 +119,11 @@ def test_every_frame_has_its_text():
     assert readings[3]["text"] == 'Slope "3" & no more.'
 
 
+def test_a_negative_number_has_a_minus_sign_and_a_hyphen_stays():
+    page = parse(slider({"-1": draw(1)}, ["log-likelihood -2.5 at 3-4."], name="n", alt="A line."))
+    assert page.p.text == "n = −1. log-likelihood −2.5 at 3-4."
+
+
 def test_a_text_cannot_end_the_script():
     frames, texts = {"</script>": draw(1)}, ["<!-- </script> <script>"]
     markup = slider(frames, texts, name="n", alt="A line.").html

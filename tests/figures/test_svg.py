@@ -91,6 +91,16 @@ def test_lines_take_the_colours_that_the_page_gives_them():
     assert set(re.findall(r"fill:([^;\"]*)", markup)) >= {"currentColor", "var(--ewc-0,#0173b2)"}
 
 
+def test_a_white_line_is_a_gap_and_white_text_stays_white():
+    figure, axes = plt.subplots()
+    axes.bar([0, 1], [1, 1], edgecolor="white")
+    axes.text(0, 0.5, "on a bar", color="white")
+    markup = inline(figure, "a")
+    assert "stroke:var(--ewc-ground,#ffffff)" in markup
+    (style,) = [e.get("style") for e in elements(markup, "text") if e.text == "on a bar"]
+    assert "fill:#ffffff" in style
+
+
 def test_a_colour_that_is_not_of_the_style_stays():
     figure, axes = plt.subplots()
     axes.plot([0, 1], color="#123456")
