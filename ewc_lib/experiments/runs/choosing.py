@@ -11,10 +11,13 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ewc_lib._arguments import is_number
+
 __all__ = ["Choice", "choose", "propose"]
 
 Run = Mapping[str, Any]
 Knobs = Mapping[str, Sequence[float]]
+Place = tuple[Any, ...]
 
 
 class Choice(NamedTuple):
@@ -27,11 +30,11 @@ class Choice(NamedTuple):
     value
         The mean over seeds at these.
     at_edge
-        The knobs whose value is the smallest or the largest that was tried: something better may
-        lie beyond.
+        The knobs whose value is the smallest or the largest number that was tried: something
+        better may lie beyond. One with values that are no numbers has no edge.
     """
 
-    settings: dict[str, float]
+    settings: dict[str, Any]
     value: float
     at_edge: tuple[str, ...]
 
@@ -42,9 +45,10 @@ def choose(runs: Iterable[Run], knobs: Iterable[str], by: str = "valid") -> Choi
     Parameters
     ----------
     runs
-        Of one method, as :func:`.run_all` keeps them.
+        Of one method, as :func:`.run_all` keeps them; with the same seeds at all settings, if
+        they have seeds.
     knobs
-        The settings to choose.
+        The settings to choose, numbers or words.
     by
         The outcome that counts, more being better; it has to be of validation data. Settings at
         which it is None or not finite for some seed, since training diverged, are not chosen.
@@ -52,7 +56,8 @@ def choose(runs: Iterable[Run], knobs: Iterable[str], by: str = "valid") -> Choi
     Raises
     ------
     ValueError
-        If there is no run, or some run diverged at all settings.
+        If there is no run, if some run diverged at all settings, if settings have other seeds
+        than others have, or a seed twice.
 
     Examples
     --------
@@ -60,15 +65,40 @@ def choose(runs: Iterable[Run], knobs: Iterable[str], by: str = "valid") -> Choi
     >>> choose(runs, ["strength"])
     Choice(settings={'strength': 10.0}, value=0.8, at_edge=())
     """
-    names = list(knobs)
-    means = _means(runs, names, by)
+    runs, names = list(runs), list(knobs)
+    _check_seeds(runs, names)
+    return _best(_means(runs, names, by), names)
+
+
+def _best(means: Mapping[Place, float], names: list[str]) -> Choice:
     sound = {place: mean for place, mean in means.items() if not math.isnan(mean)}
     if not sound:
         raise ValueError(f"there are no settings of {', '.join(names)} at which all runs are sound")
     top = max(sound, key=lambda place: sound[place])
     columns = zip(names, zip(*means, strict=True), top, strict=True)
-    edges = [n for n, tried, at in columns if len({*tried}) > 1 and at in (min(tried), max(tried))]
-    return Choice(dict(zip(names, top, strict=True)), sound[top], tuple(edges))
+    edges = tuple(name for name, tried, at in columns if _is_edge(at, tried))
+    return Choice(dict(zip(names, top, strict=True)), sound[top], edges)
+
+
+def _is_edge(at: Any, tried: Sequence[Any]) -> bool:
+    is_between = not all(map(is_number, tried)) or min(tried) < at < max(tried)
+    return len({*tried}) > 1 and not is_between
+
+
+def _check_seeds(runs: Sequence[Run], names: list[str]) -> None:
+    """Raise a ValueError unless all settings have the same seeds, each once."""
+    seeds: dict[Place, list[Any]] = {}
+    for run in runs:
+        if "seed" in run:
+            seeds.setdefault(tuple(run[name] for name in names), []).append(run["seed"])
+    for place, own in seeds.items():
+        first = next(iter(seeds.values()))
+        if len({*own}) < len(own) or {*own} != {*first}:
+            at = ", ".join(f"{name} {value}" for name, value in zip(names, place, strict=True))
+            raise ValueError(
+                f"means over other seeds cannot be compared: there are {sorted(own)} at {at}, and "
+                f"{sorted(first)} elsewhere; give the runs of one method, each once"
+            )
 
 
 def propose(
@@ -92,6 +122,12 @@ def propose(
     by
         As for :func:`choose`.
 
+    Raises
+    ------
+    ValueError
+        If the starting values are not as they have to be, or a run has another value of a knob
+        than a positive number.
+
     Examples
     --------
     >>> knobs = {"rate": [0.01, 0.1, 1.0]}
@@ -101,15 +137,16 @@ def propose(
     >>> propose(runs, knobs, budget=5)  # the best is at the edge
     [{'rate': 10.0}]
     """
-    tried = _means(runs, list(knobs), by)
+    names = list(knobs)
+    tried = _means(runs, names, by)
+    _check_knobs(knobs, tried)
     room = budget - len(tried)
     if room <= 0:
         return []
     if all(math.isnan(mean) for mean in tried.values()):
         best = {name: values[len(values) // 2] for name, values in knobs.items()}
     else:
-        best = choose(runs, knobs, by).settings
-    names = list(knobs)
+        best = _best(tried, names).settings
     for i, name in enumerate(names):
         seen = {place[i] for place in tried}
         if new := [{**best, name: value} for value in knobs[name] if value not in seen]:
@@ -121,8 +158,27 @@ def propose(
     return []
 
 
+def _check_knobs(knobs: Knobs, tried: Iterable[Place]) -> None:
+    for name, values in knobs.items():
+        rises = all(map(_is_positive, values)) and sorted({*values}) == list(values)
+        if not rises or len(values) < 2:
+            raise ValueError(
+                f"{name} needs two starting values or more, positive numbers that rise, "
+                f"got {list(values)}"
+            )
+    for name, *column in zip(knobs, *tried, strict=True):
+        if bad := [value for value in column if not _is_positive(value)]:
+            raise ValueError(
+                f"a search goes by the logarithms of {name}, got runs at {bad[0]!r}: leave them out"
+            )
+
+
+def _is_positive(value: Any) -> bool:
+    return is_number(value) and 0 < float(value) < math.inf
+
+
 def _around(
-    name: str, tried: Iterable[tuple[float, ...]], knobs: Knobs, best: dict[str, float]
+    name: str, tried: Iterable[Place], knobs: Knobs, best: dict[str, float]
 ) -> tuple[float, list[dict[str, float]]]:
     """Return how far the neighbours of the best are along a knob, and what to try there."""
     places = (dict(zip(knobs, place, strict=True)) for place in tried)
@@ -144,9 +200,9 @@ def _rounded(value: float) -> float:
     return float(f"{value:.1e}")
 
 
-def _means(runs: Iterable[Run], names: list[str], by: str) -> dict[tuple[float, ...], float]:
+def _means(runs: Iterable[Run], names: list[str], by: str) -> dict[Place, float]:
     """Average over seeds for each setting, NaN where some run diverged."""
-    groups: dict[tuple[float, ...], list[float]] = {}
+    groups: dict[Place, list[float]] = {}
     for run in runs:
         value = math.nan if run[by] is None else float(run[by])
         groups.setdefault(tuple(run[name] for name in names), []).append(value)

@@ -51,7 +51,7 @@ class Row(NamedTuple):
         What the runs share, without the seed.
     accuracies
         Average accuracy over all tasks after the last one, for each seed, in their order; runs
-        that diverged are left out.
+        that diverged, without a finite accuracy, are left out.
     diverged
         Number of the runs that diverged.
     seconds_training, seconds_consolidation
@@ -69,7 +69,9 @@ class Row(NamedTuple):
 
     @property
     def by_seed(self) -> dict[int, float]:
-        """Accuracies by seed."""
+        """Accuracies by seed; a ValueError if each has not one of its own."""
+        if len({*self.seeds}) != len(self.accuracies):
+            raise ValueError(f"{len(self.accuracies)} accuracies of the seeds {self.seeds}")
         return dict(zip(self.seeds, self.accuracies, strict=True))
 
     @property
@@ -107,6 +109,11 @@ def rows(runs: Iterable[Mapping[str, Any]], **wanted: Any) -> list[Row]:
         As :func:`.run_all` keeps them.
     **wanted
         Settings that the runs must have, as ``scenario="task"``.
+
+    Raises
+    ------
+    ValueError
+        If runs of the same settings have the same seed.
     """
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for run in runs:
@@ -118,7 +125,10 @@ def rows(runs: Iterable[Mapping[str, Any]], **wanted: Any) -> list[Row]:
 
 def _row(settings: dict[str, Any], group: list[Mapping[str, Any]]) -> Row:
     in_order = sorted(group, key=lambda run: run["seed"])
-    sound = [run for run in in_order if run["accuracy"] is not None]
+    seeds = [run["seed"] for run in in_order]
+    if len({*seeds}) < len(seeds):
+        raise ValueError(f"the same seed twice, {seeds}, at {_label(settings)}")
+    sound = [r for r in in_order if r["accuracy"] is not None and math.isfinite(r["accuracy"])]
 
     def median(name: str) -> float:
         return statistics.median(run[name] for run in sound) if sound else math.nan
@@ -245,9 +255,8 @@ def table(result: Mapping[str, Any]) -> str:
 
 def _label(settings: Mapping[str, Any]) -> str:
     """Write settings in a few words: names as they are, numbers with what they mean."""
-    return " ".join(
-        _word(key, value) for key, value in settings.items() if value not in (None, False)
-    )
+    said = {k: value for k, value in settings.items() if value is not None and value is not False}
+    return " ".join(_word(key, value) for key, value in said.items())
 
 
 def _word(key: str, value: Any) -> str:

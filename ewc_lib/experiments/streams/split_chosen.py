@@ -157,7 +157,10 @@ def _round(protocol: Protocol, seeds: int, finished: Sequence[Run]) -> Iterable[
                 strengths = protocol["searched"][method]
                 knobs = {"strength": strengths, "rate": protocol["rates"]["beside"]}
             own = range(SEARCH_SEED, SEARCH_SEED + protocol["search_seeds"])
-            for found, seed in product(propose(tried, knobs, protocol["budget"]), own):
+            begun = dict.fromkeys(tuple(run[name] for name in knobs) for run in tried)
+            places = [dict(zip(knobs, place, strict=True)) for place in begun]  # of a stopped round
+            places += propose(tried, knobs, protocol["budget"])
+            for found, seed in product(places, own):
                 yield _run(scenario, method, found, seed, search=True)
 
 

@@ -77,5 +77,40 @@ def test_seeds_are_averaged_and_other_outcomes_ignored():
     assert choose(runs, ["strength"], by="accuracy").settings == {"strength": 1.0}
 
 
+@pytest.mark.parametrize(
+    "values",
+    [[1.0], [], [0.0, 1.0], [1.0, 1.0], [2.0, 1.0], [1.0, math.inf], ["a", "b"], [None, 1]],
+)
+def test_starting_values_that_are_not_positive_numbers_that_rise_are_refused(values):
+    with pytest.raises(ValueError, match=r"rate needs two starting values or more.*got \["):
+        propose([], {**STRENGTHS, "rate": values}, budget=9)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, None, "high"])
+def test_a_search_among_runs_at_no_positive_number_is_refused(value):
+    runs = [{"strength": s, "valid": 0.5} for s in (1.0, value)]
+    with pytest.raises(ValueError, match="logarithms of strength, got runs at"):
+        propose(runs, STRENGTHS, budget=9)
+
+
+@pytest.mark.parametrize("values", [["low", "high"], [None, 1.0, 2.0], [1.0, "high"]])
+def test_words_can_be_chosen_among_and_have_no_edge(values):
+    runs = [{"knob": value, "valid": 0.1 * i} for i, value in enumerate(values)]
+    found = choose(runs, ["knob"])
+    assert (found.settings, found.at_edge) == ({"knob": values[-1]}, ())
+
+
+def test_zero_is_a_number_and_may_be_an_edge():
+    runs = [{"strength": s, "valid": -s} for s in (0.0, 1.0)]
+    assert choose(runs, ["strength"]).at_edge == ("strength",)
+
+
+@pytest.mark.parametrize("seeds", [[(1.0, 0), (1.0, 1), (2.0, 0)], [(1.0, 0), (1.0, 0), (2.0, 0)]])
+def test_means_over_other_seeds_or_one_seed_twice_are_not_compared(seeds):
+    runs = [{"strength": s, "seed": seed, "valid": 0.5} for s, seed in seeds]
+    with pytest.raises(ValueError, match="means over other seeds"):
+        choose(runs, ["strength"])
+
+
 def test_a_method_without_a_choice_is_at_no_edge():
     assert choose([{"rate": 1e-3, "valid": 0.5}], ["rate"]).at_edge == ()

@@ -58,6 +58,29 @@ def test_runs_that_diverged_are_counted_and_not_averaged():
     assert math.isnan(row.mean)
 
 
+@pytest.mark.parametrize("lost", [None, math.nan, math.inf])
+def test_an_accuracy_that_is_not_finite_is_that_of_a_run_that_diverged(lost):
+    (row,) = rows([run("EWC", 0, 0.9), run("EWC", 1, lost)])
+    assert (row.accuracies, row.seeds, row.diverged) == ([0.9], (0,), 1)
+
+
+def test_the_same_seed_twice_is_refused():
+    with pytest.raises(ValueError, match=r"same seed twice, \[0, 0\], at task EWC"):
+        rows([run("EWC", 0, 0.9), run("EWC", 0, 0.8)])
+
+
+@pytest.mark.parametrize("seeds", [(), (0,), (1, 1)])
+def test_accuracies_without_a_seed_of_their_own_are_not_told_by_seed(seeds):
+    with pytest.raises(ValueError, match="2 accuracies of the seeds"):
+        _ = Row({}, [0.5, 0.6], 0, 1.0, 1.0, seeds).by_seed
+
+
+def test_a_setting_of_zero_is_shown_and_one_that_is_absent_is_not():
+    settings = {"strength": 0.0, "draws": 0, "decay": None, "clipped": False, "wide": True}
+    result = {"experiment": "x", "data": "mnist", "runs": [run("EWC", 0, 0.5, **settings)]}
+    assert "task EWC strength 0 draws 0 wide  " in table(result)
+
+
 def test_the_table_has_a_line_for_each_row_and_marks_a_demonstration():
     result = {"experiment": "x", "data": "digits", "runs": RUNS}
     title, warning, *lines = table(result).splitlines()

@@ -40,6 +40,18 @@ def test_what_is_shown_was_chosen_on_validation_images(result):
             assert len(shown) == 2 * len({tuple(b.values()) for b in best})
 
 
+def test_a_search_that_was_stopped_within_a_round_finishes_its_seeds_first():
+    protocol, (search, *_) = SPLIT_CHOSEN.protocols["digits"], SPLIT_CHOSEN.stages
+    protocol = {**protocol, "methods": {"task": ["EWC"]}, "budget": 1}
+    first = next(iter(search(protocol, 2, ())))
+    done = [{**first, "valid": 0.5}]
+    left = [run for run in search(protocol, 2, done) if run not in done and run != first]
+    assert left
+    assert all({**run, "seed": first["seed"]} == first for run in left)
+    with_all = done + [{**run, "valid": 0.5} for run in left]
+    assert choose(with_all, knobs_of("EWC")).value == 0.5
+
+
 def finished(strength, seed, valid, accuracy, search):
     settings = {"scenario": "task", "method": "EWC", "strength": strength, "rate": 1e-3}
     return {**settings, "seed": seed, "valid": valid, "accuracy": accuracy, "search": search}
