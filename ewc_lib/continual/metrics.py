@@ -252,7 +252,7 @@ def min_accuracy(R: Matrix, lowest: Matrix) -> float:
     Raises
     ------
     ValueError
-        If the shapes differ, or nothing was measured while tasks were learned.
+        If the shapes differ, or nothing was measured while some task was learned.
 
     Examples
     --------
@@ -262,9 +262,14 @@ def min_accuracy(R: Matrix, lowest: Matrix) -> float:
     """
     if lowest.shape != _square(R).shape:
         raise ValueError(f"lowest must have the shape of R, got {tuple(lowest.shape)}")
-    if len(R) > 1 and bool(lowest.isnan().all()):
-        raise ValueError("nothing was measured while tasks were learned: give learn() watch=")
     later = torch.ones_like(R).tril(-1).bool()
+    unwatched = (later & lowest.isnan() & ~R.isnan()).any(1)  # what diverged is NaN in both
+    if unwatched.any():
+        rows = unwatched.nonzero().flatten().tolist()
+        raise ValueError(
+            f"nothing was measured while the tasks of rows {rows} were learned: give learn() "
+            "watch=, numbers of updates that every task has"
+        )
     lows = torch.fmin(R, lowest).masked_fill(~later, torch.inf)
     return float(lows.amin(0)[:-1].mean())
 

@@ -223,9 +223,18 @@ def test_the_minimum_counts_what_does_not_come_back():
     )
 
 
+def test_the_minimum_of_what_diverged_is_nan():
+    R = torch.tensor([[0.9, 0.5], [math.nan, math.nan]])
+    assert math.isnan(min_accuracy(R, torch.full((2, 2), math.nan)))
+
+
 def test_the_minimum_needs_what_was_watched():
     with pytest.raises(ValueError, match="give learn"):
         min_accuracy(torch.eye(2), torch.full((2, 2), math.nan))
+    some = torch.full((3, 3), math.nan)
+    some[1, 0] = 0.5
+    with pytest.raises(ValueError, match=r"rows \[2\] were learned"):
+        min_accuracy(torch.eye(3), some)
     with pytest.raises(ValueError, match="shape of R"):
         min_accuracy(torch.eye(2), torch.full((3, 3), math.nan))
     assert math.isnan(min_accuracy(torch.eye(1), torch.full((1, 1), math.nan)))
