@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import os
 import random
 import re
@@ -658,6 +659,12 @@ def test_padding_refuses_images_that_are_not_square():
         padded(three_by_two, 8)
 
 
+def test_padding_refuses_test_images_of_another_size():
+    mixed = digits()._replace(x_test=torch.zeros(4, 100))
+    with pytest.raises(ValueError, match="cannot pad images of 64 and 100 pixels to 12x12"):
+        padded(mixed, 12)
+
+
 def test_validation_images_are_training_images_that_are_not_trained_on() -> None:
     everything = digits()
     rest, valid = hold_out(everything, 0.25, seed=3)
@@ -679,7 +686,14 @@ def test_which_images_are_held_out_depends_on_the_seed_alone() -> None:
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 1e-6])
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 1.5, 1e-6, math.nan, math.inf])
 def test_a_share_that_leaves_a_part_empty_is_refused(share: float) -> None:
-    with pytest.raises(ValueError, match="leaves one part of the 1437"):
+    with pytest.raises(ValueError, match=f"between 0 and 1 and split 1437 images, got {share}"):
         hold_out(digits(), share)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_too_few_images_to_hold_some_out_are_refused(n: int) -> None:
+    few = digits()
+    with pytest.raises(ValueError, match=f"split {n} images"):
+        hold_out(few._replace(x_train=few.x_train[:n], y_train=few.y_train[:n]), 0.5)
