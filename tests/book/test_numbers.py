@@ -16,8 +16,6 @@ QUOTED = "quoted from the publication cited beside it"
 ALLOWED = {
     "foundations/fisher": {
         "hold 95 % of them": "a level of confidence",
-        "fair coin at 0.5": "the definition of a fair coin",
-        "excludes 0.5 if": GIVEN,
     },
     "foundations/likelihood": {
         "rule out 0.90. Could they rule out 0.60": CHOSEN,
