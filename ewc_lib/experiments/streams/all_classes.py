@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -10,13 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ewc_lib.continual import MultiHead, accuracy
+from ewc_lib.continual import MultiHead, Stream, accuracy
 from ewc_lib.ewc import EWC
 from ewc_lib.experiments.streams.fisher_variants import of_batch_means
 from ewc_lib.fisher.structures import Diagonal
 from ewc_lib.quadratic import QuadraticPenalty
 
-__all__ = ["ClippedPenalty", "OfAllClasses", "all_so_far", "among_all", "corrected"]
+__all__ = [
+    "ClippedPenalty",
+    "OfAllClasses",
+    "after_correction",
+    "all_so_far",
+    "among_all",
+    "corrected",
+]
 
 Labelled: TypeAlias = tuple[Tensor, Tensor]
 
@@ -89,6 +96,47 @@ def among_all(model: nn.Module, test: Labelled) -> float:
     assert isinstance(model, MultiHead)
     start = 0 if model.outputs is None else model.outputs.start
     return accuracy(model.net, (test[0], test[1] + start))
+
+
+@torch.no_grad()
+def after_correction(
+    model: MultiHead, stream: Stream, valid: Stream, kept: int
+) -> dict[str, float]:
+    """Return the accuracies on test and validation images, corrected by a few training images.
+
+    Parameters
+    ----------
+    model
+        One that has learned all tasks.
+    stream, valid
+        The same tasks with test and with validation images.
+    kept
+        Images of each class that the correction is fitted by.
+
+    Returns
+    -------
+    dict
+        ``corrected`` and ``corrected_valid``.
+    """
+    n, k, device = len(stream), stream.n_classes, next(model.parameters()).device
+
+    def outputs(parts: Iterable[Labelled]) -> Labelled:
+        found = [(model.net(x.to(device)).cpu(), y % k + k * t) for t, (x, y) in enumerate(parts)]
+        z, y = map(torch.cat, zip(*found, strict=True))
+        return z, y
+
+    few = outputs(_some_of_each(task.train, kept) for task in stream)
+    tests = {"corrected": stream, "corrected_valid": valid}
+    judged = {name: outputs(own.test(t) for t in range(n)) for name, own in tests.items()}
+    with torch.enable_grad():
+        return {name: corrected(*own, *few, n) for name, own in judged.items()}
+
+
+def _some_of_each(data: Labelled, n: int) -> Labelled:
+    """Return the first images of each class."""
+    x, y = data
+    rows = torch.cat([(y == label).nonzero().squeeze(1)[:n] for label in y.unique()])
+    return x[rows], y[rows]
 
 
 def corrected(z: Tensor, y: Tensor, few: Tensor, y_few: Tensor, n_tasks: int) -> float:

@@ -8,6 +8,10 @@ ten, without the task: the "labels trick" of Zeno et al. (2018).
 Each method has one search, with as many settings as every other: learning rates and, where there
 is one, strengths (:func:`.propose`). What counts is the average accuracy on images that were held
 out of the training images, over seeds that no table shows.
+
+Where tasks share their outputs, plain training does best at low rates. A search that goes along one
+setting at a time does not find its way there together with a strength. So there all methods without
+old images go on: every starting strength at each of some low rates, then from the best of all.
 """
 
 from __future__ import annotations
@@ -15,12 +19,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from ewc_lib.continual import MultiHead, Scenario, Stream, split
+from ewc_lib.continual import MultiHead, Scenario, split
 from ewc_lib.data import Images, hold_out
 from ewc_lib.experiments.runs.choosing import choose, propose
 from ewc_lib.experiments.runs.protocols import METHODS, Experiment, Protocol, play
@@ -29,20 +32,21 @@ from ewc_lib.experiments.runs.strengths import decades
 from ewc_lib.experiments.streams.all_classes import (
     ClippedPenalty,
     OfAllClasses,
+    after_correction,
     among_all,
-    corrected,
 )
 from ewc_lib.regularizers import LwF, Regularizer, Replay
 
 __all__ = ["SPLIT_CHOSEN", "at_choice", "criteria", "flattery", "knobs_of", "searched"]
-
-Labelled: TypeAlias = tuple[Tensor, Tensor]
 
 SEARCH_SEED = 1000
 """The first of the seeds on which settings are chosen."""
 
 ROUNDS = 8
 """Of the search; each tries what the last one proposes, until the budget is spent."""
+
+LOW_ROUNDS = 20
+"""Of what follows at low rates."""
 
 WITHOUT_STRENGTH = ("none", "joint")
 
@@ -65,9 +69,16 @@ _SHARED: dict[str, Any] = {
         "LwF": _SHARES,
         "replay": _SHARES,
     },
+    "low": {
+        "scenario": "domain",
+        "methods": ["none", "L2", "EWC", "SI", "MAS", "EWC-DR", "LwF"],
+        "rates": [1e-5, 3e-5, 1e-4],
+        "budget": 30,
+    },
 }
 """``searched`` holds the strengths to begin with, ``rates`` the learning rates, for a method alone
-and beside a strength."""
+and beside a strength, and ``low`` what some go on with. Replay and joint training do not: they are
+best at high rates."""
 
 _ALL_DATA = ("replay", "joint", "LwF")
 """Methods that see all images of a task at its end, of which the first two keep some."""
@@ -117,34 +128,8 @@ def _play(images: Images, protocol: Protocol, device: str, run: Run) -> dict[str
         watch=() if run["search"] else protocol["watch"],
     )
     if masked or scenario == "class":
-        found |= _after_correction(models[0], stream, valid, protocol["kept"])
+        found |= after_correction(models[0], stream, valid, protocol["kept"])
     return found
-
-
-@torch.no_grad()
-def _after_correction(
-    model: MultiHead, stream: Stream, valid: Stream, kept: int
-) -> dict[str, float]:
-    """Return the accuracies on test and validation images, corrected by a few training images."""
-    n, k, device = len(stream), stream.n_classes, next(model.parameters()).device
-
-    def outputs(parts: Iterable[Labelled]) -> Labelled:
-        found = [(model.net(x.to(device)).cpu(), y % k + k * t) for t, (x, y) in enumerate(parts)]
-        z, y = map(torch.cat, zip(*found, strict=True))
-        return z, y
-
-    few = outputs(_some_of_each(task.train, kept) for task in stream)
-    tests = {"corrected": stream, "corrected_valid": valid}
-    judged = {name: outputs(own.test(t) for t in range(n)) for name, own in tests.items()}
-    with torch.enable_grad():
-        return {name: corrected(*own, *few, n) for name, own in judged.items()}
-
-
-def _some_of_each(data: Labelled, n: int) -> Labelled:
-    """Return the first images of each class."""
-    x, y = data
-    rows = torch.cat([(y == label).nonzero().squeeze(1)[:n] for label in y.unique()])
-    return x[rows], y[rows]
 
 
 def _round(protocol: Protocol, seeds: int, finished: Sequence[Run]) -> Iterable[Run]:
@@ -152,16 +137,47 @@ def _round(protocol: Protocol, seeds: int, finished: Sequence[Run]) -> Iterable[
     for scenario, methods in protocol["methods"].items():
         for method in methods:
             tried = searched(finished, scenario, method)
-            knobs = {"rate": protocol["rates"]["alone"]}
-            if method not in WITHOUT_STRENGTH:
-                strengths = protocol["searched"][method]
-                knobs = {"strength": strengths, "rate": protocol["rates"]["beside"]}
-            own = range(SEARCH_SEED, SEARCH_SEED + protocol["search_seeds"])
-            begun = dict.fromkeys(tuple(run[name] for name in knobs) for run in tried)
-            places = [dict(zip(knobs, place, strict=True)) for place in begun]  # of a stopped round
-            places += propose(tried, knobs, protocol["budget"])
-            for found, seed in product(places, own):
-                yield _run(scenario, method, found, seed, search=True)
+            new = propose(tried, _knobs(protocol, method), protocol["budget"])
+            yield from _tries(protocol, scenario, method, [*_begun(tried, method), *new])
+
+
+def _low_round(protocol: Protocol, seeds: int, finished: Sequence[Run]) -> Iterable[Run]:
+    """Yield all strengths at low rates, and one round of a search that goes on from there."""
+    low = protocol["low"]
+    scenario = low["scenario"]
+    for method in protocol["methods"].get(scenario, ()):
+        if method in low["methods"]:
+            knobs = _knobs(protocol, method)
+            values = product(*({**knobs, "rate": low["rates"]}.values()))
+            grid = [dict(zip(knobs, place, strict=True)) for place in values]
+            tried = searched(finished, scenario, method)
+            there = [{name: run[name] for name in knobs} for run in tried]
+            missing = [place for place in grid if place not in there]
+            new = missing or propose(tried, knobs, low["budget"])
+            yield from _tries(protocol, scenario, method, [*_begun(tried, method), *new])
+
+
+def _begun(tried: Sequence[Run], method: str) -> list[dict[str, Any]]:
+    """Return the settings tried so far, whose seeds a stopped round may lack."""
+    names = knobs_of(method)
+    places = dict.fromkeys(tuple(run[name] for name in names) for run in tried)
+    return [dict(zip(names, place, strict=True)) for place in places]
+
+
+def _knobs(protocol: Protocol, method: str) -> dict[str, list[float]]:
+    """Return the starting values of what is searched."""
+    if method in WITHOUT_STRENGTH:
+        return {"rate": protocol["rates"]["alone"]}
+    return {"strength": protocol["searched"][method], "rate": protocol["rates"]["beside"]}
+
+
+def _tries(
+    protocol: Protocol, scenario: str, method: str, settings: Iterable[Mapping[str, float]]
+) -> Iterable[Run]:
+    """Yield a run of the search for each setting and seed."""
+    own = range(SEARCH_SEED, SEARCH_SEED + protocol["search_seeds"])
+    for found, seed in product(settings, own):
+        yield _run(scenario, method, found, seed, search=True)
 
 
 def _shown(protocol: Protocol, seeds: int, finished: Sequence[Run]) -> Iterable[Run]:
@@ -268,6 +284,6 @@ SPLIT_CHOSEN = Experiment(
             },
         },
     },
-    stages=(*[_round] * ROUNDS, _shown),
+    stages=(*[_round] * ROUNDS, *[_low_round] * LOW_ROUNDS, _shown),
     play=_play,
 )

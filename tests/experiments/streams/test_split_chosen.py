@@ -52,6 +52,24 @@ def test_a_search_that_was_stopped_within_a_round_finishes_its_seeds_first():
     assert choose(with_all, knobs_of("EWC")).value == 0.5
 
 
+def test_where_tasks_share_outputs_each_strength_is_tried_at_each_low_rate(tmp_path, monkeypatch):
+    monkeypatch.delenv("EWC_DATA", raising=False)
+    methods = {"domain": ["none", "EWC", "joint"]}
+    low = SPLIT_CHOSEN.protocols["digits"]["low"] | {"rates": [1e-5, 3e-5], "budget": 9}
+    runs = run(SPLIT_CHOSEN, tmp_path, budget=4, methods=methods, low=low)["runs"]
+    tried = {
+        m: {(r["strength"], r["rate"]) for r in searched(runs, "domain", m)}
+        for m in methods["domain"]
+    }
+    assert {(s, r) for s in (10.0, 100.0) for r in (1e-5, 3e-5)} < tried["EWC"]
+    assert {(None, 1e-5), (None, 3e-5)} < tried["none"]
+    assert {method: len(settings) for method, settings in tried.items()} == {
+        "none": 9,
+        "EWC": 9,
+        "joint": 4,
+    }
+
+
 def finished(strength, seed, valid, accuracy, search):
     settings = {"scenario": "task", "method": "EWC", "strength": strength, "rate": 1e-3}
     return {**settings, "seed": seed, "valid": valid, "accuracy": accuracy, "search": search}
