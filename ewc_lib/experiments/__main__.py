@@ -41,6 +41,7 @@ LIBRARIES = (
 """The libraries that it compares."""
 
 STREAMS = {
+    "forgetting": "Digits, then the same with shuffled pixels: EWC, L2, plain and joint training.",
     "split-mnist": "Five tasks of two digits, in the task-, domain- and class-incremental "
     "scenario.",
     "split-chosen": "Five tasks of two digits; every method's settings chosen alike, on validation "

@@ -1,147 +1,239 @@
-"""Two tasks, one after the other: what is left of the first, without and with EWC."""
+"""Two tasks, one after the other: what is left of the first, and what keeps it.
+
+Task B is task A with its pixels in another order. All methods but joint training start on task B
+from the same network, which has learned task A. Each has one search, with as many settings as every
+other: learning rates and, where there is one, strengths, on images held out of the training images
+and on seeds that no table shows.
+"""
 
 from __future__ import annotations
 
-import copy
-import math
-import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from torch import nn
 
-from ewc_lib.continual import Together, accuracy, mlp, permute_pixels
-from ewc_lib.data import Images
+from ewc_lib.continual import accuracy, mlp, permute_pixels, train
+from ewc_lib.data import Images, hold_out
 from ewc_lib.ewc import EWC
-from ewc_lib.fisher.estimate import Structure, fisher_information
+from ewc_lib.experiments.runs.choosing import Choice, choose
+from ewc_lib.experiments.runs.protocols import METHODS, Experiment, Protocol
+from ewc_lib.experiments.runs.store import Run
+from ewc_lib.regularizers import Regularizer
 
-__all__ = ["Outcome", "Summary", "forgetting", "summarise"]
+__all__ = ["FORGETTING", "at_usual_rate", "chosen", "searched", "shown"]
 
-
-class Outcome(NamedTuple):
-    """Test accuracies after training on task A and then on task B."""
-
-    structure: str
-    strength: float
-    seed: int
-    accuracy_a: float
-    accuracy_b: float
+SEARCH_SEED = 1000
+"""The first of the seeds on which settings are chosen."""
 
 
-class Summary(NamedTuple):
-    """Mean and standard error of the mean over seeds."""
-
-    structure: str
-    strength: float
-    accuracy_a: float
-    error_a: float
-    accuracy_b: float
-    error_b: float
+def searched(runs: Iterable[Run], network: str, method: str) -> list[Run]:
+    """Return the runs of one search, whose accuracies are those on validation images."""
+    return [r for r in runs if r["search"] and (r["network"], r["method"]) == (network, method)]
 
 
-def forgetting(
-    images: Images,
-    *,
-    hidden: Sequence[int] = (64, 64),
-    strengths: Iterable[float],
-    seeds: Iterable[int],
-    structures: Iterable[Structure] = ("diagonal",),
-    steps: int = 460,
-    progress: bool | None = None,
-) -> list[Outcome]:
-    """Train on a task, then on the same images with permuted pixels, for each strength and seed.
+def chosen(runs: Iterable[Run], network: str, method: str) -> Choice:
+    """Return the settings with the best mean accuracy over both tasks, on validation images.
 
     Parameters
     ----------
-    images
-        Task A. Task B has its pixels permuted, by another permutation for each seed.
-    hidden
-        Units of each hidden layer.
-    strengths
-        Values of the strength; 0 is plain training.
-    seeds
-        Each sets the initial weights, the order of the data and the permutation. The networks of
-        all seeds, and then those of all seeds and strengths, are trained at once.
-    structures
-        Structures of the Fisher information to try.
-    steps
-        Updates on each task, by Adam with batches of 64. The default is 20 passes over the
-        training part of the digits.
-    progress
-        True or False; by default a bar appears in terminals and notebooks after two seconds.
-
-    Returns
-    -------
-    list of Outcome
-        One for each structure, strength and seed.
-
-    Examples
-    --------
-    >>> from ewc_lib import data
-    >>> runs = forgetting(data.digits(), strengths=[0.0, 100.0], seeds=[0], steps=50)
-    >>> [run.strength for run in runs]
-    [0.0, 100.0]
+    runs
+        As :func:`.run_all` keeps them.
+    network, method
+        Which search.
     """
-    strengths, seeds, outcomes = list(strengths), list(seeds), []
-    sizes = (images.n_features, *hidden, images.n_classes)
-    learned_a = [mlp(sizes, seed) for seed in seeds]
-    options: dict[str, Any] = {"steps": steps, "progress": progress}
-    Together(learned_a).train([images.train] * len(seeds), seeds=seeds, **options)
-    permuted = {seed: permute_pixels(images, seed + 1000) for seed in seeds}
-    for structure in structures:
-        penalties = [
-            penalty
-            for model in learned_a
-            for penalty in _penalties(model, images, structure, strengths)
-        ]
-        runs = list(zip(product(seeds, strengths), penalties, strict=True))
-        Together([penalty.model for penalty in penalties], penalties).train(
-            [permuted[seed].train for (seed, _), _ in runs],
-            seeds=[seed + 1 for (seed, _), _ in runs],
-            **options,
-        )
-        for (seed, strength), penalty in runs:
-            scores = [accuracy(penalty.model, task.test) for task in (images, permuted[seed])]
-            outcomes.append(Outcome(structure, strength, seed, *scores))
-    return outcomes
+    return choose(searched(runs, network, method), ("rate", "strength"), "mean")
 
 
-def _penalties(
-    model: nn.Module, images: Images, structure: Structure, strengths: Iterable[float]
-) -> Iterator[EWC]:
-    """Yield a penalty for each strength, all with one precision and each with its own network."""
-    fisher = fisher_information(model, images.train, structure=structure, progress=False)
-    for strength in strengths:
-        ewc = EWC(copy.deepcopy(model), strength, structure=structure)
-        ewc.remember(fisher)
-        yield ewc
+def shown(runs: Iterable[Run], network: str, method: str) -> dict[int, Run]:
+    """Return the runs at the chosen settings by seed, with accuracies on test images.
 
-
-def summarise(outcomes: Iterable[Outcome]) -> list[Summary]:
-    """Average over seeds, for each structure and strength in the order of their appearance.
-
-    Examples
-    --------
-    >>> runs = [Outcome("diagonal", 1.0, 0, 0.5, 0.9), Outcome("diagonal", 1.0, 1, 0.7, 0.9)]
-    >>> row = summarise(runs)[0]
-    >>> round(row.accuracy_a, 3), round(row.error_a, 3), row.error_b
-    (0.6, 0.1, 0.0)
+    Parameters
+    ----------
+    runs, network, method
+        As for :func:`chosen`.
     """
-    groups: dict[tuple[str, float], list[Outcome]] = {}
-    for run in outcomes:
-        groups.setdefault((run.structure, run.strength), []).append(run)
-    return [
-        Summary(
-            structure,
-            strength,
-            *_mean_and_error([run.accuracy_a for run in runs]),
-            *_mean_and_error([run.accuracy_b for run in runs]),
-        )
-        for (structure, strength), runs in groups.items()
-    ]
+    runs = list(runs)
+    return _final(runs, network, method, chosen(runs, network, method).settings)
 
 
-def _mean_and_error(values: list[float]) -> tuple[float, float]:
-    spread = statistics.stdev(values) if len(values) > 1 else math.nan
-    return statistics.mean(values), spread / math.sqrt(len(values))
+def at_usual_rate(runs: Iterable[Run], rate: float) -> dict[int, Run]:
+    """Return the runs of plain training at the rate that task A was learned with, by seed."""
+    return _final(runs, "wide", "none", {"rate": rate})
+
+
+def _final(
+    runs: Iterable[Run], network: str, method: str, settings: Mapping[str, float]
+) -> dict[int, Run]:
+    wanted = {"network": network, "method": method, "search": False, **settings}
+    own = [run for run in runs if all(run[name] == value for name, value in wanted.items())]
+    return {run["seed"]: run for run in sorted(own, key=lambda run: run["seed"])}
+
+
+def _search(protocol: Protocol, seeds: int, finished: Sequence[Run]) -> Iterable[Run]:
+    """Yield the whole grid of each method, for the seeds of the search."""
+    own = range(SEARCH_SEED, SEARCH_SEED + protocol["search_seeds"])
+    for network, methods in protocol["grids"].items():
+        for method, knobs in methods.items():
+            for seed, values in product(own, product(*knobs.values())):
+                yield _run(network, method, dict(zip(knobs, values, strict=True)), seed, True)
+
+
+def _at_the_best(protocol: Protocol, seeds: int, finished: Sequence[Run]) -> Iterable[Run]:
+    """Yield what the search has chosen, and plain training at the usual rate."""
+    wanted: dict[tuple[Any, ...], Run] = {}
+    for seed in range(seeds):
+        runs = [_run("wide", "none", {"rate": protocol["rate"]}, seed)]
+        for network, method in _pairs(protocol):
+            if searched(finished, network, method):
+                runs.append(_run(network, method, chosen(finished, network, method).settings, seed))
+        wanted |= {tuple(run.values()): run for run in runs}
+    yield from wanted.values()
+
+
+def _pairs(protocol: Protocol) -> list[tuple[str, str]]:
+    return [(network, method) for network, found in protocol["grids"].items() for method in found]
+
+
+def _run(
+    network: str, method: str, found: Mapping[str, float], seed: int, search: bool = False
+) -> Run:
+    settings = {"network": network, "method": method, "rate": 0.0, "strength": 0.0, **found}
+    return {**settings, "search": search, "seed": seed}
+
+
+def _play(images: Images, protocol: Protocol, device: str, run: Run) -> dict[str, Any]:
+    """Learn both tasks; judge a run of the search by validation images, any other by test images.
+
+    The outcome has the accuracies ``a`` and ``b`` on both tasks in the end, and their ``mean``; for
+    those who learn one task after the other also the accuracy on task A ``before`` task B.
+    """
+    rest, valid = hold_out(images, protocol["held_out"])
+    task_a = valid if run["search"] else rest
+    task_b = permute_pixels(task_a, run["seed"] + 1000)
+    sizes = (images.n_features, *protocol["networks"][run["network"]], images.n_classes)
+    model = mlp(sizes, run["seed"]).to(device)
+    way = _at_once if run["method"] == "joint" else _in_turn
+    found = way(model, task_a, task_b, protocol, run)
+    a, b = _accuracies(model, task_a, task_b)
+    return {"a": a, "b": b, "mean": (a + b) / 2, **found}
+
+
+def _at_once(
+    model: nn.Module, task_a: Images, task_b: Images, protocol: Protocol, run: Run
+) -> dict[str, Any]:
+    """Learn the images of both tasks, with as many updates as both have in turn."""
+    x, y = (torch.cat(parts) for parts in zip(task_a.train, task_b.train, strict=True))
+    steps = 2 * protocol["steps"]
+    _train(model, (x, y), protocol, run["rate"], steps=steps, seed=run["seed"])
+    return {}
+
+
+def _in_turn(
+    model: nn.Module, task_a: Images, task_b: Images, protocol: Protocol, run: Run
+) -> dict[str, Any]:
+    """Learn task A, remember it, and learn task B; outside of the search, watch both on the way."""
+    steps, curve = protocol["steps"], []
+    _train(model, task_a.train, protocol, protocol["rate"], steps=steps, seed=run["seed"])
+    before = _accuracies(model, task_a, task_b)
+    regularizer = _regularizer(model, run)
+    if regularizer is not None:
+        regularizer.consolidate(task_a.train)
+
+    def watch(step: int) -> None:
+        if step % protocol["every"] == 0:
+            curve.append(_accuracies(model, task_a, task_b))
+
+    _train(
+        model,
+        task_b.train,
+        protocol,
+        run["rate"],
+        steps=steps,
+        seed=run["seed"] + 1,
+        regularizer=regularizer,
+        on_step=None if run["search"] else watch,
+    )
+    found = {"before": before[0]}
+    return found if run["search"] else {**found, "curve": [before, *curve]}
+
+
+def _train(model: nn.Module, data: Any, protocol: Protocol, rate: float, **options: Any) -> None:
+    optimizer = partial(torch.optim.Adam, lr=rate, fused=True)
+    batch = protocol["batch"]
+    train(model, data, optimizer=optimizer, batch_size=batch, progress=False, **options)
+
+
+def _regularizer(model: nn.Module, run: Run) -> Regularizer | None:
+    if run["method"] == "EWC, full":
+        return EWC(model, run["strength"], structure="dense")
+    return METHODS[run["method"]](model, run["strength"], run["seed"])
+
+
+def _accuracies(model: nn.Module, *tasks: Images) -> list[float]:
+    return [round(accuracy(model, task.test), 5) for task in tasks]
+
+
+def _rates(low: float, n: int = 21) -> list[float]:
+    """Return learning rates from a lowest one upwards, seven for each factor of ten."""
+    return [float(f"{low * 10 ** (k / 7):.2g}") for k in range(n)]
+
+
+def _grid(rates: Sequence[float], lowest: float) -> dict[str, list[float]]:
+    """Return rates, and seven strengths from a lowest one upwards, two for each factor of ten."""
+    strengths = [float(f"{lowest * 10 ** (k / 2):.1g}") for k in range(7)]
+    return {"rate": list(rates), "strength": strengths}
+
+
+_SHARED: dict[str, Any] = {
+    "rate": 1e-3,
+    "batch": 64,
+    "every": 20,
+    "search_seeds": 3,
+}
+
+FORGETTING = Experiment(
+    name="forgetting",
+    summary="Digits, then the same with shuffled pixels: EWC, L2, plain and joint training.",
+    protocols={
+        "mnist": {
+            **_SHARED,
+            "networks": {"wide": [100, 100]},
+            "steps": 1000,
+            "held_out": 0.1,
+            "grids": {
+                "wide": {
+                    "none": {"rate": _rates(1e-5)},
+                    "L2": _grid([1e-3, 3e-3, 1e-2], 1e-3),
+                    "EWC": _grid([3e-4, 1e-3, 3e-3], 10),
+                    "joint": {"rate": _rates(1e-4)},
+                },
+            },
+        },
+        "digits": {
+            **_SHARED,
+            "networks": {"wide": [64, 64], "narrow": [12]},
+            "steps": 460,
+            "held_out": 0.2,
+            "grids": {
+                "wide": {
+                    "none": {"rate": _rates(1e-5)},
+                    "L2": _grid([1e-3, 3e-3, 1e-2], 1e-3),
+                    "EWC": _grid([3e-4, 1e-3, 3e-3], 3),
+                    "joint": {"rate": _rates(1e-4)},
+                },
+                "narrow": {
+                    "EWC": _grid([3e-3, 1e-2, 3e-2], 0.3),
+                    "EWC, full": _grid([1e-3, 3e-3, 1e-2], 1),
+                },
+            },
+        },
+    },
+    stages=(_search, _at_the_best),
+    play=_play,
+)
+"""Task B is learned from the same optimum of task A at every setting of a method, by Adam. The
+grids hold 21 settings for each method."""
