@@ -9,12 +9,12 @@ and on seeds that no table shows.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ewc_lib.continual import accuracy, mlp, permute_pixels, train
 from ewc_lib.data import Images, hold_out
@@ -74,12 +74,12 @@ def _final(
 
 
 def _search(protocol: Protocol, seeds: int, finished: Sequence[Run]) -> Iterable[Run]:
-    """Yield the whole grid of each method, for the seeds of the search."""
+    """Yield the whole grid of each method, one seed of the search after another."""
     own = range(SEARCH_SEED, SEARCH_SEED + protocol["search_seeds"])
-    for network, methods in protocol["grids"].items():
-        for method, knobs in methods.items():
-            for seed, values in product(own, product(*knobs.values())):
-                yield _run(network, method, dict(zip(knobs, values, strict=True)), seed, True)
+    for seed, (network, method) in product(own, _pairs(protocol)):
+        knobs = protocol["grids"][network][method]
+        for values in product(*knobs.values()):
+            yield _run(network, method, dict(zip(knobs, values, strict=True)), seed, True)
 
 
 def _at_the_best(protocol: Protocol, seeds: int, finished: Sequence[Run]) -> Iterable[Run]:
@@ -116,29 +116,49 @@ def _play(images: Images, protocol: Protocol, device: str, run: Run) -> dict[str
     task_b = permute_pixels(task_a, run["seed"] + 1000)
     sizes = (images.n_features, *protocol["networks"][run["network"]], images.n_classes)
     model = mlp(sizes, run["seed"]).to(device)
-    way = _at_once if run["method"] == "joint" else _in_turn
-    found = way(model, task_a, task_b, protocol, run)
+    if run["method"] == "joint":
+        _learn_at_once(model, task_a, task_b, protocol, run)
+        found = {}
+    else:
+        settings = (protocol[name] for name in ("held_out", "rate", "steps", "batch"))
+        model.load_state_dict(_after_task_a(images, sizes, device, run["seed"], *settings))
+        found = _learn_task_b(model, task_a, task_b, protocol, run)
     a, b = _accuracies(model, task_a, task_b)
     return {"a": a, "b": b, "mean": (a + b) / 2, **found}
 
 
-def _at_once(
+@lru_cache(maxsize=64)
+def _after_task_a(
+    images: Images,
+    sizes: tuple[int, ...],
+    device: str,
+    seed: int,
+    held_out: float,
+    rate: float,
+    steps: int,
+    batch: int,
+) -> dict[str, Tensor]:
+    """Learn task A, once for all methods and settings of a seed."""
+    model = mlp(sizes, seed).to(device)
+    rest, _ = hold_out(images, held_out)
+    _train(model, rest.train, rate, batch, steps=steps, seed=seed)
+    return model.state_dict()
+
+
+def _learn_at_once(
     model: nn.Module, task_a: Images, task_b: Images, protocol: Protocol, run: Run
-) -> dict[str, Any]:
+) -> None:
     """Learn the images of both tasks, with as many updates as both have in turn."""
     x, y = (torch.cat(parts) for parts in zip(task_a.train, task_b.train, strict=True))
     steps = 2 * protocol["steps"]
-    _train(model, (x, y), protocol, run["rate"], steps=steps, seed=run["seed"])
-    return {}
+    _train(model, (x, y), run["rate"], protocol["batch"], steps=steps, seed=run["seed"])
 
 
-def _in_turn(
+def _learn_task_b(
     model: nn.Module, task_a: Images, task_b: Images, protocol: Protocol, run: Run
 ) -> dict[str, Any]:
-    """Learn task A, remember it, and learn task B; outside of the search, watch both on the way."""
-    steps, curve = protocol["steps"], []
-    _train(model, task_a.train, protocol, protocol["rate"], steps=steps, seed=run["seed"])
-    before = _accuracies(model, task_a, task_b)
+    """Remember task A and learn task B; outside of the search, watch both on the way."""
+    curve = [_accuracies(model, task_a, task_b)]
     regularizer = _regularizer(model, run)
     if regularizer is not None:
         regularizer.consolidate(task_a.train)
@@ -150,20 +170,19 @@ def _in_turn(
     _train(
         model,
         task_b.train,
-        protocol,
         run["rate"],
-        steps=steps,
+        protocol["batch"],
+        steps=protocol["steps"],
         seed=run["seed"] + 1,
         regularizer=regularizer,
         on_step=None if run["search"] else watch,
     )
-    found = {"before": before[0]}
-    return found if run["search"] else {**found, "curve": [before, *curve]}
+    found = {"before": curve[0][0]}
+    return found if run["search"] else {**found, "curve": curve}
 
 
-def _train(model: nn.Module, data: Any, protocol: Protocol, rate: float, **options: Any) -> None:
+def _train(model: nn.Module, data: Any, rate: float, batch: int, **options: Any) -> None:
     optimizer = partial(torch.optim.Adam, lr=rate, fused=True)
-    batch = protocol["batch"]
     train(model, data, optimizer=optimizer, batch_size=batch, progress=False, **options)
 
 
@@ -177,14 +196,14 @@ def _accuracies(model: nn.Module, *tasks: Images) -> list[float]:
     return [round(accuracy(model, task.test), 5) for task in tasks]
 
 
-def _rates(low: float, n: int = 21) -> list[float]:
-    """Return learning rates from a lowest one upwards, seven for each factor of ten."""
-    return [float(f"{low * 10 ** (k / 7):.2g}") for k in range(n)]
+def _rates(low: float) -> list[float]:
+    """Return 15 learning rates from a lowest one upwards, five for each factor of ten."""
+    return [float(f"{low * 10 ** (k / 5):.1e}") for k in range(15)]
 
 
 def _grid(rates: Sequence[float], lowest: float) -> dict[str, list[float]]:
-    """Return rates, and seven strengths from a lowest one upwards, two for each factor of ten."""
-    strengths = [float(f"{lowest * 10 ** (k / 2):.1g}") for k in range(7)]
+    """Return three rates, and five strengths from a lowest one upwards, two in a factor of ten."""
+    strengths = [float(f"{lowest * 10 ** (k / 2):.0e}") for k in range(5)]
     return {"rate": list(rates), "strength": strengths}
 
 
@@ -192,8 +211,16 @@ _SHARED: dict[str, Any] = {
     "rate": 1e-3,
     "batch": 64,
     "every": 20,
-    "search_seeds": 3,
+    "search_seeds": 6,
 }
+
+_WIDE = {
+    "none": {"rate": _rates(1e-4)},
+    "L2": _grid([1e-3, 3e-3, 1e-2], 0.01),
+    "EWC": _grid([3e-4, 1e-3, 3e-3], 10),
+    "joint": {"rate": _rates(3e-4)},
+}
+"""What is searched in the large network: 15 settings of each method, as in the small one."""
 
 FORGETTING = Experiment(
     name="forgetting",
@@ -204,14 +231,7 @@ FORGETTING = Experiment(
             "networks": {"wide": [100, 100]},
             "steps": 1000,
             "held_out": 0.1,
-            "grids": {
-                "wide": {
-                    "none": {"rate": _rates(1e-5)},
-                    "L2": _grid([1e-3, 3e-3, 1e-2], 1e-3),
-                    "EWC": _grid([3e-4, 1e-3, 3e-3], 10),
-                    "joint": {"rate": _rates(1e-4)},
-                },
-            },
+            "grids": {"wide": _WIDE},
         },
         "digits": {
             **_SHARED,
@@ -219,15 +239,10 @@ FORGETTING = Experiment(
             "steps": 460,
             "held_out": 0.2,
             "grids": {
-                "wide": {
-                    "none": {"rate": _rates(1e-5)},
-                    "L2": _grid([1e-3, 3e-3, 1e-2], 1e-3),
-                    "EWC": _grid([3e-4, 1e-3, 3e-3], 3),
-                    "joint": {"rate": _rates(1e-4)},
-                },
+                "wide": _WIDE,
                 "narrow": {
                     "EWC": _grid([3e-3, 1e-2, 3e-2], 0.3),
-                    "EWC, full": _grid([1e-3, 3e-3, 1e-2], 1),
+                    "EWC, full": _grid([1e-3, 3e-3, 1e-2], 3),
                 },
             },
         },
@@ -235,5 +250,4 @@ FORGETTING = Experiment(
     stages=(_search, _at_the_best),
     play=_play,
 )
-"""Task B is learned from the same optimum of task A at every setting of a method, by Adam. The
-grids hold 21 settings for each method."""
+"""Only on the digits there is a second network, small enough for the whole Fisher matrix."""
