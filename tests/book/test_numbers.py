@@ -35,7 +35,8 @@ ALLOWED = {
     },
     "practice/benchmarks": {
         "95 % confidence interval": "a level of confidence",
-        "its 95 % interval": "a level of confidence",
+        "the 95 % interval of the difference": "a level of confidence",
+        "with 95 % intervals": "a level of confidence",
         "with a probability of 80 %": "a chosen power",
         "report 29.4 % where EWC has 10.6 %": QUOTED,
         "off at 0.0001": "quoted from the code named beside it",
@@ -47,7 +48,7 @@ ALLOWED = {
         "95 % bootstrap intervals": "a level of confidence",
     },
     "practice/fine_tuning": {"95 % interval of Student": "a level of confidence"},
-    "practice/language_models": {"95 % interval of Student": "a level of confidence"},
+    "practice/language_models": {"half of the 95 % interval": "a level of confidence"},
     "practice/stability": {
         "learning rate 0.1": CHOSEN,
         "strengths from 0.1 to": CHOSEN,
