@@ -39,6 +39,27 @@ def _told(value: Any) -> str:
     return getattr(value, "__qualname__", type(value).__qualname__)
 
 
+def description(
+    model: nn.Module, regularizer: Regularizer | None, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Return what a checkpoint has to agree on about those who learn."""
+    return {
+        "parameters": {name: list(p.shape) for name, p in model.named_parameters()},
+        "regularizer": _settings(regularizer),
+        "optimizer": {"type": type(optimizer).__name__, **plain(optimizer.defaults)},
+    }
+
+
+def _settings(regularizer: Regularizer | None) -> dict[str, Any]:
+    """Return the public arguments of a regularizer that are plain values."""
+    if regularizer is None:
+        return {"type": None}
+    public = {k: v for k, v in vars(regularizer).items() if not k.startswith("_")}
+    simple = {k: v for k, v in public.items() if isinstance(v, bool | int | float | str | None)}
+    strength = getattr(regularizer, "strength", None)  # a property of most
+    return {"type": type(regularizer).__name__, **simple, "strength": strength}
+
+
 def save(
     path: Path,
     configuration: dict[str, Any],

@@ -16,7 +16,7 @@ from torch import nn
 from ewc_lib._forms import Pick, picked
 from ewc_lib._progress import progress as show_progress
 from ewc_lib.attaching import Metric
-from ewc_lib.continual._checkpoint import described, plain, restore, save
+from ewc_lib.continual._checkpoint import described, description, plain, restore, save
 from ewc_lib.continual._course import Course, course_of
 from ewc_lib.continual._measuring import Evaluate, Learned, Measure
 from ewc_lib.continual._objective import Objective
@@ -182,7 +182,7 @@ def learn(
     current = optimizer(model.parameters())
     configuration = {
         "stream": course.description(),
-        **_description(model, regularizer, current),
+        **description(model, regularizer, current),
         "training": {**options, "reset_optimizer": reset_optimizer, **named, **_plan(watched)},
         "settings": plain(settings or {}),
     }
@@ -236,27 +236,6 @@ def _scores(
     """Return what measures a model if nothing else is wanted."""
     objective = Objective(model, regularizer, criterion)
     return lambda _, test: objective.score(picked(test, batch))
-
-
-def _description(
-    model: nn.Module, regularizer: Regularizer | None, optimizer: Optimizer
-) -> dict[str, Any]:
-    """Return what a checkpoint has to agree on about those who learn."""
-    return {
-        "parameters": {name: list(p.shape) for name, p in model.named_parameters()},
-        "regularizer": _settings(regularizer),
-        "optimizer": {"type": type(optimizer).__name__, **plain(optimizer.defaults)},
-    }
-
-
-def _settings(regularizer: Regularizer | None) -> dict[str, Any]:
-    """Return the public arguments of a regularizer that are plain values."""
-    if regularizer is None:
-        return {"type": None}
-    public = {k: v for k, v in vars(regularizer).items() if not k.startswith("_")}
-    simple = {k: v for k, v in public.items() if isinstance(v, bool | int | float | str | None)}
-    strength = getattr(regularizer, "strength", None)  # a property of most
-    return {"type": type(regularizer).__name__, **simple, "strength": strength}
 
 
 def _learn_task(
