@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ewc_lib.experiments.cost._plain import cross_entropy
 from ewc_lib.experiments.cost.benchmarks import Batches, Benchmark
 from ewc_lib.experiments.cost.measure import peak_bytes, quiet
 from ewc_lib.experiments.cost.models import GPT2
-from ewc_lib.experiments.cost.peers import CONTESTANTS, Contestant, Diagonal, cross_entropy
+from ewc_lib.experiments.cost.peers import CONTESTANTS, Contestant, Diagonal
 from ewc_lib.experiments.runs.folders import OUTPUT
 from ewc_lib.experiments.runs.store import Run, run_all
 from ewc_lib.regularizers import L2
