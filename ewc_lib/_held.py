@@ -30,7 +30,7 @@ from ewc_lib._coupled import AtRate, Coupled, above_zero, scales_of
 from ewc_lib._foreach import each, inner
 from ewc_lib._metric import Rates
 from ewc_lib._multiplier import MOST, multiplier
-from ewc_lib._names import plain_name
+from ewc_lib._names import listed, plain_name
 from ewc_lib._parameters import Vector
 from ewc_lib._rounding import Rests
 from ewc_lib.attaching import own_parameters
@@ -235,7 +235,7 @@ def held_ones(every: Mapping[str, nn.Parameter], anchor: Vector) -> dict[str, nn
     """
     if gone := [name for name in anchor if name not in every]:
         raise ValueError(
-            f"the penalty holds what the model does not have any more: {_listed(gone)}; "
+            f"the penalty holds what the model does not have any more: {listed(gone)}; "
             f"{_way_out(gone, anchor)}"
         )
     found = {name: p for name, p in every.items() if name in anchor}
@@ -281,7 +281,7 @@ def _hint(wanted: str, names: Collection[str]) -> str:
     if any(name.startswith(f"{wanted}.") for name in names):
         return f"; those of the module are '{wanted}.*'"
     near = difflib.get_close_matches(wanted, names, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; it holds {_listed(names)}"
+    return f"; did you mean {near[0]!r}?" if near else f"; it holds {listed(names)}"
 
 
 def _way_out(names: list[str], held: Collection[str]) -> str:
@@ -291,9 +291,3 @@ def _way_out(names: list[str], held: Collection[str]) -> str:
     others = [name for name in held if fnmatchcase(name, pattern) and name not in names]
     what: Any = names if modules or others or pattern == ".*" else pattern
     return f"ewc.forget({json.dumps(names[0] if len(names) == 1 else what)}) drops it"
-
-
-def _listed(names: Collection[str]) -> str:
-    """Name some of many."""
-    shown = ", ".join(map(repr, list(names)[:6]))
-    return f"{shown} and {len(names) - 6} others" if len(names) > 6 else shown or "nothing"

@@ -19,11 +19,13 @@ from torch import nn
 from ewc_lib._anchored import in_layout_of, product, quadratic, solve
 from ewc_lib._foreach import each
 from ewc_lib._held import Held, held_ones, names_like
+from ewc_lib._misuse import warn_of_adapters
 from ewc_lib._names import plain_name
 from ewc_lib._parameters import Vector
 from ewc_lib._rounding import Rests
 from ewc_lib._selecting import Chooser, Selection, fixed, select_parameters
 from ewc_lib._sharded import any_sharded, is_sharded, placed_like, reshard
+from ewc_lib._warning import Once
 from ewc_lib.fisher.structures import Diagonal, Fisher
 from ewc_lib.fisher.structures.base import Join
 from ewc_lib.fisher.structures.vectors import grown
@@ -51,7 +53,8 @@ class Kept:
         self._n_tasks = 0
         self._rests = Rests()
         self._is_sharded = False
-        self._warned = False
+        self._say, self._warned = Once(), False
+        self._known: set[str] = set()
         self._kept_held: tuple[Any, Held] | None = None
         select_parameters(model, self.params)
 
@@ -111,6 +114,7 @@ class Kept:
             self._offset, self._n_tasks = torch.zeros_like(self._offset), 0
         else:
             self._keep(self._precision._within(left), left)
+        self._known -= set(dropped)
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         """Return the trainable parameters that are chosen, by plain names; there may be none."""
@@ -157,6 +161,8 @@ class Kept:
             reshard(self.model)
             every = self._choose.every(self.model)
         parameters = held_ones(every, self._anchor)
+        if not compiling:
+            warn_of_adapters(self._say, self.model, self._anchor.keys())
         self._follow(next(iter(parameters.values())).device)
         self._shard(parameters)
         self._grow(parameters)
@@ -253,7 +259,8 @@ class Kept:
         self._n_tasks += 1
 
     def _warn(self) -> None:
-        """Warn once of what moves and is not held."""
+        """Warn once of what moves and is not held; note what there is to hold."""
+        self._known = set(self._choose.every(self.model))
         self._warned = self._warned or warn_of_moving(self.model)
 
     def _keep(self, precision: Fisher | None, anchor: Vector) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 WRAPPERS = frozenset(
     {"module", "_orig_mod", "base_layer", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -33,3 +33,9 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
     plain = {name: plain_name(name) for name in names}
     times = Counter(plain.values())
     return {name: short if times[short] == 1 else name for name, short in plain.items()}
+
+
+def listed(names: Collection[str]) -> str:
+    """Name some of many."""
+    shown = ", ".join(map(repr, list(names)[:6]))
+    return f"{shown} and {len(names) - 6} others" if len(names) > 6 else shown or "nothing"

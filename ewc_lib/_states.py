@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ewc_lib._names import plain_names
+from ewc_lib._names import listed, plain_names
 from ewc_lib._parameters import Vector
 from ewc_lib._sharded import whole
 from ewc_lib.fisher.structures import Diagonal, Fisher
@@ -22,6 +22,15 @@ def check_settings(state: dict[str, Tensor], settings: Mapping[str, str], name: 
     if others := [key for key in told if told[key] != settings[key]]:
         pairs = (f"{told[key]}, but this {name} is {settings[key]} ({key})" for key in others)
         raise ValueError("; ".join(f"the state is {pair}" for pair in pairs))
+
+
+def check_chosen(held: Iterable[str], trained: Collection[str], chosen: Collection[str]) -> None:
+    """Raise a ValueError if a state holds what is trained and is not chosen."""
+    if others := [name for name in held if name in trained and name not in chosen]:
+        raise ValueError(
+            f"the state holds {listed(others)}, which params does not choose here: give the params "
+            "of the penalty that it is of"
+        )
 
 
 def settings_of(settings: Mapping[str, str], precision: Fisher | None) -> dict[str, Tensor]:

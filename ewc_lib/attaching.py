@@ -30,6 +30,9 @@ Metric: TypeAlias = Literal["optimizer", "euclidean"]
 
 METRICS = "optimizer", "euclidean"
 
+LIVE: WeakSet[Attachment] = WeakSet()
+"""All attachments that there are, so that a regularizer can tell whether it has one."""
+
 INNER = "optimizer", "base_optimizer", "optim"
 """Where wrappers keep the optimizer that makes the step."""
 
@@ -122,6 +125,7 @@ class Attachment:
         self._optimizer = ref(optimizer)
         self._entered = 0
         _steps_of(optimizer).attached.append(self)
+        LIVE.add(self)
 
     def __repr__(self) -> str:
         on = type(self.optimizer).__name__ if self.optimizer else None
@@ -253,6 +257,18 @@ def attachments(optimizer: Optimizer) -> list[Attachment]:
     """Return what is attached to an optimizer."""
     found = _steps(optimizer)
     return [] if found is None else found.attached
+
+
+def is_attached(regularizer: Stepping, to: Any = None) -> bool:
+    """Tell whether a regularizer acts in the steps of an optimizer, by default of any.
+
+    A compiled step does not look.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    mine = [one for one in LIVE if one.regularizer is regularizer]
+    found = [one.optimizer for one in mine if one.optimizer and one in attachments(one.optimizer)]
+    return bool(found) if to is None else any(one is inner_of(to) for one in found)
 
 
 def _steps(optimizer: Optimizer) -> _Steps | None:

@@ -7,8 +7,6 @@ in its place.
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Iterator
 from types import MethodType, TracebackType
 from typing import Any, NamedTuple
@@ -18,6 +16,7 @@ from torch.jit import ScriptModule
 
 from ewc_lib._names import plain_name
 from ewc_lib._restoring import untouched
+from ewc_lib._warning import warn
 
 __all__ = ["FrozenNorms", "freeze_norms"]
 
@@ -127,12 +126,10 @@ def freeze_norms(model: nn.Module) -> FrozenNorms:
 def warn_of_moving(model: nn.Module) -> bool:
     """Warn, where the package was called, if statistics will move; tell whether they will."""
     if names := _moving(model):
-        warnings.warn(
+        warn(
             f"the running statistics of {names} will follow the data of the next task, and "
             "nothing holds them: what was learned is lost with them, whatever the strength. Call "
-            "ewc_lib.freeze_norms(model) before the next task",
-            RuntimeWarning,
-            stacklevel=_depth(),
+            "ewc_lib.freeze_norms(model) before the next task"
         )
     return bool(names)
 
@@ -191,11 +188,3 @@ def train(layer: nn.Module, mode: bool = True) -> nn.Module:
     """Stay in eval mode. A bound method, unlike a closure, is copied with its layer."""
     layer.training = False
     return layer
-
-
-def _depth() -> int:
-    """Count the frames from the caller of this to the first one outside the package."""
-    depth, frame = 1, sys._getframe(1)
-    while frame.f_back and str(frame.f_globals.get("__name__")).startswith("ewc_lib."):
-        depth, frame = depth + 1, frame.f_back
-    return depth

@@ -24,17 +24,27 @@ from ewc_lib._foreach import within_range
 from ewc_lib._held import Held, grown_from, held_ones
 from ewc_lib._kept import Kept
 from ewc_lib._metric import rates_of, scale_of
+from ewc_lib._misuse import warn_if_used_twice, warn_of_rates, warn_of_twice, warn_of_unfrozen
 from ewc_lib._multiplier import MOST
 from ewc_lib._selecting import Selection
 from ewc_lib._sharded import whole
 from ewc_lib._states import (
     Loader,
     by_plain_names,
+    check_chosen,
     check_settings,
     precision_state,
     settings_of,
 )
-from ewc_lib.attaching import METRICS, Attachment, Form, Metric, own_parameters, unwrapped
+from ewc_lib.attaching import (
+    METRICS,
+    Attachment,
+    Form,
+    Metric,
+    is_attached,
+    own_parameters,
+    unwrapped,
+)
 from ewc_lib.files import card_of_penalty, read, write
 from ewc_lib.fisher.structures import Diagonal, check_shapes
 from ewc_lib.fisher.structures.states import encode, under
@@ -86,7 +96,7 @@ class QuadraticPenalty(Kept):
 
     def __init__(self, model: nn.Module, strength: float, *, params: Selection = None) -> None:
         self.strength = strength
-        self._over_budget = False
+        self._over_budget, self._largest = False, 0.0
         super().__init__(model, params)
 
     def __repr__(self) -> str:
@@ -126,7 +136,8 @@ class QuadraticPenalty(Kept):
             one has no values; or if a budget is kept, which only the proximal step can do.
         """
         self._check_no_budget()
-        return self._penalty(self.strength)
+        value = self._penalty(self.strength)
+        return warn_if_used_twice(self._say, value) if is_attached(self) else value
 
     def _penalty(self, strength: float) -> Float[Tensor, ""]:
         if self._precision is None:
@@ -164,6 +175,8 @@ class QuadraticPenalty(Kept):
         scaler, ``scaler.unscale_(optimizer)`` comes first.
         """
         self._check_no_budget()
+        if is_attached(self):
+            warn_of_twice(self._say)
         self._add_gradient(None)
 
     def _held_by(self, optimizer: torch.optim.Optimizer) -> list[str]:
@@ -230,6 +243,8 @@ class QuadraticPenalty(Kept):
         Parikh and Boyd 2014, section 4.2: the proximal gradient method. Yun, Lozano and Yang
         2021: that of an adaptive optimizer, in its own metric.
         """
+        if is_attached(self, optimizer):
+            warn_of_twice(self._say)
         self._step(optimizer, metric, needed=True)
 
     def _step(self, optimizer: torch.optim.Optimizer, metric: Metric, needed: bool) -> None:
@@ -251,6 +266,7 @@ class QuadraticPenalty(Kept):
                 else:
                     limit = 2 * self._budget - float(self._offset)
                     self._strength = held.go_within_(limit, rates, self._strength)
+                    self._largest = max(self._largest, self._strength)
                     self._warn_of_budget()
 
     def attach(
@@ -280,7 +296,10 @@ class QuadraticPenalty(Kept):
             says of which optimizers. ``"gradient"``: :meth:`add_gradient_` before it, as if the
             penalty were part of the loss.
         metric
-            Of the proximal step, as there.
+            Of the proximal step, as there. A strength is that of the loss with ``"optimizer"`` and
+            a diagonal precision. With another structure, as ``"kronecker"``, and an optimizer that
+            divides entries, as Adam, it is a euclidean one: for the same effect about as many times
+            larger as the learning rate is smaller than one.
 
         Returns
         -------
@@ -295,6 +314,14 @@ class QuadraticPenalty(Kept):
             If this penalty is attached to it already, if it holds none of the parameters, if the
             form does not go with it (:meth:`proximal_step_`,
             :class:`ewc_lib.attaching.Attachment`), or if a word is unknown.
+
+        Warns
+        -----
+        RuntimeWarning
+            If adapters of peft change what is held, and are not; of parameters that were frozen
+            when the last task was finished and are trained now; if the strength is a euclidean
+            one though nothing says so; and later, if the penalty is added by hand as well. Each
+            once.
 
         Examples
         --------
@@ -312,7 +339,17 @@ class QuadraticPenalty(Kept):
         """
         self._check_goes_with(unwrapped(optimizer), form, metric)
         frozen = {n: p for n, p in self._choose.every(self.model).items() if not p.requires_grad}
-        return Attachment(self, optimizer, form, {**self._parameters(), **frozen}, metric)
+        made = Attachment(self, optimizer, form, {**self._parameters(), **frozen}, metric)
+        self._warn_of(unwrapped(optimizer), form == "proximal" and metric == "optimizer")
+        return made
+
+    def _warn_of(self, optimizer: torch.optim.Optimizer, by_its_rates: bool) -> None:
+        """Warn of what an optimizer moves and this does not hold, and of another strength."""
+        if self._precision is not None:
+            self._held()
+            warn_of_unfrozen(optimizer, self._parameters(), self._known, self._anchor)
+        if by_its_rates and self._budget is None:
+            warn_of_rates(self._say, optimizer, self._structure)
 
     def _check_goes_with(
         self, optimizer: torch.optim.Optimizer, form: Form, metric: Metric
@@ -342,7 +379,7 @@ class QuadraticPenalty(Kept):
         self.after_step()
 
     def _value(self) -> Tensor:
-        return self.penalty().detach()
+        return self._penalty(self.strength).detach()
 
     def before_task(self) -> None:
         """Begin a task, at the parameters that the model has now."""
@@ -385,8 +422,9 @@ class QuadraticPenalty(Kept):
         ------
         ValueError
             If it is not such a state, if it says other settings, or if it has parameters that
-            the model has not, or of other shapes than these can have grown from. What the model
-            has and the state has not is free. Nothing has changed when it raises.
+            the model has not, or of other shapes than these can have grown from, or that
+            ``params`` does not choose. What the model has and the state has not is free. Nothing
+            has changed when it raises.
         """
         name = type(self).__name__
         if missing := {"n_tasks", "offset"} - state.keys():
@@ -404,6 +442,8 @@ class QuadraticPenalty(Kept):
             check_shapes(precision.shapes, shapes)
             check_shapes(grown_from(shapes, every), shapes)
             held_ones(every, anchor)
+            trained = [name for name, p in every.items() if p.requires_grad]
+            check_chosen(anchor, trained, self._parameters())
         self._keep(precision, anchor)
         self._rests.values.update(loader.vector(under("rest.", state)))
         if self._budget is not None and "multiplier" in state:

@@ -71,7 +71,7 @@ ADAPTIVE = [torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad]
 def trained(ewc, model, optimizers, steps=60):
     x, y = draw(12, 3, seed=0), torch.arange(12) % 3
     for optimizer in optimizers:
-        ewc.attach(optimizer)
+        ewc.attach(optimizer, metric="euclidean")
     for _ in range(steps):
         model.zero_grad()
         nn.functional.cross_entropy(model(x), (y + 1) % 3).backward()

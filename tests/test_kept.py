@@ -502,7 +502,7 @@ def test_the_fisher_information_of_a_wrapped_model_can_be_remembered():
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-@pytest.mark.filterwarnings("ignore:the factors")
+@pytest.mark.filterwarnings("ignore:the factors", "ignore:adapters of peft")
 def test_adapters_come_and_go_and_come_again(in_place):
     peft = pytest.importorskip("peft")
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
@@ -534,7 +534,7 @@ def test_adapters_come_and_go_and_come_again(in_place):
     assert ewc.penalty().item() >= 0
 
 
-@pytest.mark.filterwarnings("ignore:the factors")
+@pytest.mark.filterwarnings("ignore:the factors", "ignore:adapters of peft")
 def test_a_head_that_an_adapter_trains_as_a_copy_is_still_held():
     peft = pytest.importorskip("peft")
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))

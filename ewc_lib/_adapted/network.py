@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -83,6 +83,21 @@ def factors(model: nn.Module) -> set[str]:
         for name, parameter in module.named_parameters()
         if parameter.requires_grad and parameter is not getattr(module, "bias", None)
     }
+
+
+def below_adapters(model: nn.Module, held: Set[str]) -> list[str]:
+    """Return the held weights that adapters of peft change, by what they train and is not held."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        layer: Any = module
+        if not PeftLayer.is_one(module) or layer.disable_adapters or layer.merged:
+            continue
+        plain = {n: plain_name(f"{path}.{n}" if path else n) for n, _ in module.named_parameters()}
+        below = [n for n in plain if n.startswith("base_layer.")]
+        trained = [n for n, p in module.named_parameters() if p.requires_grad and n not in below]
+        if trained and held.isdisjoint(plain[n] for n in trained):
+            found += [plain[n] for n in below if plain[n] in held and not n.endswith("bias")]
+    return found
 
 
 @dataclass

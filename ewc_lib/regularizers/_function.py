@@ -14,11 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ewc_lib._arguments import check_choice, check_strength
+from ewc_lib._misuse import warn_if_used_twice, warn_of_twice
+from ewc_lib._warning import Once
 from ewc_lib.attaching import (
     Attachment,
     Form,
     Metric,
     accumulate_,
+    is_attached,
     own_parameters,
     watch_inputs,
 )
@@ -76,6 +79,7 @@ class FunctionPenalty:
         self._n_tasks = 0
         self._passes: list[Pass] = []
         self._is_used = self._acting = False
+        self._say = Once()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(strength={self.strength!r}, n_tasks={self.n_tasks})"
@@ -97,7 +101,11 @@ class FunctionPenalty:
         return self._n_tasks
 
     def attach(
-        self, optimizer: torch.optim.Optimizer, form: Literal["gradient"] = "gradient"
+        self,
+        optimizer: torch.optim.Optimizer,
+        form: Literal["gradient"] = "gradient",
+        *,
+        metric: None = None,
     ) -> Attachment:
         """Add the gradient of the penalty before every step of an optimizer, from now on.
 
@@ -111,8 +119,8 @@ class FunctionPenalty:
         ----------
         optimizer
             Any of ``torch.optim``, or in a wrapper that keeps it as ``optimizer``.
-        form
-            There is no proximal step, because the penalty is no quadratic form.
+        form, metric
+            There is no proximal step, and so no metric, because the penalty is no quadratic form.
 
         Returns
         -------
@@ -128,6 +136,11 @@ class FunctionPenalty:
             a gradient does not go with it (:class:`ewc_lib.attaching.Attachment`).
         """
         check_choice("form", form, ("gradient",), f"; {type(self).__name__} has no proximal step")
+        if metric is not None:
+            raise ValueError(
+                f"{type(self).__name__} has no proximal step, so there is no metric to choose: its "
+                "gradient is added to that of the loss"
+            )
         parameters = dict(self.model.named_parameters())
         alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
         if self._looks_at_data and self._group is None and not alone:
@@ -163,7 +176,7 @@ class FunctionPenalty:
     def _value(self) -> Tensor:
         values: list[Tensor] = []
         with torch.no_grad():
-            self._each_pass(None, lambda share: values.append(share * self.penalty()))
+            self._each_pass(None, lambda share: values.append(share * self._weighted()))
         return torch.stack(values).sum()
 
     def _each_pass(self, optimizer: Any, act: Callable[[float], None]) -> None:
@@ -209,6 +222,11 @@ class FunctionPenalty:
         ValueError
             If :meth:`before_step` was not called since the last task ended.
         """
+        value = self._weighted()
+        return warn_if_used_twice(self._say, value) if is_attached(self) else value
+
+    def _weighted(self) -> Float[Tensor, ""]:
+        """Return the penalty with its strength."""
         if self._n_tasks == 0:
             return torch.zeros((), device=self._device)
         weight = self._n_tasks if self.strength is None else self.strength
@@ -220,12 +238,14 @@ class FunctionPenalty:
 
     def add_gradient_(self) -> None:
         """Add the gradient of :meth:`penalty` to ``.grad`` of the trainable parameters."""
+        if is_attached(self):
+            warn_of_twice(self._say)
         self._add_gradient(1.0, None)
 
     def _add_gradient(self, share: float, own: set[int] | None) -> None:
         """Add a share of the gradient, in some parameters by their identities or in all."""
         with torch.inference_mode(False), torch.enable_grad():
-            penalty = share * self.penalty()
+            penalty = share * self._weighted()
             trainable = [
                 p
                 for p in self.model.parameters()

@@ -48,7 +48,7 @@ class KroneckerLaplace(QuadraticPenalty):
     strength
         :math:`\lambda \ge 0`, for a loss that is the *mean* over observations. For tasks of
         equal size the precision has the scale of the sum of :math:`T` Fisher informations, as
-        that of EWC has.
+        that of EWC has. Under Adam it is a euclidean one in a proximal step (:meth:`attach`).
     likelihood, kind, params
         As in :func:`ewc_lib.fisher_information`.
 
