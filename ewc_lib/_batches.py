@@ -18,7 +18,8 @@ from ewc_lib._parameters import count, form
 from ewc_lib.errors import EmptyData
 
 BATCH_SIZE = 128
-"""For data given as one tuple of tensors. The size changes the speed, never the result."""
+"""For data given as one tuple of tensors. The size changes the speed, and no result that sums over
+observations."""
 
 
 class Batch(NamedTuple):
@@ -166,12 +167,14 @@ def _joined(parts: list[Batch]) -> Batch:
 
 def _raw_batches(data: Any) -> Iterable[Any]:
     if is_whole(data):
-        inputs, target = pair(data, "data")
-        return (
-            tree_map(lambda t, start=start: t[start : start + BATCH_SIZE], (inputs, target))
-            for start in range(0, count((inputs, target)), BATCH_SIZE)
-        )
+        return cut(pair(data, "data"), BATCH_SIZE)
     return check_iterable(data)
+
+
+def cut(data: tuple[Any, Tensor], size: int) -> Iterator[Any]:
+    """Yield the inputs and targets of so many observations after another."""
+    for start in range(0, count(data), size):
+        yield tree_map(lambda t, start=start: t[start : start + size], data)
 
 
 def _ordinary(tensor: Tensor) -> Tensor:

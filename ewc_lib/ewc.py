@@ -25,6 +25,7 @@ from ewc_lib._processes import Group, fisher_of_ranks
 from ewc_lib._selecting import Selection
 from ewc_lib._states import check_likelihood
 from ewc_lib.fisher.estimate import AnyKind, Structure, check_request
+from ewc_lib.fisher.output import KINDS
 from ewc_lib.fisher.structures import (
     BlockDiagonal,
     Dense,
@@ -79,13 +80,16 @@ class EWC(QuadraticPenalty):
     structure
         As there. The Kronecker structures hold one task only, because the sum of two of them has
         another structure. With ``"lowrank"`` the rank, and so the memory, grows with every task.
+        With all but the diagonal a strength under Adam is a euclidean one, in a proximal step
+        (:meth:`attach`).
     params
         As there: the parameters that are held. All others are free.
     budget
         Instead of a strength: how much of the old tasks may be lost, in nats an observation,
         summed over tasks, as far as their Fisher information tells (:meth:`nats`). Every
         proximal step takes the smallest :math:`\lambda` that keeps it (:prf:ref:`thm-budget`),
-        and ``strength`` then tells which that was. It is not exceeded, and where it limits at all
+        which may be 0; ``strength`` tells that of the last step, and :attr:`largest_strength`
+        the largest one. It is not exceeded, and where it limits at all
         it is used to within half a percent, unless it cannot be kept: after several tasks even the
         common anchor may cost more. A warning says so.
     n_samples, draws, rank, certify, precision, dtype, device
@@ -150,6 +154,11 @@ class EWC(QuadraticPenalty):
         device: torch.device | str | None = None,
     ) -> None:
         check_choice("mode", mode, ("separate", "online"))
+        check_choice("kind", kind, (*KINDS, "batched", "second moments"))
+        if kind == "second moments" and structure != "diagonal":
+            raise ValueError(
+                f"second moments are a diagonal, and {structure!r} is another structure"
+            )
         known = "exact" if kind == "second moments" else kind  # these are remembered only
         check_request(known, structure, n_samples, draws, rank, certify, precision, dtype, device)
         given_distribution(likelihood)  # refuses an unknown word now, not later
@@ -185,6 +194,14 @@ class EWC(QuadraticPenalty):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"a budget must be positive and finite, got {value}")
         self._budget, self._over_budget = value, False
+
+    @property
+    def largest_strength(self) -> float:
+        """The largest strength of all steps that kept a budget, since the last task was finished.
+
+        The last step alone tells little: at the end of a schedule it may need none.
+        """
+        return self._largest
 
     def nats(self) -> Float[Tensor, ""]:
         r"""Return what the old tasks are predicted to have lost, in nats an observation.
@@ -379,6 +396,7 @@ class EWC(QuadraticPenalty):
                 self._merge(fisher)
             else:
                 self._replace(self._joined(fisher, self.decay))
+        self._largest = 0.0
 
     def _blind(self, fisher: Fisher) -> list[str]:
         """Return the factors of adapters that are used and do not change the output."""
@@ -403,13 +421,14 @@ class EWC(QuadraticPenalty):
         n_a
             Number of observations of one old task. By default the number that ``consolidate``
             saw, averaged over tasks: exact for one task and for tasks of one size. Give it if
-            the Fisher information was estimated on a part of the data.
+            the Fisher information was estimated on a part of the data, and for second moments,
+            which count an observation again in each pass over the data.
 
         Raises
         ------
         ValueError
-            If a number is not positive and finite, or if no task is consolidated and ``n_a`` is
-            not given.
+            If a number is not positive and finite, or if ``n_a`` is not given, though no task is
+            consolidated or the kind is that of an optimizer.
 
         Examples
         --------
@@ -418,6 +437,10 @@ class EWC(QuadraticPenalty):
         """
         if n_a is not None:
             old: float = n_a
+        elif self.kind == "second moments":
+            raise ValueError(
+                "an optimizer counts an observation again in each pass over the data, so give n_a"
+            )
         elif self.precision is not None:
             old = self.precision.n_samples / self.n_tasks
         else:
@@ -432,14 +455,18 @@ class EWC(QuadraticPenalty):
         if self.n_tasks > 0 and self.structure in ONE_TASK:
             raise ValueError(
                 f"structure={self.structure!r} holds one task: the sum of the matrices of two "
-                "tasks has another structure. Choose one that has sums, such as 'block'"
+                "tasks has another structure. Any number of tasks is held by structure='diagonal', "
+                "and by ewc_lib.regularizers.KroneckerLaplace, which averages the factors"
             )
 
     def _check_own(self, fisher: Fisher) -> None:
         """Raise a ValueError unless the Fisher information is one that this EWC could compute."""
         wanted = CLASSES.get(self.structure, BlockDiagonal)
         if not isinstance(fisher, wanted):
-            raise ValueError(f"this EWC holds a {wanted.__name__}, got a {type(fisher).__name__}")
+            raise ValueError(
+                f"this EWC has structure={self.structure!r}, got a Fisher information that is a "
+                f"{type(fisher).__name__}"
+            )
         if fisher.kind != self.kind:
             raise ValueError(f"this EWC is of kind {self.kind!r}, got a Fisher of {fisher.kind!r}")
         self._of_task()

@@ -8,15 +8,24 @@ is zero on average.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ewc_lib._batches import BATCH_SIZE, cut
+from ewc_lib._forms import is_whole, pair
+from ewc_lib._parameters import count
 from ewc_lib._sharded import owner_of
 from ewc_lib.fisher.output import columns
 from ewc_lib.fisher.sums.base import ParameterSpace
 from ewc_lib.fisher.sums.diagonal import DiagonalSum
 from ewc_lib.score.forward_pass import ForwardPass
 from ewc_lib.score.network import NetworkScores
+
+MANY, FEWEST = 32, 2
+"""Batches that one tuple of tensors is cut into, since each is one draw; and observations of each,
+as long as there are so many, without which a model that mixes them would not be noticed."""
 
 
 class BatchedSum(DiagonalSum):
@@ -53,6 +62,15 @@ class BatchedSum(DiagonalSum):
     def paths(self) -> dict[str, str]:
         """Say which parameters some output depends on."""
         return {name: "rule" if name in self.reached else "unused" for name in self.sums}
+
+
+def in_many(data: Any) -> Any:
+    """Cut one tuple of tensors into many batches; leave other data as they are."""
+    if not is_whole(data):
+        return data
+    data = pair(data, "data")
+    size = max(FEWEST, min(BATCH_SIZE, count(data) // MANY))
+    return list(cut(data, size))
 
 
 def add_batches(

@@ -16,7 +16,7 @@ from ewc_lib._drawing import random_part
 from ewc_lib._forms import Pick, picked
 from ewc_lib._precision import Precision
 from ewc_lib._selecting import Selection, select_parameters
-from ewc_lib.fisher.batched import BatchedSum, add_batches
+from ewc_lib.fisher.batched import BatchedSum, add_batches, in_many
 from ewc_lib.fisher.output import KINDS, Kind, columns
 from ewc_lib.fisher.structures import Fisher
 from ewc_lib.fisher.sums.base import ParameterSpace, Sum
@@ -109,8 +109,9 @@ def fisher_information(
         Which expectation over labels :math:`y`.
 
         ``"exact"`` sums over the model's own distribution in closed form: ``C - 1`` backward
-        passes for ``C`` classes, one for each real output. It is the default because it is the
-        definition. More than 1,024 passes are refused.
+        passes for ``C`` classes, one for each real output; of a sequence, as many for each
+        position, where ``"sketch"`` needs one. It is the default because it is the definition.
+        More than 1,024 passes are refused.
 
         ``"sketch"`` replaces the columns by ``draws`` random sign combinations of them
         (Martens, Sutskever and Swersky 2012): unbiased, one backward pass each.
@@ -126,7 +127,8 @@ def fisher_information(
         gradient of a single observation is needed. It is for models on the path ``"generic"`` or
         ``"loop"``, where every other kind is slow, and gives the diagonal only. Its noise, other
         than its mean, depends on the batches: it falls with their number, not with that of the
-        observations. They are taken as they come; one tuple of tensors makes batches of 128.
+        observations, so give at least some thirty. They are taken as they come. One tuple of
+        tensors makes at least 32 batches, of 2 to 128 observations, or as many as it has pairs.
     structure
         What is kept. ``"diagonal"``; ``"block"``, one matrix for each parameter; ``"module"``,
         one for all parameters of a module; ``"dense"``, the whole matrix of a small model.
@@ -247,6 +249,8 @@ def fisher_information(
     network = NetworkScores(model, parameters, certify=certify, precision=precision)
     generator = random_source(generator, network.device)
     data = random_part(picked(data, batch), n_samples, generator)
+    if kind == "batched":
+        data = in_many(data)
 
     def finished(total: Sum, paths: dict[str, str], rounding: float) -> Fisher:
         found = total.mean(kind, paths)
@@ -295,6 +299,11 @@ def check_request(
     device: torch.device | str | None,
 ) -> None:
     """Raise a ValueError that names the first argument that cannot be meant."""
+    if kind == "second moments":
+        raise ValueError(
+            "second moments are those of an optimizer, not of data: "
+            "ewc_lib.fisher.Diagonal.from_optimizer(optimizer, model, batch_size=...)"
+        )
     check_choice("kind", kind, (*KINDS, "batched"))
     check_choice("structure", structure, STRUCTURES)
     if kind == "batched" and structure != "diagonal":

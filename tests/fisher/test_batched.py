@@ -6,6 +6,7 @@ from torch import nn
 
 from ewc_lib import EWC, fisher_information
 from ewc_lib.continual import mlp
+from ewc_lib.fisher.batched import in_many
 from ewc_lib.fisher.output import root
 from ewc_lib.likelihood.outputs import Categorical
 
@@ -99,11 +100,33 @@ def test_parts_of_the_data_pool_to_the_whole():
     assert (together.n_samples, together.kind) == (8, "batched")
 
 
+@pytest.mark.parametrize(("n", "sizes"), [(5, [2, 1]), (100, [3, 1]), (10_000, [128, 16])])
+def test_one_tuple_of_tensors_makes_many_batches(n, sizes):
+    data = torch.zeros(n, 2), torch.zeros(n, dtype=torch.long)
+    found = [len(y) for _, y in in_many(data)]
+    assert len(found) >= min(n / 2, 32)
+    assert sum(found) == n
+    assert sorted({*found}, reverse=True) == sizes
+
+
+def test_some_hundred_observations_in_one_tuple_are_not_one_draw():
+    model, x, y = small()
+    x, y = torch.randn(256, 2, dtype=x.dtype), torch.arange(256) % 3
+    exact = flat(fisher_information(model, (x, y)))
+    errors = [
+        (flat(fisher_information(model, data, kind="batched")) - exact).norm()
+        for data in ((x, y), [(x, y)])
+    ]
+    assert errors[0] < 0.6 * exact.norm()
+    assert errors[0] < errors[1]
+
+
 def test_only_so_many_observations_count():
     model, x, y = small()
     data = [(x.repeat(3, 1), y.repeat(3))]
     found = fisher_information(model, data, kind="batched", n_samples=2)
-    torch.testing.assert_close(flat(found), flat(fisher_information(model, (x, y), kind="batched")))
+    whole = fisher_information(model, [(x, y)], kind="batched")
+    torch.testing.assert_close(flat(found), flat(whole))
 
 
 def test_labels_that_do_not_count_add_nothing():
@@ -143,7 +166,7 @@ def test_no_observation_is_run_alone_but_those_of_the_check(monkeypatch):
     model, data = OneByOne(), (torch.randn(32, 2), torch.zeros(32, dtype=torch.long))
     sizes = []
     model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    found = fisher_information(model, data, kind="batched")
+    found = fisher_information(model, [data], kind="batched")
     assert sizes.count(32) == 1
     assert sum(sizes) < 2 * 32
     assert found.paths == {"inner.weight": "rule", "inner.bias": "rule", "spare": "unused"}

@@ -895,7 +895,9 @@ def test_a_vector_that_does_not_match_is_named(make, method, spoil, message):
 def test_every_mismatch_is_listed():
     expected = {"a": torch.Size([2]), "b": torch.Size([3]), "c": torch.Size([])}
     given = {"a": torch.Size([2]), "b": torch.Size([3, 1]), "d": torch.Size([])}
-    message = r"'c' is missing; 'd' is not expected; 'b' has shape \(3, 1\) instead of \(3,\)"
+    message = (
+        r"'c' is missing; 'd' is not expected; 'b' is given in shape \(3, 1\) instead of \(3,\)"
+    )
     with pytest.raises(ValueError, match=message):
         check_shapes(expected, given)
     check_shapes(expected, dict(reversed(expected.items())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ewc_lib._arguments import check_whole
+from ewc_lib._arguments import check_whole, is_number
 from ewc_lib._foreach import each
 from ewc_lib._parameters import Vector, ravel
 from ewc_lib._selecting import Selection, select_parameters
@@ -39,21 +40,23 @@ class Diagonal(Fisher):
         model: nn.Module,
         *,
         batch_size: int,
+        positions: float = 1,
         params: Selection = None,
         n_samples: int | None = None,
     ) -> Self:
         r"""Return Adam's second moments, times the batch size: no pass over the data.
 
-        .. math:: B \,\hat v, \qquad
+        .. math:: B\, T^2 \,\hat v, \qquad
                   \hat v = \frac{1 - \beta_2}{1 - \beta_2^T}
                   \sum_{t \le T} \beta_2^{T-t} \, \bar s_t^{\,2}
 
         with the gradients :math:`\bar s_t` of the mean loss of each batch, the latest of which
         count most. Li et al. (2025) take such moments for the Fisher information. What they are
-        on average says :eq:`eq-batch-mean`, at the parameters of each step: :math:`B\,\hat v` is
-        the *empirical* Fisher :math:`\tilde F` plus :math:`(B-1)\,\mu^2`, with the mean score
-        :math:`\mu` of the data. That is close to :math:`\tilde F` only if training has come to
-        rest, so that :math:`\mu^2 \ll \tilde F / B`, and to the Fisher information only if, in
+        on average says :eq:`eq-batch-mean`, at the parameters of each step and for
+        :math:`T = 1`: :math:`B\,\hat v` is the *empirical* Fisher :math:`\tilde F` plus
+        :math:`(B-1)\,\mu^2`, with the mean score :math:`\mu` of the data. That is close to
+        :math:`\tilde F` only if training has come to rest, so that
+        :math:`\mu^2 \ll \tilde F / B`, and to the Fisher information only if, in
         addition, the observed labels are as the model predicts them.
 
         Parameters
@@ -67,7 +70,14 @@ class Diagonal(Fisher):
         model
             Names the parameters.
         batch_size
-            :math:`B`, observations of a batch, over all processes; the loss was their mean.
+            :math:`B`, the observations of one step of the optimizer, whose loss was their mean:
+            of all processes, and with gradient accumulation of all batches of the step.
+        positions
+            :math:`T`, of how many terms the loss of one observation is the mean: of a language
+            model that is trained by the mean over tokens, the tokens of a sequence that count,
+            on average. The score of a sequence is the sum over its tokens
+            (:eq:`eq-lm-sequence`), which that mean divides by :math:`T`, and its square
+            by :math:`T^2`.
         params
             As in :func:`ewc_lib.fisher_information`.
         n_samples
@@ -101,6 +111,8 @@ class Diagonal(Fisher):
         ('second moments', 8)
         """
         check_whole(batch_size=batch_size, n_samples=n_samples)
+        if not (is_number(positions) and 0 < positions < math.inf):
+            raise ValueError(f"positions must be a positive number, got {positions!r}")
         chosen = select_parameters(model, params)
         found = {name: _second_moment(optimizer, name, p) for name, p in chosen.items()}
         n_steps = max(n for _, n in found.values())
@@ -110,7 +122,7 @@ class Diagonal(Fisher):
             batch_size * n_steps if n_samples is None else n_samples,
             "second moments",
             {name: "rule" if n else "unused" for name, (_, n) in found.items()},
-            {name: batch_size * moment for name, (moment, _) in found.items()},
+            {name: batch_size * positions**2 * moment for name, (moment, _) in found.items()},
         )
 
     @property
@@ -198,7 +210,7 @@ def _second_moment(
             f"the optimizer does not have parameter {name!r}; params= chooses those that it has"
         )
     state: dict[str, Any] = optimizer.state.get(parameter, {})
-    if not state:
+    if not state and "betas" in group:
         return torch.zeros_like(parameter, dtype=parameter.dtype.to_real()).detach(), 0
     if not {"exp_avg_sq", "step"} <= state.keys() or "betas" not in group:
         raise ValueError(

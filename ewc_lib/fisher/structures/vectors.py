@@ -83,16 +83,21 @@ def entries(scales: Mapping[str, float], shapes: dict[str, torch.Size]) -> Tenso
     return numbers.repeat_interleave(torch.tensor([s.numel() for s in shapes.values()]))
 
 
+MOST_SHOWN = 3
+"""Of what does not match, in a message."""
+
+
 def check_shapes(expected: dict[str, torch.Size], given: dict[str, torch.Size]) -> None:
-    """Raise a ValueError that lists every name or shape that differs."""
+    """Raise a ValueError that lists names and shapes that differ, and how many more do."""
     if expected == given:
         return
     problems = [f"{name!r} is missing" for name in expected if name not in given]
     problems += [f"{name!r} is not expected" for name in given if name not in expected]
     problems += [
-        f"{name!r} has shape {tuple(given[name])} instead of {tuple(shape)}"
+        f"{name!r} is given in shape {tuple(given[name])} instead of {tuple(shape)}"
         for name, shape in expected.items()
         if name in given and given[name] != shape
     ]
     if problems:
-        raise ValueError("parameters do not match: " + "; ".join(problems))
+        more = f"; and {len(problems) - MOST_SHOWN} more" if len(problems) > MOST_SHOWN else ""
+        raise ValueError("parameters do not match: " + "; ".join(problems[:MOST_SHOWN]) + more)

@@ -71,6 +71,61 @@ def test_at_rest_and_one_observation_a_batch_they_are_the_empirical_fisher():
         torch.testing.assert_close(found.values[name], value, rtol=1e-5, atol=1e-12)
 
 
+def test_of_a_mean_over_positions_they_are_those_of_whole_sequences():
+    """At rest, as the empirical Fisher of sequences, whose loss is a sum over positions."""
+    torch.manual_seed(0)
+    model, (x, y) = mlp((3, 4, 2), seed=0).double(), (torch.randn(12, 5, 3).double(), task(60)[1])
+    y = y.reshape(12, 5)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0, betas=(0.9, 1 - 1e-9))
+    for n in range(len(x)):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[n]), y[n]).backward()  # the mean of five terms
+        optimizer.step()
+    found = Diagonal.from_optimizer(optimizer, model, batch_size=1, positions=5)
+    want = fisher_information(model, (x, y), kind="empirical")
+    for name, value in want.diagonal().items():
+        torch.testing.assert_close(found.values[name], value, rtol=1e-5, atol=1e-12)
+
+
+def test_under_accumulation_a_batch_is_that_of_the_step():
+    (model, whole, _), (other, parts, _) = (trained(torch.optim.Adam, steps=0) for _ in range(2))
+    x, y = task()
+    for rows in ([slice(0, 8)], [slice(0, 4), slice(4, 8)]):
+        net = model if len(rows) == 1 else other
+        for part in rows:
+            (nn.functional.cross_entropy(net(x[part]), y[part]) / len(rows)).backward()
+    whole.step()
+    parts.step()
+    one, two = (
+        Diagonal.from_optimizer(optimizer, net, batch_size=8).values
+        for optimizer, net in ((whole, model), (parts, other))
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value)
+
+
+@pytest.mark.parametrize("positions", [0, -1, float("nan"), float("inf"), "16"])
+def test_positions_are_a_positive_number(positions):
+    model, optimizer, _ = trained(torch.optim.Adam)
+    with pytest.raises(ValueError, match="positions must be a positive number"):
+        Diagonal.from_optimizer(optimizer, model, batch_size=3, positions=positions)
+
+
+def test_they_imply_no_strength_by_themselves_because_they_count_repeats():
+    model, optimizer, _ = trained(torch.optim.Adam)
+    ewc = EWC(model, strength=2.0, kind="second moments")
+    ewc.remember(Diagonal.from_optimizer(optimizer, model, batch_size=3))
+    with pytest.raises(ValueError, match="so give n_a"):
+        ewc.bayesian_strength(12)
+    assert ewc.bayesian_strength(12, n_a=24) == 2.0
+
+
+def test_they_cannot_be_computed_from_data_and_who_asks_is_told_of_what():
+    model = mlp((3, 4, 2), seed=0).double()
+    with pytest.raises(ValueError, match=r"Diagonal\.from_optimizer"):
+        fisher_information(model, task(), kind="second moments")
+
+
 def test_what_never_had_a_gradient_has_zero():
     model, optimizer, _ = trained(torch.optim.Adam, steps=0)
     model[0].weight.grad = torch.ones_like(model[0].weight)
@@ -107,9 +162,10 @@ def test_later_steps_do_not_change_it():
         torch.testing.assert_close(found.values[name], value)
 
 
-def test_an_optimizer_without_second_moments_is_refused():
+@pytest.mark.parametrize("steps", [0, 4])
+def test_an_optimizer_without_second_moments_is_refused(steps):
     for make, options in ((torch.optim.SGD, {"momentum": 0.9}), (torch.optim.RMSprop, {})):
-        model, optimizer, _ = trained(make, lr=0.1, **options)
+        model, optimizer, _ = trained(make, steps=steps, lr=0.1, **options)
         with pytest.raises(
             ValueError, match=r"holds no second moment of each entry of '0\.weight'"
         ):
