@@ -7,6 +7,7 @@ labels by one. So its loss is compared with the negative log-likelihood.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import islice
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ewc_lib._batches import Reading
 from ewc_lib._calling import forward
 from ewc_lib._forms import pair
+from ewc_lib._warning import warn
 from ewc_lib.likelihood.base import OutputDistribution
 from ewc_lib.likelihood.categorical import Categorical
 from ewc_lib.likelihood.labelled import own_loss, prepared, slope
@@ -77,7 +79,7 @@ def agreed(
     named = given_distribution(likelihood)
     reading = Reading(data, partial(prepared, model))
     _check_criterion(criterion)
-    first = _some_rows(reading, model, criterion is None)
+    first = _some_rows(reading, model, criterion is None, named is None)
     if first is None:
         return reading, named or Categorical()
     inputs, labels = first
@@ -105,11 +107,15 @@ def ready(model: nn.Module, data: Any) -> Reading:
     return Reading(data, partial(prepared, model))
 
 
-def _some_rows(reading: Reading, model: nn.Module, only_dicts: bool) -> tuple[Any, Tensor] | None:
+def _some_rows(
+    reading: Reading, model: nn.Module, only_dicts: bool, unnamed: bool
+) -> tuple[Any, Tensor] | None:
     """Return some observations with labels that count, if there is anything to compare."""
     found = None
     for number, raw in enumerate(islice(reading.ahead(), BATCHES)):
         if only_dicts and not isinstance(raw, Mapping):
+            if unnamed:
+                _warn_of_copies(*pair(raw, f"batch {number}"))
             return None
         inputs, target = pair(raw, f"batch {number}")
         if len({len(leaf) for leaf in tree_leaves((inputs, target))}) > 1:
@@ -123,6 +129,20 @@ def _some_rows(reading: Reading, model: nn.Module, only_dicts: bool) -> tuple[An
             break
     device = next(model.parameters()).device
     return None if found is None else tree_map(lambda t: t.to(device), found)
+
+
+def _warn_of_copies(inputs: Any, target: Tensor) -> None:
+    """Warn if each output of a sequence is to be compared with the token that it has read."""
+    if target.dim() != 2 or target.shape[1] < 2 or target.is_floating_point():
+        return
+    counts = target != -100
+    alike = [x for x in tree_leaves(inputs) if x.shape == target.shape and x.dtype == target.dtype]
+    if any(bool(((x == target) | ~counts).all()) for x in alike) and counts.any():
+        warn(
+            "the targets are the inputs, token by token, and likelihood='categorical' compares "
+            "each output with the token at its own place. Of a language model say "
+            "likelihood='next-token'; if this is meant, say likelihood='categorical'"
+        )
 
 
 def _spread(rows: Int[Tensor, " n"], target: Tensor) -> Int[Tensor, " m"]:
@@ -185,7 +205,10 @@ def _loss_of(criterion: Criterion, output: Tensor, target: Tensor) -> Loss:
             ) from error
     if not isinstance(loss, Tensor):
         raise ValueError(f"the criterion must return a tensor, got {type(loss).__name__}")
-    way_out = "Without a criterion the likelihood that is named counts."
+    way_out = (
+        "A loss with label smoothing, or with weights of classes, is that of no distribution: "
+        "without a criterion the likelihood that is named counts."
+    )
     return Loss(loss.detach(), slope(loss, output), "the criterion", way_out, any_constant=True)
 
 
@@ -228,11 +251,13 @@ def _choose(
         if own.agrees:
             return named
         would = f"likelihood={agreeing[0]} agrees. " if agreeing else ""
-        raise ValueError(_disagreement(loss, {str(named): own, **tried}) + would + loss.way_out)
+        raise ValueError(
+            _disagreement(loss, {str(named): own, **tried}) + would + _way_out(loss, tried, own)
+        )
     if not agreeing:
         raise ValueError(
             f"{_disagreement(loss, tried)}Say likelihood=... if it is the one of another "
-            f"distribution. {loss.way_out}"
+            f"distribution. {_way_out(loss, tried)}"
         )
     if len(agreeing) > 1:
         raise ValueError(
@@ -240,6 +265,15 @@ def _choose(
             "which by likelihood=..."
         )
     return tried[agreeing[0]].distribution
+
+
+def _way_out(loss: Loss, tried: dict[str, Comparison], own: Comparison | None = None) -> str:
+    """Say what to do, and for data as pairs, which nobody compares, by which likelihood."""
+    nearest = min(tried, key=lambda name: tried[name].distance, default="")
+    least = tried[nearest].distance if tried else math.inf
+    if loss.any_constant or not least < (own.distance if own else math.inf):
+        return loss.way_out
+    return f"{loss.way_out} The nearest is {nearest}: give pairs, with likelihood={nearest}."
 
 
 def _disagreement(loss: Loss, tried: dict[str, Comparison]) -> str:

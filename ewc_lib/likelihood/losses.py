@@ -83,12 +83,15 @@ class Comparison:
         The numbers of the distribution, or why it has none, in words.
     possible
         Whether it has any.
+    distance
+        How far the value is from that of the loss, whichever way it is summed.
     """
 
     distribution: OutputDistribution
     agrees: bool
     told: str
     possible: bool = True
+    distance: float = math.inf
 
 
 def compare(
@@ -112,7 +115,9 @@ def compare(
         value = (total - constant) * (scale * mean)
         if _same_value(loss, value, output) and _same_slope(loss, slope, scale * mean):
             return Comparison(distribution, True, told)
-    return Comparison(distribution, False, told)
+    found = float(loss.value.detach().sum())
+    distance = min(abs(found - float(total * factor)) for factor in means.values())
+    return Comparison(distribution, False, told, distance=distance)
 
 
 def _means(distribution: OutputDistribution, output: Tensor, target: Tensor) -> dict[str, float]:

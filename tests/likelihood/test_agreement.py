@@ -296,6 +296,22 @@ def test_pairs_insist_on_what_is_named():
     assert not torch.allclose(F.trace(), other.trace(), rtol=1e-3)
 
 
+def test_tokens_that_are_their_own_targets_are_asked_for_the_likelihood_of_the_next_one():
+    model = build("gpt2")[0]
+    for pair in (({"input_ids": TEXT}, TEXT), ({"input_ids": TEXT}, TEXT.clone().fill_(-100))):
+        pair[1][:, 1:] = TEXT[:, 1:]
+        with pytest.warns(RuntimeWarning, match="say likelihood='categorical'"):
+            fisher_information(model, [pair], kind="empirical")
+
+
+@pytest.mark.parametrize("likelihood", ["next-token", "categorical", None])
+def test_tokens_with_a_likelihood_or_with_other_targets_are_asked_nothing(likelihood):
+    targets = TEXT.roll(-1, 1) if likelihood is None else TEXT
+    model = build("gpt2")[0]
+    fisher_information(model, [({"input_ids": TEXT}, targets)], likelihood, kind="empirical")
+    fisher_information(nn.Linear(4, 3).double(), (X, Y), likelihood="categorical")
+
+
 def test_pairs_for_an_encoder_and_a_decoder_get_the_inputs_of_the_decoder():
     model, batch, _ = build("bart")
     pairs = [({"input_ids": TEXT}, batch["labels"])]
@@ -314,8 +330,14 @@ def test_a_decoder_that_takes_other_words_than_its_labels_is_refused():
 def test_an_auxiliary_loss_is_named():
     model = make("MixtralForCausalLM", "MixtralConfig", **MIXTRAL, output_router_logits=True)
     for likelihood in (None, "next-token"):
-        with pytest.raises(ValueError, match=r"(?s)with an auxiliary loss of 1\.0.*as pairs"):
+        with pytest.raises(
+            ValueError, match=r"(?s)with an auxiliary loss of 1\.0.*as pairs"
+        ) as error:
             fisher_information(model, [{"input_ids": TEXT, "labels": TEXT}], likelihood)
+        nearest = "The nearest is 'next-token': give pairs, with likelihood='next-token'."
+        assert str(error.value).endswith(nearest) == (likelihood is None)
+    with pytest.raises(ValueError, match="The nearest is 'next-token'"):
+        fisher_information(model, [{"input_ids": TEXT, "labels": TEXT}], "gaussian")
 
 
 def test_a_head_of_zeros_does_not_hide_the_shift():
@@ -535,11 +557,20 @@ def test_options_that_make_a_criterion_no_likelihood_are_named(criterion, name):
 
 def test_a_criterion_that_is_not_the_named_likelihood_is_refused():
     with pytest.raises(
-        ValueError, match=r"(?s)the criterion is .*\nlikelihood='gaussian' agrees\. Without a"
+        ValueError, match=r"(?s)the criterion is .*\nlikelihood='gaussian' agrees\. .*without a"
     ):
         EWC(
             nn.Linear(4, 3).double(), 1.0, likelihood="bernoulli", criterion=nn.MSELoss()
         ).consolidate((X, BITS))
+
+
+def test_a_criterion_that_smooths_labels_is_told_to_be_left_out():
+    def smooth(output, target):
+        return F.cross_entropy(output, target, label_smoothing=0.1)
+
+    with pytest.raises(ValueError, match=r"(?s)label smoothing, .*without a criterion") as error:
+        fisher_information(nn.Linear(4, 3).double(), (X, Y), criterion=smooth)
+    assert "nearest" not in str(error.value)
 
 
 def test_a_criterion_that_cannot_be_computed_is_told():
