@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
 from ewc_lib._names import plain_name
-from ewc_lib.attaching import Attachment, Form, own_parameters, unwrapped
+from ewc_lib.attaching import Attachment, Form, Metric, own_parameters, unwrapped
 from ewc_lib.ewc import EWC
 from ewc_lib.quadratic import QuadraticPenalty
 from ewc_lib.regularizers import AdapterEWC, Regularizer
@@ -28,6 +28,8 @@ class Task:
         What acts.
     form
         How; None for what the regularizer does by itself.
+    metric
+        Of a proximal step; None for what the regularizer does by itself.
     whole
         Whether each training is a task; else it is the user who begins and ends them.
     options
@@ -35,10 +37,16 @@ class Task:
     """
 
     def __init__(
-        self, regularizer: Regularizer, form: Form | None, whole: bool, options: dict[str, Any]
+        self,
+        regularizer: Regularizer,
+        form: Form | None,
+        metric: Metric | None,
+        whole: bool,
+        options: dict[str, Any],
     ) -> None:
         self.regularizer = regularizer
-        self.form = form
+        given: dict[str, Any] = {"form": form, "metric": metric}
+        self._how = {key: value for key, value in given.items() if value is not None}
         self.whole = whole
         self.options = {key: value for key, value in options.items() if value is not None}
         self.ended = False
@@ -51,9 +59,8 @@ class Task:
             self.ended = False
             if self.whole:
                 self.regularizer.before_task()
-        options = {} if self.form is None else {"form": self.form}
         for optimizer in _holding(self.regularizer, optimizers):
-            self._attached.append(self.regularizer.attach(optimizer, **options))
+            self._attached.append(self.regularizer.attach(optimizer, **self._how))
 
     @property
     def attached(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ewc_lib.attaching import Form
+from ewc_lib.attaching import Form, Metric
 from ewc_lib.integrations._task import Task, in_batches, is_everywhere
 from ewc_lib.regularizers import Regularizer
 
@@ -30,7 +30,7 @@ class EWCPlugin:
     ewc
         :class:`ewc_lib.EWC` or another method of :mod:`ewc_lib.regularizers`, of the model that
         the strategy trains.
-    form
+    form, metric
         As in :meth:`ewc_lib.EWC.attach`; by default what the method does there.
     n_samples, **options
         Of ``ewc.consolidate``.
@@ -77,11 +77,12 @@ class EWCPlugin:
         ewc: Regularizer,
         *,
         form: Form | None = None,
+        metric: Metric | None = None,
         n_samples: int | None = None,
         **options: Any,
     ) -> None:
         self.ewc = ewc
-        self._task = Task(ewc, form, True, {"n_samples": n_samples, **options})
+        self._task = Task(ewc, form, metric, True, {"n_samples": n_samples, **options})
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Attach the regularizer, after the model has grown and the optimizer knows of that."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ewc_lib.attaching import Form
+from ewc_lib.attaching import Form, Metric
 from ewc_lib.integrations._task import Task, in_batches, is_everywhere, warn_of_next
 from ewc_lib.regularizers import Regularizer
 
@@ -44,7 +44,7 @@ class EWCCallback(Callback):
     ewc
         :class:`ewc_lib.EWC` or another method of :mod:`ewc_lib.regularizers`, of the module that
         the trainer fits, or of a part of it.
-    form
+    form, metric
         As in :meth:`ewc_lib.EWC.attach`; by default what the method does there.
     consolidate_with
         The data of this task, for its end: a DataLoader or other data that ``ewc.consolidate``
@@ -91,6 +91,7 @@ class EWCCallback(Callback):
         ewc: Regularizer,
         *,
         form: Form | None = None,
+        metric: Metric | None = None,
         consolidate_with: Any = None,
         n_samples: int | None = None,
         **options: Any,
@@ -98,7 +99,7 @@ class EWCCallback(Callback):
         self.ewc = ewc
         self.consolidate_with = consolidate_with
         options["n_samples"] = n_samples
-        self._task = Task(ewc, form, consolidate_with is not None, options)
+        self._task = Task(ewc, form, metric, consolidate_with is not None, options)
         self._resumed = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

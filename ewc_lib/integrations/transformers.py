@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ewc_lib.attaching import Form
+from ewc_lib.attaching import Form, Metric
 from ewc_lib.integrations._task import Task, in_batches, is_everywhere, warn_of_next
 from ewc_lib.regularizers import Regularizer
 
@@ -46,7 +46,7 @@ class EWCCallback(TrainerCallback):
     ewc
         :class:`ewc_lib.EWC` or another method of :mod:`ewc_lib.regularizers`, of the model that
         the trainer trains.
-    form
+    form, metric
         As in :meth:`ewc_lib.EWC.attach`; by default what the method does there.
     consolidate_with
         The data of this task, for its end: a data set as the trainer's ``train_dataset``, which
@@ -97,6 +97,7 @@ class EWCCallback(TrainerCallback):
         ewc: Regularizer,
         *,
         form: Form | None = None,
+        metric: Metric | None = None,
         consolidate_with: Any = None,
         n_samples: int | None = None,
         **options: Any,
@@ -104,7 +105,7 @@ class EWCCallback(TrainerCallback):
         self.ewc = ewc
         self.consolidate_with = consolidate_with
         options["n_samples"] = n_samples
-        self._task = Task(ewc, form, consolidate_with is not None, options)
+        self._task = Task(ewc, form, metric, consolidate_with is not None, options)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from ewc_lib import EWC
+from ewc_lib.attaching import attachments
 from ewc_lib.integrations._task import Task, in_batches
 from ewc_lib.regularizers import L2, MAS, SI, AdapterEWC, KroneckerLaplace, LwF, add_adapters
 
@@ -42,7 +43,7 @@ def optimizers(model):
 
 
 def task(regularizer, whole=True):
-    return Task(regularizer, None, whole, {})
+    return Task(regularizer, None, None, whole, {})
 
 
 def test_only_optimizers_that_move_what_is_held_are_attached_to():
@@ -57,6 +58,23 @@ def test_only_optimizers_that_move_what_is_held_are_attached_to():
     own.stop()
     assert not own.attached
     assert not other._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("metric", [None, "optimizer", "euclidean"])
+def test_the_metric_is_that_of_the_proximal_step(metric):
+    model = network()
+    adam = torch.optim.Adam(model.parameters())
+    own = Task(EWC(model, 1.0), "proximal", metric, True, {})
+    own.begin([adam], resumed=False)
+    assert [one.metric for one in attachments(adam)] == [metric or "optimizer"]
+
+
+def test_every_callback_hands_the_metric_on():
+    for name in ("transformers", "lightning", "avalanche"):
+        module = pytest.importorskip(f"ewc_lib.integrations.{name}")
+        make = getattr(module, "EWCCallback", None) or module.EWCPlugin
+        callback = make(EWC(network(), 1.0), metric="euclidean")
+        assert callback._task._how == {"metric": "euclidean"}
 
 
 def test_optimizers_of_another_model_are_refused():
@@ -101,7 +119,7 @@ def test_data_that_every_process_reads_are_its_own_unless_a_group_is_named(
     monkeypatch.setattr(make, "consolidate", consolidate)
     data = torch.randn(6, 3), torch.arange(6) % 2
     for everywhere in (True, False):
-        Task(make(network(), 1.0), None, True, options).end(data, everywhere=everywhere)
+        Task(make(network(), 1.0), None, None, True, options).end(data, everywhere=everywhere)
     assert seen == [group, options.get("group")]
 
 
