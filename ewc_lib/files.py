@@ -25,6 +25,7 @@ from ewc_lib._sharded import whole
 if TYPE_CHECKING:
     from ewc_lib.fisher.structures import Fisher
     from ewc_lib.quadratic import QuadraticPenalty
+    from ewc_lib.regularizers import AdapterEWC
 
 __all__ = ["card"]
 
@@ -62,7 +63,8 @@ def card(path: str | os.PathLike[str]) -> dict[str, Any]:
         ``"parameters"``, for each its shape, the path on which it was computed, and where they are
         known its dtype and the hashes of its values in several precisions (those of a penalty are
         of its anchor); ``"hash"``, one for all names, shapes and values; ``"versions"``. A penalty
-        adds ``"n_tasks"`` and its settings, such as ``"mode"``.
+        adds ``"n_tasks"``, its settings, such as ``"mode"``, and the ``"strength"`` or
+        ``"budget"`` that it had, which are no part of its state.
 
     Raises
     ------
@@ -161,10 +163,11 @@ def card_of_fisher(F: Fisher, data: Any, model: nn.Module | None) -> dict[str, A
 
 
 def card_of_penalty(
-    penalty: QuadraticPenalty, settings: Mapping[str, str], data: Any
+    penalty: QuadraticPenalty | AdapterEWC, settings: Mapping[str, str], data: Any
 ) -> dict[str, Any]:
     """Return the card of a penalty, with the values of its anchor."""
     precision, anchor = penalty.precision, penalty.anchor
+    budget = getattr(penalty, "budget", None)
     paths = {} if precision is None else precision.paths
     values = described({plain: anchor[name] for name, plain in plain_names(anchor).items()})
     parameters = {
@@ -173,6 +176,8 @@ def card_of_penalty(
     return {
         "holds": type(penalty).__name__,
         "n_tasks": penalty.n_tasks,
+        "strength": None if budget else penalty.strength,
+        "budget": budget,
         "data": data,
         "hash": of_all(parameters),
         "parameters": parameters,

@@ -303,6 +303,10 @@ def test_the_card_of_ewc_says_its_settings_and_its_anchor(path):
     ewc.save(path)
     said = card(path)
     assert (said["mode"], said["decay"], said["kind"]) == ("online", "0.5", "sketch")
+    assert (said["strength"], said["budget"]) == (ewc.strength, None)
+    ewc.budget = 0.5
+    ewc.save(path)
+    assert (card(path)["strength"], card(path)["budget"]) == (None, 0.5)
     assert (said["structure"], said["n_samples"]) == ("diagonal", 5)
     assert said["likelihood"].startswith("Categorical(")
     saved(path, model)

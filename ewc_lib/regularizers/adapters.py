@@ -5,7 +5,7 @@ r"""Low-rank adapters: the weights stay, and a product of two small matrices is 
 
 from __future__ import annotations
 
-import warnings
+import os
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal
@@ -21,13 +21,16 @@ from ewc_lib._adapted.network import Unit, has_adapters, units, without_adapters
 from ewc_lib._arguments import check_choice
 from ewc_lib._foreach import each
 from ewc_lib._forms import Pick
+from ewc_lib._names import plain_names
 from ewc_lib._parameters import Vector
 from ewc_lib._precision import Precision
 from ewc_lib._processes import Group, over_ranks, share_of, taking_part
 from ewc_lib._selecting import Selection
 from ewc_lib._sharded import any_sharded
-from ewc_lib._states import check_settings, settings_of
+from ewc_lib._states import check_chosen, check_settings, settings_of
+from ewc_lib._warning import warn
 from ewc_lib.attaching import accumulate_
+from ewc_lib.files import card_of_penalty, read, write
 from ewc_lib.fisher import Diagonal, fisher_information
 from ewc_lib.fisher.estimate import AnyKind, check_request
 from ewc_lib.fisher.structures import Fisher, check_shapes
@@ -67,6 +70,8 @@ class AdapterEWC(FunctionPenalty):
     likelihood, criterion, kind, n_samples, draws, certify, precision
         As in :class:`ewc_lib.EWC`. ``precision`` is that of products; the attribute of that name
         is the matrix of the penalty.
+    budget, structure
+        Here for comparison with :class:`ewc_lib.EWC`: there is no budget, and the diagonal only.
     params
         What to hold: names or glob patterns of a network without adapters (``"*.q_proj.weight"``),
         modules of the model, or a predicate of ``(name, tensor)``. By default all that changes.
@@ -74,8 +79,9 @@ class AdapterEWC(FunctionPenalty):
     Raises
     ------
     ValueError
-        If the strength is negative or not finite, if a word or number cannot be meant, if the
-        model has no adapters, or if a layer is no linear map with one weight, by its name.
+        If there is no strength, or it is negative or not finite, if a word or number cannot be
+        meant, if the model has no adapters, or if a layer is no linear map with one weight, by
+        its name.
 
     Notes
     -----
@@ -110,13 +116,15 @@ class AdapterEWC(FunctionPenalty):
     def __init__(
         self,
         model: nn.Module,
-        strength: float,
+        strength: float | None = None,
         mode: Literal["separate", "online"] = "online",
         *,
+        budget: None = None,
         decay: float = 1.0,
         likelihood: Likelihood | None = None,
         criterion: Criterion | None = None,
         kind: AnyKind = "exact",
+        structure: Literal["diagonal"] = "diagonal",
         params: Selection = None,
         n_samples: int | None = None,
         draws: int = 1,
@@ -124,6 +132,16 @@ class AdapterEWC(FunctionPenalty):
         precision: Precision = "highest",
     ) -> None:
         check_choice("mode", mode, ("separate", "online"))
+        if structure != "diagonal":
+            raise ValueError(
+                "AdapterEWC holds the diagonal of the weights that adapters make, and no "
+                f"structure={structure!r}"
+            )
+        if strength is None or budget is not None:
+            raise ValueError(
+                "AdapterEWC needs a strength: a budget is kept by a proximal step, and there is "
+                "none for what adapters train"
+            )
         check_request(kind, "diagonal", n_samples, draws, 1, certify, precision, None, None)
         given_distribution(likelihood)  # refuses an unknown word now, not later
         if not 0 <= decay <= 1:
@@ -131,6 +149,7 @@ class AdapterEWC(FunctionPenalty):
         if mode == "separate" and decay != 1:
             raise ValueError("decay belongs to mode='online'; separate penalties do not decay")
         super().__init__(model, strength)
+        self.params = params
         self._wrapped = model  # which says whose running statistics count
         self.mode, self.decay = mode, decay
         self.likelihood, self.criterion = likelihood, criterion
@@ -218,15 +237,59 @@ class AdapterEWC(FunctionPenalty):
         is_wrapped = getattr(self._wrapped, "module", None) is self.model
         new = over_ranks(self._wrapped if is_wrapped else self.model, compute, ranks)
         assert isinstance(new, Diagonal)
-        if not new.trace() > 0:
-            warnings.warn(
-                "the Fisher information of the weights is zero everywhere: the penalty protects "
-                "nothing",
-                RuntimeWarning,
-                stacklevel=2,
-            )
         self._remember(new)
         return new
+
+    def remember(self, fisher: Fisher) -> None:
+        """Finish a task whose Fisher information was computed elsewhere, as that of a base model.
+
+        Before adapters are trained they change nothing, so the Fisher information of the model
+        without them is that of the weights that they make: also one from a file, or the
+        ``precision`` of an :class:`ewc_lib.EWC`.
+
+        Parameters
+        ----------
+        fisher
+            A diagonal, at the present weights, with the names of a network without adapters. What
+            it has of parameters that nothing trains is left out.
+
+        Raises
+        ------
+        ValueError
+            If it is not diagonal, of another kind than this penalty, or has not all that is to be
+            held, in its shape. Nothing has changed then.
+
+        Warns
+        -----
+        RuntimeWarning
+            If it is zero everywhere, so that nothing would be protected.
+
+        Examples
+        --------
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> F = fisher_information(model, (torch.randn(16, 8), torch.arange(16) % 4))
+        >>> add_adapters(model, ["0"], rank=2)
+        >>> ewc = AdapterEWC(model, strength=10.0)
+        >>> ewc.remember(F)
+        >>> list(ewc.anchor)
+        ['0.weight']
+        """
+        if not isinstance(fisher, Diagonal):
+            raise ValueError(f"AdapterEWC holds a diagonal, got a {type(fisher).__name__}")
+        if fisher.kind != self.kind:
+            raise ValueError(
+                f"this AdapterEWC is of kind {self.kind!r}, got a Fisher of {fisher.kind!r}"
+            )
+        fisher = fisher._renamed(plain_names(fisher.shapes))
+        with torch.no_grad():
+            held = {name: w.shape for name, w in self._weights(set(self._names())).items()}
+        check_shapes(held, {n: shape for n, shape in fisher.shapes.items() if n in held})
+        self._remember(replace(fisher, values={name: fisher.values[name] for name in held}))
+
+    def nats(self) -> Float[Tensor, ""]:
+        """Return what the old tasks are predicted to have lost, as :meth:`ewc_lib.EWC.nats`."""
+        return self._loss() if self._precision is not None else torch.zeros((), device=self._device)
 
     def _fisher(self, data: Any, **options: Any) -> Diagonal:
         """Return the Fisher information of what is held, in the network that adapters make."""
@@ -257,6 +320,11 @@ class AdapterEWC(FunctionPenalty):
 
     def _remember(self, new: Diagonal) -> None:
         """Take the Fisher information of one more task around the present weights."""
+        if not new.trace() > 0:
+            warn(
+                "the Fisher information of the weights is zero everywhere: the penalty protects "
+                "nothing"
+            )
         with torch.no_grad():
             now = self._weights({*new.values, *self._anchor})
         optimum = {name: w.detach().clone() for name, w in now.items()}
@@ -296,12 +364,17 @@ class AdapterEWC(FunctionPenalty):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` returned, on the model's device.
 
+        The state of an :class:`ewc_lib.EWC` of the network without adapters is one as well, if
+        it is diagonal and the settings are the same: its mode is another one by default.
+
         Raises
         ------
         ValueError
-            If it is not such a state, if it says other settings, or if its weights have other
-            names or shapes than those of the model. Nothing has changed then.
+            If it is not such a state, if it says other settings, if its weights have other names
+            or shapes than those of the model, or if ``params`` does not choose one that is
+            trained. Nothing has changed then.
         """
+        state = {"heads": torch.zeros(0, 2, dtype=torch.long), **state}
         self._check_state(state, "offset")
         check_settings(state, self._settings(), type(self).__name__)
         anchor = {k: v.to(self._device, copy=True) for k, v in under("anchor.", state).items()}
@@ -315,9 +388,28 @@ class AdapterEWC(FunctionPenalty):
                 shapes = {name: w.shape for name, w in self._weights(set(anchor)).items()}
             check_shapes(shapes, {name: value.shape for name, value in anchor.items()})
             check_shapes(shapes, precision.shapes)
+            if self.params is not None:
+                check_chosen(anchor, self._trained(), self._names())
         self._load(state)
         self._anchor, self._precision = anchor, precision
         self._offset = state["offset"].to(self._device, copy=True)
+
+    def save(self, path: str | os.PathLike[str], *, data: Any = None) -> None:
+        """Write the state as a file with a card, as :meth:`ewc_lib.EWC.save` does."""
+        card = card_of_penalty(self, {"structure": "diagonal", **self._settings()}, data)
+        write(path, self.state_dict(), card)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Restore what :meth:`save` has written, as :meth:`ewc_lib.EWC.load` does.
+
+        Raises
+        ------
+        ImportError
+            If safetensors is not installed, the extra ``files``.
+        ValueError
+            If it is no such file, and as :meth:`load_state_dict`. Nothing has changed then.
+        """
+        self.load_state_dict(read(path, type(self).__name__)[0])
 
     def _settings(self) -> dict[str, str]:
         """Return what a state says of itself and must agree on, beside names and shapes."""
@@ -390,6 +482,10 @@ class AdapterEWC(FunctionPenalty):
                 if name in self._anchor or (name in trained and self._is_chosen(name, tensor)):
                     found.append(name)
         return found
+
+    def _trained(self) -> set[str]:
+        """Return the names of all that training changes."""
+        return {name for unit in units(self.model) for name in unit.trained()}
 
     def _uncast(self) -> AbstractContextManager[Any]:
         """Let no region of autocast round the product of two factors."""

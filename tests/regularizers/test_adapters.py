@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from safetensors.torch import load, save
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ewc_lib import EWC, fisher_information
+from ewc_lib import EWC, Fisher, fisher_information
+from ewc_lib.files import card
 from ewc_lib.regularizers import AdapterEWC, Regularizer, add_adapters
 from tests._adapted import cases
 from tests.regularizers.cases import DOUBLE, TIGHT, copies, gradients, learn, task
@@ -220,6 +222,98 @@ def test_a_state_of_another_network_is_refused_and_changes_nothing():
 def test_a_state_that_is_none_is_refused():
     with pytest.raises(ValueError, match="not the state of AdapterEWC"):
         AdapterEWC(adapted(), 3.0).load_state_dict({})
+
+
+def test_the_fisher_information_of_the_network_without_adapters_is_that_of_new_ones(tmp_path):
+    model, data = plain(), task(classes=4)
+    ewc, F = EWC(model, 3.0), fisher_information(model, data)
+    ewc.consolidate(data)
+    F.save(tmp_path / "base.safetensors", model=model)
+    add_adapters(model, LAYERS, 2)
+    consolidated = AdapterEWC(model, 3.0)
+    consolidated.consolidate(data)
+    for known in (F, ewc.precision, Fisher.load(tmp_path / "base.safetensors")):
+        held = AdapterEWC(model, 3.0)
+        held.remember(known)
+        for key, value in held.state_dict().items():
+            torch.testing.assert_close(value, consolidated.state_dict()[key])
+    held.remember(F)
+    assert held.n_tasks == 2
+
+
+def test_a_fisher_information_that_does_not_fit_is_refused_and_changes_nothing():
+    model, data = plain(), task(classes=4)
+    F = fisher_information(model, data, params="0.*")
+    K = fisher_information(model, data, structure="kronecker")
+    add_adapters(model, LAYERS, 2)
+    held = AdapterEWC(model, 3.0)
+    for wrong, message in (
+        (F, "is missing"),
+        (K, "holds a diagonal, got a BlockDiagonal"),
+        (replace(F, kind="empirical"), "of kind 'exact', got a Fisher of 'empirical'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            held.remember(wrong)
+    assert (held.n_tasks, held.anchor) == (0, {})
+
+
+def test_what_the_task_is_predicted_to_have_lost_is_the_penalty_of_strength_one():
+    model = adapted()
+    held = AdapterEWC(model, 3.0)
+    assert held.nats() == 0
+    held.consolidate(task(classes=4))
+    shift(model)
+    torch.testing.assert_close(3 * held.nats(), held.penalty())
+
+
+@pytest.mark.parametrize("of_adapters", [True, False])
+def test_a_file_of_adapters_or_of_the_network_without_them_restores_the_penalty(
+    tmp_path, of_adapters
+):
+    model, path = adapted() if of_adapters else plain(), tmp_path / "held.safetensors"
+    held = AdapterEWC(model, 3.0) if of_adapters else EWC(model, 3.0, "online")
+    held.consolidate(task(classes=4))
+    held.save(path, data="four classes")
+    found = card(path)
+    assert (found["strength"], found["budget"], found["data"]) == (3.0, None, "four classes")
+    if not of_adapters:
+        add_adapters(model, LAYERS, 2)
+    shift(model)
+    again = AdapterEWC(model, 3.0)
+    again.load(path)
+    assert again.nats().item() > 0
+    for name, value in held.anchor.items():
+        assert torch.equal(again.anchor[name], value)
+        assert torch.equal(again.precision.values[name], held.precision.values[name])
+
+
+def test_a_state_of_more_than_is_chosen_is_refused():
+    model = adapted()
+    held, part = AdapterEWC(model, 3.0), AdapterEWC(model, 3.0, params="0.*")
+    held.consolidate(task(classes=4))
+    with pytest.raises(ValueError, match="which params does not choose here"):
+        part.load_state_dict(held.state_dict())
+    assert part.n_tasks == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0.1}, "needs a strength: a budget is kept by a proximal step"),
+        ({}, "needs a strength"),
+        ({"strength": 1.0, "structure": "kronecker"}, "holds the diagonal .*'kronecker'"),
+    ],
+)
+def test_what_ewc_has_and_this_has_not_is_said_in_words(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdapterEWC(adapted(), **options)
+
+
+def test_there_is_no_metric_to_choose_without_a_proximal_step():
+    held = AdapterEWC(adapted(), 3.0)
+    optimizer = torch.optim.SGD(held.model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="AdapterEWC has no proximal step, so there is no metric"):
+        held.attach(optimizer, metric="optimizer")
 
 
 def test_a_network_without_adapters_is_refused():
