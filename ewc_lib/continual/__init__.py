@@ -1,5 +1,6 @@
 """Tasks one after another: streams, a training loop, metrics."""
 
+from ewc_lib.continual.averaging import averaged
 from ewc_lib.continual.learning import Learned, learn
 from ewc_lib.continual.metrics import (
     accuracy,
@@ -25,6 +26,7 @@ __all__ = [
     "Together",
     "accuracy",
     "average_accuracy",
+    "averaged",
     "backward_transfer",
     "forgetting",
     "forward_transfer",

@@ -31,7 +31,6 @@ __all__ = [
     "State",
     "Task",
     "begin",
-    "between",
     "measured",
     "rows_of",
     "tuned",
@@ -211,26 +210,6 @@ def tuned(
     )
     model.load_state_dict(before)
     return passed
-
-
-def between(before: State, after: State, share: float) -> State:
-    r"""Return weights on the line from before to after.
-
-    .. math:: \theta = (1 - \alpha)\, \theta_{\text{before}} + \alpha\, \theta_{\text{after}}
-
-    Parameters
-    ----------
-    before, after
-        States of one model, of floating-point numbers.
-    share
-        :math:`\alpha`: 0 for before, 1 for after.
-
-    Examples
-    --------
-    >>> between({"w": torch.zeros(1)}, {"w": torch.ones(1)}, 0.25)
-    {'w': tensor([0.2500])}
-    """
-    return {name: torch.lerp(before[name], after[name], share) for name in before}
 
 
 @torch.no_grad()

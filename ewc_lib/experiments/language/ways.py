@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
+from ewc_lib.continual import averaged
 from ewc_lib.ewc import EWC
 from ewc_lib.experiments.language.model import adaptable
 from ewc_lib.experiments.language.starts import (
     Examples,
     Start,
     State,
-    between,
     measured,
     rows_of,
     tuned,
@@ -29,16 +29,13 @@ from ewc_lib.fisher.estimate import Structure
 from ewc_lib.quadratic import QuadraticPenalty
 from ewc_lib.regularizers import L2, AdapterEWC, add_adapters
 
-__all__ = ["TRAINED", "averaged", "diagonal", "points"]
+__all__ = ["TRAINED", "diagonal", "points"]
 
 TRAINED: Mapping[str, tuple[str, ...]] = {
     "plain": ("learning rate", "early stopping", "averaging", "Fisher averaging"),
     "EWC": ("EWC", "EWC, averaging"),
 }
 """The ways that come out of one training without more work; any other has its own name."""
-
-FLOOR = 1e-6
-"""Added to the Fisher information of every weight where it weighs an average."""
 
 
 def points(
@@ -98,47 +95,13 @@ def _plain(
     for steps in at.values():
         yield "early stopping", steps, passed[steps]
     for share in settings.get("averaging", ()):
-        yield "averaging", share, between(before, after, share)
+        yield "averaging", share, averaged(start.model, before, share, after=after)
     if shares := settings.get("Fisher averaging", ()):
         seen = rows_of(start.b.train, slice(len(start.seen[0])))
-        of_b = diagonal(start, after, seen)
+        fishers = start.fisher["diagonal"], diagonal(start, after, seen)
         for share in shares:
-            yield "Fisher averaging", share, averaged(start, after, of_b, share)
-
-
-@torch.no_grad()
-def averaged(start: Start, after: State, of_b: Diagonal, share: float) -> State:
-    r"""Return the weights before and after, each averaged by its Fisher information.
-
-    .. math:: \theta_i = \frac{(1 - \alpha)\, F_{A,i}\, \theta_{\text{before},i}
-                            + \alpha\, F_{B,i}\, \theta_{\text{after},i}}
-                            {(1 - \alpha)\, F_{A,i} + \alpha\, F_{B,i}}
-
-    Parameters
-    ----------
-    start
-        With the weights before, and :math:`F_A`.
-    after
-        The weights after.
-    of_b
-        :math:`F_B`, as :func:`diagonal` returns it for them.
-    share
-        :math:`\alpha`.
-
-    Notes
-    -----
-    To both a millionth is added, so that a weight that neither knows of is on the line between.
-
-    References
-    ----------
-    Matena and Raffel 2022.
-    """
-    model = copy.deepcopy(start.model)
-    of_a = start.fisher["diagonal"].diagonal()
-    for name, weight in model.named_parameters():
-        a, b = (1 - share) * (of_a[name] + FLOOR), share * (of_b.values[name] + FLOOR)
-        weight.copy_((a * weight + b * after[name]) / (a + b))
-    return model.state_dict()
+            weights = averaged(start.model, before, share, after=after, fishers=fishers)
+            yield "Fisher averaging", share, weights
 
 
 def diagonal(start: Start, weights: State, examples: Examples) -> Diagonal:
@@ -174,7 +137,8 @@ def _penalized(
         yield method, held.strength, after
         for strength, share in pairs:
             if strength == held.strength:
-                yield f"{method}, averaging", [strength, share], between(before, after, share)
+                weights = averaged(start.model, before, share, after=after)
+                yield f"{method}, averaging", [strength, share], weights
 
 
 def _penalty(method: str, start: Start) -> QuadraticPenalty:

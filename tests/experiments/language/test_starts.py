@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ewc_lib import EWC
-from ewc_lib.experiments.language.starts import begin, between, measured, tuned
+from ewc_lib.experiments.language.starts import begin, measured, tuned
 from ewc_lib.likelihood import Categorical
 from tests.experiments.texts import FINE, cut_short
 
@@ -46,12 +46,6 @@ def test_a_sequence_is_one_observation_of_its_bytes():
     fisher = ewc.consolidate(start.old)
     assert torch.allclose(fisher.trace(), start.fisher["diagonal"].trace())
     assert start.terms == FINE["texts"]["length"] == start.old[0].shape[1]
-
-
-def test_between_is_a_line_from_before_to_after():
-    before, after = {"w": torch.zeros(2)}, {"w": torch.tensor([1.0, 4.0])}
-    assert between(before, after, 0.25)["w"].tolist() == [0.25, 1.0]
-    assert torch.equal(between(before, after, 1.0)["w"], after["w"])
 
 
 def test_the_divergence_is_the_mean_over_terms_of_what_is_said_from_what_was_said():

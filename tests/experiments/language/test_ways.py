@@ -6,8 +6,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ewc_lib import EWC
+from ewc_lib.continual import averaged
 from ewc_lib.experiments.language.starts import begin, rows_of, tuned
-from ewc_lib.experiments.language.ways import averaged, diagonal, points
+from ewc_lib.experiments.language.ways import diagonal, points
 from tests.experiments.texts import FINE, SHORT, cut_short
 
 few = pytest.fixture(autouse=True)(cut_short)
@@ -109,8 +110,8 @@ def test_an_average_by_information_leaves_each_task_what_it_alone_knows():
     before = start.model.state_dict()
     after = {name: value + 1.0 for name, value in before.items()}
     of_b = diagonal(start, after, start.b.train)
-    of_a = start.fisher["diagonal"].diagonal()
-    found = averaged(start, after, of_b, 0.5)
+    fishers, of_a = (start.fisher["diagonal"], of_b), start.fisher["diagonal"].diagonal()
+    found = averaged(start.model, before, after=after, fishers=fishers)
     for name, value in found.items():
         a, b = of_a[name], of_b.values[name]
         moved = value - before[name]
@@ -119,6 +120,6 @@ def test_an_average_by_information_leaves_each_task_what_it_alone_knows():
         assert torch.allclose(moved[neither], torch.tensor(0.5), atol=1e-4)
         firm = (a > 1e-3) & (b == 0)
         assert (moved[firm] < 0.01).all()
-    ends = (averaged(start, after, of_b, share) for share in (0.0, 1.0))
-    for end, expected in zip(ends, (before, after), strict=True):
+    for share, expected in ((0.0, before), (1.0, after)):
+        end = averaged(start.model, before, share, after=after, fishers=fishers)
         assert all(torch.allclose(end[n], expected[n], atol=1e-5) for n in end)
