@@ -54,7 +54,7 @@ class Kept:
         self._rests = Rests()
         self._is_sharded = False
         self._say, self._warned = Once(), False
-        self._known: set[str] = set()
+        self._known: dict[str, int] = {}
         self._kept_held: tuple[Any, Held] | None = None
         select_parameters(model, self.params)
 
@@ -114,7 +114,7 @@ class Kept:
             self._offset, self._n_tasks = torch.zeros_like(self._offset), 0
         else:
             self._keep(self._precision._within(left), left)
-        self._known -= set(dropped)
+        self._known = {name: i for name, i in self._known.items() if name not in dropped}
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         """Return the trainable parameters that are chosen, by plain names; there may be none."""
@@ -260,7 +260,7 @@ class Kept:
 
     def _warn(self) -> None:
         """Warn once of what moves and is not held; note what there is to hold."""
-        self._known = set(self._choose.every(self.model))
+        self._known = {name: id(p) for name, p in self._choose.every(self.model).items()}
         self._warned = self._warned or warn_of_moving(self.model)
 
     def _keep(self, precision: Fisher | None, anchor: Vector) -> None:

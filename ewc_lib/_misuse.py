@@ -8,7 +8,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from ewc_lib._adapted.network import below_adapters
+from ewc_lib._anchored import displacement
+from ewc_lib._foreach import inner
 from ewc_lib._names import listed
+from ewc_lib._parameters import Vector
 from ewc_lib._warning import Once, warn
 from ewc_lib.attaching import own_parameters
 from ewc_lib.fisher.estimate import STRUCTURES
@@ -29,18 +32,40 @@ def warn_of_adapters(say: Once, model: nn.Module, held: Set[str]) -> None:
 def warn_of_unfrozen(
     optimizer: Optimizer,
     chosen: Mapping[str, nn.Parameter],
-    known: set[str],
+    known: dict[str, int],
     held: Collection[str],
 ) -> None:
     """Warn, once each, of what was there when a task was finished and is trained only now."""
     own = own_parameters(optimizer)
     free = [n for n, p in chosen.items() if n in known and n not in held and id(p) in own]
     if free:
-        known.difference_update(free)
+        for name in free:
+            del known[name]
         warn(
             f"{listed(free)} were frozen when the last task was finished, and are trained now: "
             "nothing holds them until the next task is finished. To hold them from the start, let "
             "them require grad while the Fisher information or importance is computed"
+        )
+
+
+def warn_of_replaced(
+    say: Once, parameters: Mapping[str, Tensor], anchor: Vector, known: Mapping[str, int]
+) -> None:
+    """Warn of layers that are others than those of the task, and far from what these were.
+
+    If all are others, the model is a copy; what is nearer to the anchor than zero has grown of it.
+    """
+    new = [n for n, p in parameters.items() if known.get(n, id(p)) != id(p)]
+    if not 0 < len(new) < len(parameters):
+        return
+    moved = displacement({name: parameters[name] for name in new}, {n: anchor[n] for n in new})
+    before = {name: anchor[name] * (x != 0) for name, x in moved.items()}
+    if inner(moved, moved) > inner(before, before):
+        say(
+            "replaced",
+            f"{listed(new)} are other parameters than those of the last task, and far from them: "
+            "a new layer has the name of an old one, and the penalty pulls it to where that was. "
+            f"ewc.forget({new}) sets it free",
         )
 
 

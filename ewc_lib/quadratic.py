@@ -24,7 +24,13 @@ from ewc_lib._foreach import within_range
 from ewc_lib._held import Held, grown_from, held_ones
 from ewc_lib._kept import Kept
 from ewc_lib._metric import rates_of, scale_of
-from ewc_lib._misuse import warn_if_used_twice, warn_of_rates, warn_of_twice, warn_of_unfrozen
+from ewc_lib._misuse import (
+    warn_if_used_twice,
+    warn_of_rates,
+    warn_of_replaced,
+    warn_of_twice,
+    warn_of_unfrozen,
+)
 from ewc_lib._multiplier import MOST
 from ewc_lib._selecting import Selection
 from ewc_lib._sharded import whole
@@ -319,9 +325,9 @@ class QuadraticPenalty(Kept):
         -----
         RuntimeWarning
             If adapters of peft change what is held, and are not; of parameters that were frozen
-            when the last task was finished and are trained now; if the strength is a euclidean
-            one though nothing says so; and later, if the penalty is added by hand as well. Each
-            once.
+            when the last task was finished and are trained now; of layers that are new ones under
+            the names of old ones; if the strength is a euclidean one though nothing says so; and
+            later, if the penalty is added by hand as well. Each once.
 
         Examples
         --------
@@ -346,7 +352,7 @@ class QuadraticPenalty(Kept):
     def _warn_of(self, optimizer: torch.optim.Optimizer, by_its_rates: bool) -> None:
         """Warn of what an optimizer moves and this does not hold, and of another strength."""
         if self._precision is not None:
-            self._held()
+            warn_of_replaced(self._say, self._held().parameters, self._anchor, self._known)
             warn_of_unfrozen(optimizer, self._parameters(), self._known, self._anchor)
         if by_its_rates and self._budget is None:
             warn_of_rates(self._say, optimizer, self._structure)

@@ -1,5 +1,7 @@
 """What runs and is seldom meant is said once, and what is meant says nothing."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,6 +97,36 @@ def test_new_and_forgotten_layers_and_those_that_nobody_chose_are_free_without_a
     ewc.attach(adam(model))
     model, ewc = network(), EWC(network(), 1.0)
     ewc.attach(adam(ewc.model))  # before the first task
+
+
+@pytest.mark.parametrize("more", [0, 3])
+def test_a_new_layer_under_the_name_of_an_old_one_is_named_with_what_sets_it_free(more):
+    model, ewc = held()
+    model[2] = nn.Linear(4, 2 + more)
+    with pytest.warns(RuntimeWarning, match=r"ewc\.forget\(\['2\.weight', '2\.bias'\]\)"):
+        ewc.attach(adam(model))
+    ewc.attach(adam(model))
+    _, ewc = held(model)
+    model[2] = nn.Linear(4, 5)
+    ewc.forget("2.*")
+    ewc.attach(adam(model))
+
+
+def test_layers_that_have_grown_and_copies_of_a_model_are_no_new_ones():
+    model, ewc = held()
+    grown = nn.Linear(4, 5)
+    for name, value in model[2].state_dict().items():
+        grown.get_parameter(name).data[:2] = value
+    model[2] = grown
+    ewc.attach(adam(model))
+    model, ewc = held()
+    twin = copy.deepcopy(ewc)
+    for p in twin.model.parameters():
+        nn.init.normal_(p)
+    twin.attach(adam(twin.model))
+    for p in model.parameters():
+        nn.init.normal_(p)
+    ewc.attach(adam(model))  # moved, and the same
 
 
 def test_what_no_optimizer_moves_may_be_unfrozen():
