@@ -18,7 +18,6 @@ WORDS: dict[str, dict[str, str]] = {
         "sketch": "random signs",
         "sampled": "mc type1 montecarlo fishermc mcfisher fishermontecarlo",
         "empirical": "ef emp fisheremp empfisher observed empiricalfisher",
-        "second moments": "adam moments optimizer secondmoment",
     },
     "structure": {
         "diagonal": "diag fullyfactorized",
