@@ -52,9 +52,10 @@ ALLOWED = {
     "practice/stability": {
         "learning rate 0.1": CHOSEN,
         "strengths from 0.1 to": CHOSEN,
-        "its 95 % interval": "a level of confidence",
+        "half of the 95 % interval": "a level of confidence",
     },
     "practice/which_fisher": {
+        "half of the 95 % interval": "a level of confidence",
         "99 % sure of an image keeps 99 % of its information": CHOSEN,
     },
 }
