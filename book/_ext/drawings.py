@@ -31,7 +31,7 @@ class NameDrawings(SphinxPostTransform):
                 name = escape(picture.get("alt", "Figure"))
                 named = UNNAMED.replace('"Figure"', f'"{name}"')
                 text = drawing.astext().replace(UNNAMED, named, 1)
-                drawing.replace_self(nodes.raw("", text, format="html", classes=["output"]))
+                drawing.replace_self(nodes.raw("", text, format="html", classes=drawing["classes"]))
 
 
 def setup(app: Sphinx) -> dict[str, object]:

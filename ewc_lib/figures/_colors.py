@@ -1,7 +1,7 @@
 """The colours of the figures, by names that a page may give other values.
 
 A drawing says `var(--ewc-1,#de8f05)`: the value that the page sets for its theme, or, where it
-sets none, that of the palette.
+sets none, that of the palette. Black lines and grey text take the text colour of the page.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ def on_page(style: str, is_text: bool) -> str:
     """Let a page choose the colours of a CSS style. Grey text takes the text colour."""
 
     def variable(color: re.Match[str]) -> str:
+        if color[0] == "#000000":
+            return "currentColor"
         if is_text:  # what is not grey stands on a ground of its own
             return "currentColor" if color[0] == GREY else color[0]
         return f"var({_VARIABLES[color[0]]},{color[0]})" if color[0] in _VARIABLES else color[0]

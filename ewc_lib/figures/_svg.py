@@ -75,7 +75,7 @@ def _show(part: Element, window: Window, height: str) -> str:
             "xmlns": "http://www.w3.org/2000/svg",
             "viewBox": f"{left:g} 0 {width:g} {height}",
             "aria-hidden": "true",
-            "style": f"{size};height:auto;stroke-linejoin:round",
+            "style": f"{size};height:auto;fill:currentColor;stroke-linejoin:round",
         },
     )
     svg.append(part)

@@ -37,9 +37,9 @@ def use_style() -> None:
     A notebook then shows each figure as SVG, with the fonts and the text colour of the page, and
     as PNG where there is no HTML. Panels in a row stand below each other on a narrow page.
 
-    Text of 11 points, the smallest here, takes at least 11 pixels on a phone (390 pixels, 358 of
-    them for the text) if a figure, or each panel of a row, is at most 4.9 inches wide; the default
-    is 4.8 by 3.2 inches. A figure takes at most 100 pixels an inch.
+    Text of 11 points, the smallest here, takes at least 11 pixels on a phone (375 pixels, 343 of
+    them for a figure) if a figure, or each panel of a row, is at most 4.75 inches wide; the default
+    is 4.7 by 3.2 inches. A figure takes at most 100 pixels an inch.
 
     Examples
     --------
@@ -55,7 +55,7 @@ def use_style() -> None:
             "figure.facecolor": "none",
             "axes.facecolor": "none",
             "savefig.facecolor": "none",
-            "figure.figsize": (4.8, 3.2),
+            "figure.figsize": (4.7, 3.2),
             "figure.constrained_layout.use": True,
             "axes.spines.top": False,
             "axes.spines.right": False,

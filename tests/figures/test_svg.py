@@ -19,7 +19,7 @@ def style():
     plt.close("all")
 
 
-WHOLE = [(0.0, 345.6)]
+WHOLE = [(0.0, 338.4)]
 
 
 def inline(figure, prefix, windows=WHOLE):
@@ -40,17 +40,17 @@ def elements(markup, tag):
 
 def test_the_drawing_is_well_formed_and_takes_what_width_the_page_has():
     root = ElementTree.fromstring(inline(draw(), "a"))
-    assert root.get("viewBox") == "0 0 345.6 230.4"
+    assert root.get("viewBox") == "0 0 338.4 230.4"
     assert root.get("width") is root.get("height") is None
-    assert "flex:345.6 1 345.6px;min-width:0;max-width:484px" in root.get("style")
+    assert "flex:338.4 1 338.4px;min-width:0;max-width:474px" in root.get("style")
 
 
 def test_each_window_shows_its_part_of_one_drawing():
-    markup = inline(draw(), "a", [(0.0, 200.0), (200.0, 145.6)])
+    markup = inline(draw(), "a", [(0.0, 200.0), (200.0, 138.4)])
     first, second = ElementTree.fromstring(f"<div>{markup}</div>")
     assert [svg.get("viewBox") for svg in (first, second)] == [
         "0 0 200 230.4",
-        "200 0 145.6 230.4",
+        "200 0 138.4 230.4",
     ]
     assert len(first[0]) > 1
     assert second[0].get("href") == "#" + first[0].get("id")
@@ -99,6 +99,16 @@ def test_a_white_line_is_a_gap_and_white_text_stays_white():
     assert "stroke:var(--ewc-ground,#ffffff)" in markup
     (style,) = [e.get("style") for e in elements(markup, "text") if e.text == "on a bar"]
     assert "fill:#ffffff" in style
+
+
+def test_black_takes_the_text_colour_of_the_page():
+    figure, axes = plt.subplots()
+    axes.plot([0, 1], color="black", marker="o")
+    markup = inline(figure, "a")
+    assert "#000000" not in markup
+    root = ElementTree.fromstring(markup)
+    assert "fill:currentColor" in root.get("style")  # where matplotlib leaves black out
+    assert "stroke:currentColor" in markup
 
 
 def test_a_colour_that_is_not_of_the_style_stays():
