@@ -19,6 +19,7 @@ PALETTE = "colorblind"
 """Colours that colour-blind people can tell."""
 
 _VARIABLES = {color: f"--ewc-{k}" for k, color in enumerate(sns.color_palette(PALETTE).as_hex())}
+_BLACK = {"#000000", "#1a1a1a"}  # "black", and what seaborn makes of "k"
 _VARIABLES |= {GREY: "--ewc-grey", "#ffffff": "--ewc-ground"}
 
 
@@ -26,7 +27,7 @@ def on_page(style: str, is_text: bool) -> str:
     """Let a page choose the colours of a CSS style. Grey text takes the text colour."""
 
     def variable(color: re.Match[str]) -> str:
-        if color[0] == "#000000":
+        if color[0] in _BLACK:
             return "currentColor"
         if is_text:  # what is not grey stands on a ground of its own
             return "currentColor" if color[0] == GREY else color[0]

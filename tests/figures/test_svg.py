@@ -101,11 +101,12 @@ def test_a_white_line_is_a_gap_and_white_text_stays_white():
     assert "fill:#ffffff" in style
 
 
-def test_black_takes_the_text_colour_of_the_page():
+@pytest.mark.parametrize("black", ["black", "k"])
+def test_black_takes_the_text_colour_of_the_page(black):
     figure, axes = plt.subplots()
-    axes.plot([0, 1], color="black", marker="o")
+    axes.plot([0, 1], color=black, marker="o")
     markup = inline(figure, "a")
-    assert "#000000" not in markup
+    assert mpl.colors.to_hex(black) not in markup
     root = ElementTree.fromstring(markup)
     assert "fill:currentColor" in root.get("style")  # where matplotlib leaves black out
     assert "stroke:currentColor" in markup
