@@ -126,11 +126,10 @@ def test_a_formula_is_set_where_the_page_has_none() -> None:
         async with opened(Visit(WITHOUT_FORMULAS)) as page:
             assert await page.evaluate("window.MathJax") is None
             anchor = next(name for name, text in texts().items() if "math" in text)
-            await page.locator("article p a.internal").first.evaluate(
-                "(link, address) => { link.href = address; }", (SITE / anchor).as_uri()
-            )
-            link = page.locator("article p a.internal").first
-            return await (await look_at(page, link)).locator("mjx-container").count()
+            link = f'<p><a class="internal" href="{SITE.as_uri()}/{anchor}">A link</a></p>'
+            await page.evaluate("link => document.querySelector('article').innerHTML = link", link)
+            preview = await look_at(page, page.get_by_role("link", name="A link"))
+            return await preview.locator("mjx-container").count()
 
     assert asyncio.run(formulas())
 
