@@ -18,7 +18,7 @@ from sphinx.application import Sphinx
 FILE = "texts-of-previews.js"
 _LINK = re.compile(r'<a class="[^"]*\binternal\b[^"]*" href="([^"#]*)#([^"]+)"')
 _KINDS = "div.math, div.proof, div.citation, dt.sig, dl.glossary > dt"
-_NOT_SHOWN = "a.headerlink, a.viewcode-back, .backrefs, .fn-backref, script, .visually-hidden"
+_NOT_SHOWN = "a.headerlink, .viewcode-link, .backrefs, .fn-backref, script, .visually-hidden"
 
 
 def linked(site: Path) -> dict[Path, set[str]]:
@@ -65,10 +65,15 @@ def _plain(piece: Tag) -> str:
     for tag in [copied, *copied(id=True)]:
         del tag["id"]
     if "sig" in copied.get("class", ""):  # a signature is read here, and not searched
-        copied.string, copied["class"] = " ".join(copied.get_text().split()), "sig"
+        copied.string, copied["class"] = _in_a_line(copied.get_text()), "sig"
     if copied.name in ("dt", "dd"):  # these need a list around them
         copied.name = "div"
     return str(copied)
+
+
+def _in_a_line(signature: str) -> str:
+    """Return a signature as it would be called."""
+    return re.sub(r"(?<=\()\s+|,?\s+(?=\))", "", " ".join(signature.split()))
 
 
 def _write(app: Sphinx, error: Exception | None) -> None:

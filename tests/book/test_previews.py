@@ -134,9 +134,10 @@ def test_a_formula_is_set_where_the_page_has_none() -> None:
     assert asyncio.run(formulas())
 
 
-def test_the_texts_weigh_little() -> None:
+def test_the_texts_weigh_little_and_hold_no_plumbing() -> None:
     assert len(gzip.compress(TEXTS.read_bytes())) < 100_000
     assert len(texts()) > 200
+    assert not [name for name, text in texts().items() if "[source]" in text]
 
 
 def texts() -> dict[str, str]:
