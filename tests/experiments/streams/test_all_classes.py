@@ -2,12 +2,13 @@ import pytest
 import torch
 
 from ewc_lib import EWC, fisher_information
-from ewc_lib.continual import MultiHead, mlp
+from ewc_lib.continual import MultiHead, accuracy, mlp, split, train
 from ewc_lib.data import digits
 from ewc_lib.experiments.streams.all_classes import (
     CLIP,
     ClippedPenalty,
     OfAllClasses,
+    after_correction,
     all_so_far,
     among_all,
     corrected,
@@ -41,6 +42,20 @@ def test_a_correction_finds_the_shift_between_tasks():
     own, few = slice(40, None), slice(0, 40)
     found = corrected(moved[own], y[own], moved[few], y[few], 2)
     assert found > (z[own].argmax(1) == y[own]).double().mean() - 0.05
+
+
+def test_a_network_that_sees_the_last_task_everywhere_is_mended_by_a_few_images_of_each_class():
+    stream = split(digits(), 5, scenario="class", seed=0)
+    parts = [stream[t].train for t in range(5)]
+    x = torch.cat([x for x, _ in parts])
+    y = torch.cat([y % 2 + 2 * t for t, (_, y) in enumerate(parts)])
+    net = mlp((64, 32, 10), seed=0)
+    train(net, (x, y), steps=150, seed=0)
+    before = accuracy(net, (x, y))
+    net[-1].bias.data[8:] += 100
+    found = after_correction(MultiHead(net), stream, stream, kept=5)
+    assert accuracy(net, (x, y)) < 0.3 < before - 0.1 < found["corrected"]
+    assert found["corrected"] == found["corrected_valid"]
 
 
 @pytest.mark.parametrize("reverse", [False, True])
