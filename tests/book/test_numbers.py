@@ -14,6 +14,7 @@ CHOSEN = "chosen for an example, and typed into its cell alike"
 GIVEN = "given by the statement of the exercise"
 QUOTED = "quoted from the publication cited beside it"
 ALLOWED = {
+    "foundations/ewc": {"95 % interval of Student": "a level of confidence"},
     "foundations/fisher": {
         "hold 95 % of them": "a level of confidence",
     },

@@ -21,14 +21,19 @@ POWER = 0.8
 
 OUTCOMES = frozenset(
     {
+        "a",
         "accuracy",
         "average",
+        "b",
+        "before",
         "corrected",
         "corrected_valid",
+        "curve",
         "diverged",
         "final",
         "forgetting",
         "learning",
+        "mean",
         "seconds",
         "seconds_consolidation",
         "seconds_training",
@@ -128,14 +133,16 @@ def _row(settings: dict[str, Any], group: list[Mapping[str, Any]]) -> Row:
     seeds = [run["seed"] for run in in_order]
     if len({*seeds}) < len(seeds):
         raise ValueError(f"the same seed twice, {seeds}, at {_label(settings)}")
-    sound = [r for r in in_order if r["accuracy"] is not None and math.isfinite(r["accuracy"])]
+    key = "accuracy" if "accuracy" in in_order[0] else "mean"  # of all tasks, or of two
+    sound = [r for r in in_order if r[key] is not None and math.isfinite(r[key])]
 
     def median(name: str) -> float:
-        return statistics.median(run[name] for run in sound) if sound else math.nan
+        values = [run[name] for run in sound if name in run]
+        return statistics.median(values) if values else math.nan
 
     return Row(
         settings,
-        [run["accuracy"] for run in sound],
+        [run[key] for run in sound],
         len(group) - len(sound),
         median("seconds_training"),
         median("seconds_consolidation"),

@@ -7,6 +7,7 @@ import torch
 from ewc_lib import EWC
 from ewc_lib.continual import accuracy, mlp, permute_pixels, train
 from ewc_lib.data import digits, hold_out
+from ewc_lib.experiments.runs.report import table
 from ewc_lib.experiments.streams import forgetting
 from ewc_lib.experiments.streams.forgetting import FORGETTING, at_usual_rate, chosen, shown
 from tests.experiments.cases import run
@@ -59,6 +60,12 @@ def test_what_is_shown_has_the_settings_that_the_search_found_best(runs):
         for final in found.values():
             assert (final["rate"], final["strength"]) == (best["rate"], best["strength"])
             assert not final["search"]
+
+
+def test_the_command_has_a_table_of_the_runs(runs):
+    told = table({"experiment": "forgetting", "data": "digits", "runs": runs})
+    final = [line for line in told.splitlines() if line.startswith("narrow EWC, full")]
+    assert any("(2 seeds)" in line for line in final)
 
 
 def test_plain_training_is_also_shown_at_the_usual_rate(runs):
