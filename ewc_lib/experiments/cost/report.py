@@ -240,7 +240,7 @@ def figure(result: dict[str, Any]) -> Figure:
     use_style()
     sections = result["sections"]
     height = math.ceil(len(sections) / 2)
-    drawn, panels = plt.subplots(height, 2, figsize=(8, 3.3 * height), squeeze=False)
+    drawn, panels = plt.subplots(height, 2, figsize=(7, 3.3 * height), squeeze=False)
     for axes in panels.flat[len(sections) :]:
         axes.set_axis_off()
     for axes, (name, section) in zip(panels.flat, sections.items(), strict=False):
@@ -250,7 +250,7 @@ def figure(result: dict[str, Any]) -> Figure:
         else:
             _draw_model(axes, [row for row in rows(result) if row.model == name])
     keys = [Line2D([], [], label=kind, linestyle="none", **_style(kind)) for kind in MARKERS]
-    drawn.legend(handles=keys, loc="outside lower center", ncols=len(keys))
+    panels.flat[len(sections) - 1].legend(handles=keys)
     return drawn
 
 
