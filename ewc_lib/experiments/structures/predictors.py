@@ -14,8 +14,10 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-from scipy.stats import bootstrap, kendalltau
+from scipy.stats import kendalltau
+
+from ewc_lib.experiments.runs.paired import Paired, paired
+from ewc_lib.experiments.runs.report import interval
 
 __all__ = ["PREDICTORS", "Ranking", "gap", "ranking"]
 
@@ -37,15 +39,14 @@ class Ranking(NamedTuple):
     value
         The mean over seeds of :math:`\tau_b`; of two networks the predictor names the one
         that has forgotten more with probability :math:`(1 + \tau_b)/2`, if there are no ties.
-    low, high
-        Ends of the 95 % bootstrap interval over seeds (percentiles).
+    half_width
+        Half of the 95 % confidence interval of that mean (Student's t).
     n
         Number of seeds.
     """
 
     value: float
-    low: float
-    high: float
+    half_width: float
     n: int
 
 
@@ -79,7 +80,8 @@ def ranking(
     >>> round(ranking(runs, "x", "y").value, 3)
     1.0
     """
-    return _over_seeds(_of_seeds(runs, predictor, outcome, within))
+    values = _of_seeds(runs, predictor, outcome, within)
+    return Ranking(statistics.mean(values), interval(values), len(values))
 
 
 def gap(
@@ -89,7 +91,7 @@ def gap(
     outcome: str,
     *,
     within: Sequence[str] = (),
-) -> Ranking:
+) -> Paired:
     """Return the difference of the rank correlations of two predictors, seed by seed.
 
     Parameters
@@ -104,8 +106,7 @@ def gap(
     ValueError
         As :func:`ranking`.
     """
-    pairs = zip(*(_of_seeds(runs, x, outcome, within) for x in (one, other)), strict=True)
-    return _over_seeds([a - b for a, b in pairs])
+    return paired(*(_of_seeds(runs, name, outcome, within) for name in (one, other)))
 
 
 def _of_seeds(
@@ -126,10 +127,3 @@ def _of_seeds(
     if len(by_seed) < 2:
         raise ValueError(f"at least two seeds with a correlation are needed, got {len(by_seed)}")
     return [statistics.mean(values) for values in by_seed.values()]
-
-
-def _over_seeds(values: Sequence[float]) -> Ranking:
-    found = bootstrap(
-        (np.asarray(values),), np.mean, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    return Ranking(statistics.mean(values), float(found.low), float(found.high), len(values))

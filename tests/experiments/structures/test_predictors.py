@@ -18,7 +18,7 @@ def points(n_seeds=4, n=6, noise=0.0):
 
 def test_a_rising_function_of_the_outcome_ranks_perfectly_within_methods():
     found = ranking(points(), "x", "y", within=["method"])
-    assert found == pytest.approx((1, 1, 1, 4))
+    assert found == pytest.approx((1, 0, 4))
 
 
 def test_over_methods_pairs_of_different_methods_count_as_well():
@@ -31,11 +31,9 @@ def test_seeds_are_never_compared_with_each_other():
     assert ranking(shifted, "x", "y") == ranking(points(), "x", "y")
 
 
-def test_the_interval_holds_the_mean_and_is_narrower_with_more_seeds():
+def test_the_interval_is_narrower_with_more_seeds():
     few, many = (ranking(points(n, noise=20.0), "x", "y", within=["method"]) for n in (4, 60))
-    for found in (few, many):
-        assert found.low < found.value < found.high
-    assert many.high - many.low < few.high - few.low
+    assert 0 < many.half_width < few.half_width
 
 
 def test_diverged_runs_do_not_count():
@@ -51,8 +49,10 @@ def test_a_group_without_a_rank_is_left_out():
 
 def test_a_gap_is_the_difference_of_two_correlations():
     runs = [{**p, "z": -p["x"]} for p in points()]
-    assert gap(runs, "x", "z", "y", within=["method"]) == pytest.approx((2, 2, 2, 4))
-    assert gap(runs, "x", "x", "y") == (0, 0, 0, 4)
+    opposite = gap(runs, "x", "z", "y", within=["method"])
+    assert opposite == pytest.approx((4, 2, 0, 2 ** (1 - 4)))
+    assert opposite.is_clear
+    assert gap(runs, "x", "x", "y") == (4, 0, 0, 1)
 
 
 def test_one_seed_has_no_interval():
