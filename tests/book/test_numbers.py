@@ -46,10 +46,10 @@ ALLOWED = {
     },
     "practice/beyond_diagonal": {
         "95 % interval of a mean": "a level of confidence",
-        "95 % bootstrap intervals": "a level of confidence",
     },
     "practice/fine_tuning": {"95 % interval of Student": "a level of confidence"},
     "practice/language_models": {"half of the 95 % interval": "a level of confidence"},
+    "practice/many_tasks": {"95 % interval of a mean": "a level of confidence"},
     "practice/stability": {
         "learning rate 0.1": CHOSEN,
         "strengths from 0.1 to": CHOSEN,
