@@ -31,8 +31,15 @@ ALLOWED = {
         "a truth of 0.9 is kept": CHOSEN,
     },
     "foundations/score": {
-        "A step of 0.01": CHOSEN,
-        "true probability 0.9": CHOSEN,
+        "accuracy is 0.80. Do the data": CHOSEN,
+        "start at the claimed accuracy 0.80": CHOSEN,
+        "from 0.80 to 0.81": CHOSEN,
+        "$\\sigma = 2.5$": CHOSEN,
+        "If the accuracy is 0.90": CHOSEN,
+        "If it is 0.91": CHOSEN,
+        "at the claim 0.80": CHOSEN,
+        "accuracy 0.80,": CHOSEN,
+        "accuracy of 0.90": CHOSEN,
     },
     "practice/benchmarks": {
         "95 % confidence interval": "a level of confidence",
