@@ -111,7 +111,9 @@ def test_both_lists_of_macros_define_the_same_macros() -> None:
     settings = read_yaml("_config.yml")["sphinx"]["config"]
     web = settings["mathjax3_config"]["tex"]["macros"]
     paper = dict(
-        re.findall(r"\\newcommand\{\\(\w+)\}\{(.*)\}", settings["latex_elements"]["preamble"])
+        re.findall(
+            r"\\(?:re)?newcommand\{\\(\w+)\}\{(.*)\}", settings["latex_elements"]["preamble"]
+        )
     )
     assert web == paper
 
