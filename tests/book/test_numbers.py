@@ -32,7 +32,7 @@ ALLOWED = {
     },
     "foundations/score": {
         "accuracy is 0.80. Which way": CHOSEN,
-        "start at the claimed accuracy 0.80": CHOSEN,
+        "claimed accuracy 0.80": CHOSEN,
         "from 0.80 to 0.81": CHOSEN,
         "$\\sigma = 2.5$": CHOSEN,
         "If the accuracy is 0.90": CHOSEN,
