@@ -91,6 +91,12 @@ def test_every_symbol_of_the_notation_is_used() -> None:
     assert {chapter: symbols for chapter, symbols in unused.items() if symbols} == {}
 
 
+def test_the_transpose_is_written_by_its_macro() -> None:
+    written = {page: page.read_text("utf-8") for page in BOOK.rglob("*.md")}
+    found = [page_name(page) for page, text in written.items() if re.search(r"\\top\b", text)]
+    assert found == [], r"write \transpose behind a symbol"
+
+
 @pytest.mark.parametrize(
     ("formula", "expected"),
     [
