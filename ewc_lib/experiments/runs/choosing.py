@@ -31,7 +31,7 @@ class Choice(NamedTuple):
         The mean over seeds at these.
     at_edge
         The knobs whose value is the smallest or the largest number that was tried: something
-        better may lie beyond. One with values that are no numbers has no edge.
+        better may lie beyond; of a tuple of numbers, any one of them. Other values have no edge.
     """
 
     settings: dict[str, Any]
@@ -81,6 +81,8 @@ def _best(means: Mapping[Place, float], names: list[str]) -> Choice:
 
 
 def _is_edge(at: Any, tried: Sequence[Any]) -> bool:
+    if isinstance(at, tuple):  # of several numbers, any one
+        return any(map(_is_edge, at, zip(*tried, strict=True)))
     is_between = not all(map(is_number, tried)) or min(tried) < at < max(tried)
     return len({*tried}) > 1 and not is_between
 

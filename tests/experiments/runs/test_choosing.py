@@ -1,6 +1,7 @@
 """The search for settings, on functions whose optimum is known."""
 
 import math
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -98,6 +99,15 @@ def test_words_can_be_chosen_among_and_have_no_edge(values):
     runs = [{"knob": value, "valid": 0.1 * i} for i, value in enumerate(values)]
     found = choose(runs, ["knob"])
     assert (found.settings, found.at_edge) == ({"knob": values[-1]}, ())
+
+
+@pytest.mark.parametrize(
+    ("best", "edges"), [((1, 5), ("knob",)), ((2, 5), ()), ((2, 6), ("knob",))]
+)
+def test_a_pair_of_numbers_is_at_an_edge_if_one_of_them_is(best, edges):
+    pairs = list(product((1, 2, 3), (4, 5, 6)))
+    runs = [{"knob": pair, "valid": float(pair == best)} for pair in pairs]
+    assert bool(choose(runs, ["knob"]).at_edge) == is_edge
 
 
 def test_zero_is_a_number_and_may_be_an_edge():
