@@ -11,7 +11,7 @@ from scipy.special import stdtrit
 
 from ewc_lib.experiments.runs.published import Published, published
 
-__all__ = ["Comparison", "Row", "beside", "comparisons", "interval", "rows", "table"]
+__all__ = ["Comparison", "Row", "beside", "interval", "rows", "table"]
 
 NEAR = 2.0
 """Points of percent: a comparison that could miss a larger difference decides nothing."""
@@ -226,21 +226,6 @@ def beside(found: Iterable[Row], experiment: str, label: str) -> list[Comparison
     """
     labels = ((row, label.format(**row.settings)) for row in found)
     return [Comparison(name, row, published(experiment, name)) for row, name in labels]
-
-
-def comparisons(found: Iterable[Comparison]) -> str:
-    """Return rows beside published numbers as text, in percent."""
-    found = list(found)
-    width = max(len(c.label) for c in found)
-    lines = [f"{'':{width}}  seeds          ours     published  difference  verdict"]
-    for c in found:
-        error = "" if math.isnan(c.row.half_width) else f"± {100 * c.row.half_width:.2f}"
-        line = f"{c.label:<{width}}  {len(c.row.accuracies):5}  {100 * c.row.mean:6.2f} {error:7}"
-        if c.published is not None:
-            spread = "" if c.published.error is None else f"({c.published.error:.2f})"
-            line += f"  {c.published.value:6.2f} {spread:6}  {c.difference:+10.2f}  {c.verdict}"
-        lines.append(line.rstrip())
-    return "\n".join(lines)
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from ewc_lib.experiments.runs.report import Row, beside, comparisons, interval, rows, table
+from ewc_lib.experiments.runs.report import Row, beside, interval, rows, table
 
 
 def run(method, seed, accuracy, **other):
@@ -143,23 +143,3 @@ def test_more_noise_never_makes_a_number_agree():
         for values in ([0.9600, 0.9601, 0.9602], [0.90, 0.96, 1.02])
     )
     assert (quiet.verdict, loud.verdict) == ("differs", "undecided")
-
-
-def test_a_comparison_shows_both_numbers_and_their_difference():
-    found = beside(rows_at(0.99, 0.98), "split-mnist", "{scenario} {method}")
-    lone = beside(rows_at(0.5), "split-mnist", "{method}")
-    head, first, second = comparisons(found + lone).splitlines()
-    assert head.split() == ["seeds", "ours", "published", "difference", "verdict"]
-    assert first.split() == [
-        "task",
-        "EWC",
-        "2",
-        "98.50",
-        "±",
-        "6.35",
-        "99.06",
-        "(0.15)",
-        "-0.56",
-        "undecided",
-    ]
-    assert second.split() == ["EWC", "1", "50.00"]
