@@ -269,6 +269,7 @@ def test_an_optimizer_whose_steps_have_no_known_scale_is_refused_before_the_firs
         EWC(model, 1.0).attach(optimizer, metric="euclidean")
 
 
+@pytest.mark.filterwarnings("ignore:the penalty is attached")  # asked for here to compare
 def test_rprop_with_the_gradient_finds_the_minimum_of_loss_and_penalty():
     model, ewc = after_one_task("EWC")
     x, y = task(1)
@@ -432,6 +433,7 @@ def test_a_compiled_step_is_the_same(form):
     assert (copies(plain)["net.0.weight"] - copies(after_one_task("EWC")[0])["net.0.weight"]).any()
 
 
+@pytest.mark.filterwarnings("ignore:the penalty is attached")  # asked for here to compare
 def test_learning_without_forgetting_sees_the_inputs_of_training_only():
     model, lwf = after_one_task("LwF")
     move(model)
@@ -736,6 +738,7 @@ def gradient_of_lwf(lwf, model, parts):
     "before",
     ["nothing", "a logged penalty", "a step that was left out", "a batch that was dropped"],
 )
+@pytest.mark.filterwarnings("ignore:the penalty is attached")  # asked for here to compare
 def test_the_passes_of_a_step_are_its_own_each_with_its_observations(before):
     model, lwf = after_one_task("LwF")
     move(model)

@@ -79,6 +79,14 @@ def set_parameters_in_lines(page: Page) -> bool:
     return bool(found)
 
 
+def head_no_column_by_nothing(page: Page) -> bool:
+    """A header cell has text; above the names of rows there is none to give."""
+    found = [cell for cell in _select(page, "th.head") if not cell.get_text(strip=True)]
+    for cell in found:
+        cell.name = "td"
+    return bool(found)
+
+
 def name_the_region_of_the_sidebar(page: Page) -> bool:
     """Everything on a page belongs to a landmark."""
     found = _select(page, "div#pst-primary-sidebar:not([role])")
@@ -163,6 +171,7 @@ REPAIRS: dict[str, Repair] = {
         name_theme_switch_within,
         list_references_as_items,
         set_parameters_in_lines,
+        head_no_column_by_nothing,
         name_the_region_of_the_sidebar,
         drop_path_that_is_no_address,
         drop_dead_links_of_viewer,

@@ -30,6 +30,7 @@ for (const table of document.querySelectorAll("article table.table:has(> thead):
   const rows = [...(table.tBodies[0]?.rows ?? [])];
   if (rows.length <= SORTABLE || table.tHead.rows.length > 1 || table.querySelector("[rowspan], [colspan]")) continue;
   for (const header of table.tHead.rows[0].cells) {
+    if (!header.textContent.trim()) continue; // above names
     const button = document.createElement("button");
     button.append(...header.childNodes);
     header.append(button);

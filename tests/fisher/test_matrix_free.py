@@ -522,7 +522,10 @@ def test_a_wrong_argument_is_refused_at_once(changes, message):
     [
         (lambda v: v.pop("0.bias"), "'0.bias' is missing"),
         (lambda v: v.update(other=v["0.bias"]), "'other' is not expected"),
-        (lambda v: v.update({"0.bias": torch.ones(2)}), r"'0.bias' has shape \(2,\) instead of"),
+        (
+            lambda v: v.update({"0.bias": torch.ones(2)}),
+            r"'0.bias' is given in shape \(2,\) instead of",
+        ),
     ],
     ids=["missing", "unknown", "shape"],
 )

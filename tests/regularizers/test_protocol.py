@@ -188,7 +188,7 @@ def test_the_state_of_a_network_with_other_shapes_is_refused_and_changes_nothing
     _, regularizer = after_one_task(name)
     _, other = after_one_task(name, n_outputs=6)
     before = regularizer.state_dict()
-    with pytest.raises(ValueError, match="has shape"):
+    with pytest.raises(ValueError, match="is given in shape"):
         regularizer.load_state_dict(other.state_dict())
     assert same(regularizer.state_dict(), before)
 

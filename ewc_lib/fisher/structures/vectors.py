@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import TypeVar
 
 import torch
@@ -91,13 +92,15 @@ def check_shapes(expected: dict[str, torch.Size], given: dict[str, torch.Size]) 
     """Raise a ValueError that lists names and shapes that differ, and how many more do."""
     if expected == given:
         return
-    problems = [f"{name!r} is missing" for name in expected if name not in given]
-    problems += [f"{name!r} is not expected" for name in given if name not in expected]
-    problems += [
+    missing = [f"{name!r} is missing" for name in expected if name not in given]
+    unknown = [f"{name!r} is not expected" for name in given if name not in expected]
+    misshapen = [
         f"{name!r} is given in shape {tuple(given[name])} instead of {tuple(shape)}"
         for name, shape in expected.items()
         if name in given and given[name] != shape
     ]
+    kinds = zip_longest(missing, unknown, misshapen)
+    problems = [problem for some in kinds for problem in some if problem]
     if problems:
         more = f"; and {len(problems) - MOST_SHOWN} more" if len(problems) > MOST_SHOWN else ""
         raise ValueError("parameters do not match: " + "; ".join(problems[:MOST_SHOWN]) + more)

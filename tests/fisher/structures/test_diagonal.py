@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ewc_lib import fisher_information
+from ewc_lib import EWC, fisher_information
 from ewc_lib.continual import mlp
 from ewc_lib.fisher import Diagonal
 
