@@ -87,7 +87,8 @@ def test_the_keyboard_opens_a_preview_and_escape_closes_it() -> None:
 def test_a_pointer_may_rest_on_the_preview_itself() -> None:
     async def move_over() -> None:
         async with opened(Visit(CHAPTER)) as page:
-            preview = await look_at(page, page.locator('article a[href*="#equation-"]:visible').first)
+            link = page.locator('article a[href*="#equation-"]:visible').first
+            preview = await look_at(page, link)
             await preview.hover()
             await page.wait_for_timeout(600)
             assert await preview.is_visible()
