@@ -40,6 +40,10 @@ EXAMPLES = {
         '<dt>f(\n<span class="sig-line"><em class="sig-param">a</em>,</span>\n'
         '<span class="sig-line"><em class="sig-param">b</em></span>\n)</dt>',
     ),
+    "head_no_column_by_nothing": (
+        '<th class="head"><p></p></th><th class="head">EWC</th>',
+        '<td class="head"><p></p></td><th class="head">EWC</th>',
+    ),
     "name_the_region_of_the_sidebar": (
         '<div id="pst-primary-sidebar" class="a"></div>',
         '<div id="pst-primary-sidebar" class="a" role="region" aria-label="Book"></div>',
