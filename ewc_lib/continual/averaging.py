@@ -136,7 +136,7 @@ def _check(old: Mapping[str, Tensor], new: Mapping[str, Tensor], names: Collecti
             raise ValueError(f"the state {what} has no {listed(missing)}, which the model has")
     if other := [name for name in names if old[name].shape != new[name].shape]:
         raise ValueError(f"{listed(other)} have another shape before than after")
-    if all(old[name].is_set_to(new[name]) for name in names):
+    if names and all(old[name].is_set_to(new[name]) for name in names):
         raise ValueError(
             "the state before is the model's own, which training has changed: keep a copy, "
             "copy.deepcopy(model.state_dict())"

@@ -1,5 +1,6 @@
 """The reader of the pages tells prose, formulas and code apart."""
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,15 @@ def test_the_code_of_every_solution_is_executed(page: Path) -> None:
         p for p in parts(page.read_text("utf-8")) if p.kind == "code" and "solution" in p.inside
     ]
     assert [part.line for part in solved if part.name != "code-cell"] == []
+
+
+@pytest.mark.parametrize("page", pages(), ids=page_name)
+def test_a_function_of_a_chapter_has_at_most_five_lines(page: Path) -> None:
+    cells = [part for part in parts(page.read_text("utf-8")) if part.name == "code-cell"]
+    found = [node for cell in cells for node in ast.walk(ast.parse(code_of(cell)))]
+    functions = [node for node in found if isinstance(node, ast.FunctionDef)]
+    lines = {f.name: f.body[-1].end_lineno - f.body[0].lineno + 1 for f in functions}
+    assert {name: n for name, n in lines.items() if n > 5} == {}
 
 
 @pytest.mark.parametrize("page", pages(), ids=page_name)

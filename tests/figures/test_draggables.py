@@ -21,15 +21,6 @@ X, Y = torch.linspace(0, 4, 5), torch.tensor([1.0, 10.0, 100.0])
 SQUARE = torch.tensor([[0.0, 0], [1, 0], [1, 1], [0, 0]])
 
 
-@pytest.fixture(autouse=True)
-def style():
-    mpl.use("agg")
-    with mpl.rc_context():
-        use_style()
-        yield
-    plt.close("all")
-
-
 def make(text=lambda p, q: f"Product <{p * q:.0f}>.", at=None, **options):
     _, (other, axes) = plt.subplots(1, 2, figsize=(6, 3))
     axes.set(xlim=(-1, 5), ylim=(0.5, 200), yscale="log")

@@ -1,19 +1,8 @@
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pytest
 from matplotlib.patches import ConnectionPatch
 
-from ewc_lib.figures import use_style
 from ewc_lib.figures._panels import windows
-
-
-@pytest.fixture(autouse=True)
-def style():
-    mpl.use("agg")
-    with mpl.rc_context():
-        use_style()
-        yield
-    plt.close("all")
 
 
 def panels(columns, rows=1, **options):

@@ -11,16 +11,7 @@ import numpy as np
 import pytest
 from bs4 import BeautifulSoup
 
-from ewc_lib.figures import _interactive, slider, use_style
-
-
-@pytest.fixture(autouse=True)
-def style():
-    mpl.use("agg")
-    with mpl.rc_context():
-        use_style()
-        yield
-    plt.close("all")
+from ewc_lib.figures import _interactive, slider
 
 
 def draw(k, size=(4, 3), color="C0"):

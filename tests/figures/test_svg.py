@@ -5,19 +5,9 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pytest
 
-from ewc_lib.figures import GREY, use_style
+from ewc_lib.figures import GREY
 from ewc_lib.figures._svg import ID, identify
 from ewc_lib.figures._svg import inline as inline_windows
-
-
-@pytest.fixture(autouse=True)
-def style():
-    mpl.use("agg")
-    with mpl.rc_context():
-        use_style()
-        yield
-    plt.close("all")
-
 
 WHOLE = [(0.0, 338.4)]
 

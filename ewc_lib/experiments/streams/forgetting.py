@@ -14,6 +14,7 @@ from itertools import product
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ewc_lib.continual import accuracy, mlp, permute_pixels, train
@@ -24,7 +25,7 @@ from ewc_lib.experiments.runs.protocols import METHODS, Experiment, Protocol
 from ewc_lib.experiments.runs.store import Run
 from ewc_lib.regularizers import Regularizer
 
-__all__ = ["FORGETTING", "at_usual_rate", "chosen", "searched", "shown"]
+__all__ = ["FORGETTING", "at_usual_rate", "chosen", "curve", "searched", "shown"]
 
 SEARCH_SEED = 1000
 """The first of the seeds on which settings are chosen."""
@@ -58,6 +59,24 @@ def shown(runs: Iterable[Run], network: str, method: str) -> dict[int, Run]:
     """
     runs = list(runs)
     return _final(runs, network, method, chosen(runs, network, method).settings)
+
+
+def curve(
+    runs: Iterable[Run], network: str, method: str
+) -> tuple[list[float], Float[Tensor, "2 S"]]:
+    """Return the strengths of a search, and the mean accuracies on both tasks at the chosen rate.
+
+    Parameters
+    ----------
+    runs, network, method
+        As for :func:`chosen`.
+    """
+    runs = list(runs)
+    rate, found = chosen(runs, network, method).settings["rate"], dict[float, list[Any]]()
+    for run in searched(runs, network, method):
+        if run["rate"] == rate:
+            found.setdefault(run["strength"], []).append((run["a"], run["b"]))
+    return list(found), torch.tensor(list(found.values())).mean(1).T
 
 
 def at_usual_rate(runs: Iterable[Run], rate: float) -> dict[int, Run]:

@@ -9,7 +9,13 @@ from ewc_lib.continual import accuracy, mlp, permute_pixels, train
 from ewc_lib.data import digits, hold_out
 from ewc_lib.experiments.runs.report import table
 from ewc_lib.experiments.streams import forgetting
-from ewc_lib.experiments.streams.forgetting import FORGETTING, at_usual_rate, chosen, shown
+from ewc_lib.experiments.streams.forgetting import (
+    FORGETTING,
+    at_usual_rate,
+    chosen,
+    curve,
+    shown,
+)
 from tests.experiments.cases import run
 
 PROTOCOL = FORGETTING.protocols["digits"]
@@ -60,6 +66,26 @@ def test_what_is_shown_has_the_settings_that_the_search_found_best(runs):
         for final in found.values():
             assert (final["rate"], final["strength"]) == (best["rate"], best["strength"])
             assert not final["search"]
+
+
+def test_a_curve_has_the_means_of_the_search_at_the_chosen_rate_alone():
+    def tried(rate, strength, a, seed):
+        shared = {"network": "wide", "method": "EWC", "search": True}
+        return shared | {
+            "rate": rate,
+            "strength": strength,
+            "seed": seed,
+            "a": a,
+            "b": 0.5,
+            "mean": a,
+        }
+
+    some = [tried(1e-3, s, a, seed) for s, a, seed in ((1.0, 0.2, 0), (1.0, 0.4, 1), (9.0, 0.8, 0))]
+    some += [tried(1e-3, 9.0, 0.6, 1), tried(1e-4, 1.0, 0.1, 0), tried(1e-4, 1.0, 0.1, 1)]
+    strengths, (a, b) = curve(some, "wide", "EWC")
+    assert strengths == [1.0, 9.0]
+    torch.testing.assert_close(a, torch.tensor([0.3, 0.7]))
+    torch.testing.assert_close(b, torch.tensor([0.5, 0.5]))
 
 
 def test_the_command_has_a_table_of_the_runs(runs):
