@@ -6,6 +6,8 @@ from pathlib import Path
 import nbformat
 import pytest
 from notebook_pairs import chapters, opening
+from prose import BOOK
+from pybtex.database import parse_file
 from readable import readable
 
 LEFT = re.compile(
@@ -94,6 +96,18 @@ def test_citations_become_names_and_years() -> None:
     assert readable("{cite:t}`Fisher1922` and {cite:p}`Kirkpatrick2017`") == (
         "Fisher (1922) and (Kirkpatrick et al. 2017)"
     )
+
+
+def test_the_references_are_those_that_pages_cite() -> None:
+    text = "".join(page.read_text("utf-8") for page in BOOK.rglob("*.md"))
+    cited = re.findall(r"\{cite:[pt]\}`([^`]+)`", text)
+    references = parse_file(str(BOOK / "references.bib")).entries
+    assert set(references) == {key for keys in cited for key in keys.split(",")}
+
+
+def test_a_paper_on_arxiv_is_linked_and_not_only_named() -> None:
+    references = parse_file(str(BOOK / "references.bib")).entries.values()
+    assert not any("arXiv" in entry.fields.get("note", "") for entry in references)
 
 
 def test_a_section_of_another_page_is_named_by_its_title() -> None:
