@@ -57,6 +57,8 @@ ALLOWED = {
         "published 90 %": QUOTED,
     },
     "practice/beyond_diagonal": {
+        "it explains 58 % of": QUOTED,
+        "in the divergence 96 %": QUOTED,
         "95 % interval of a mean": "a level of confidence",
     },
     "practice/fine_tuning": {"95 % interval of Student": "a level of confidence"},
