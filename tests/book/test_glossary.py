@@ -16,7 +16,7 @@ GLOSSARY = BOOK / "reference" / "glossary.md"
 # Phrases, by chapter or for all of them, in which a word means something else than the term.
 OTHERWISE: dict[str, tuple[str, ...]] = {
     "": ("single precision", "double precision", "weight decay"),
-    "foundations/fisher": ("the key bias of", "output biases"),
+    "foundations/fisher": ("output biases",),
     "foundations/score": ("one column for each parameter", "at *one* fixed point"),
     "practice/at_scale": ("Biases", "bias", "precision"),
     "practice/benchmarks": ("the row and the column", "bias", "Bias"),
