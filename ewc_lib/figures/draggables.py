@@ -56,7 +56,8 @@ def draggable(
     x, y
         The values of the two parameters, ``[columns]`` and ``[rows]``, in increasing order.
     text
-        One sentence on each pair of values: what holds there.
+        One sentence on each pair of values: what holds there. It need not say the values, which
+        stand beside the sliders.
     names
         What the parameters are called, for example ``("mean μ", "spread σ")``.
     alt
@@ -101,22 +102,23 @@ def draggable(
         raise ValueError(f"start={start} is not on the grid of {len(x)} × {len(y)} points")
     lines = dict(lines or {})
     pairs = [(p, q) for p in x.tolist() for q in y.tolist()]
-    texts = [_reading(names, pair, text(*pair)) for pair in pairs]
+    texts = [_reading(pair, text(*pair)) for pair in pairs]
+    values = [[typeset(f"{value:.3g}") for value in axis.tolist()] for axis in (x, y)]
     first = start[0] * len(y) + start[1]
     _draw(axes, pairs[first], lines)
     figure = _fixed(axes)
     data = {
         "x": [u for u, _ in _places(axes, torch.cartesian_prod(x, y[:1]))],
         "y": [v for _, v in _places(axes, torch.cartesian_prod(x[:1], y))],
+        "values": values,
         "texts": texts,
         "lines": [[_path(line, at(*pair)) for pair in pairs] for line, at in lines.items()],
     }
-    lengths, first_twice = (len(x), len(y)), [texts[first]] * 2
     html = _TEMPLATE.format(
         alt=escape(alt),
         row=ROW,
         drawing=inline(figure, ID, windows(figure)),
-        controls="".join(map(_control, "xy", names, start, lengths, first_twice)),
+        controls="".join(map(_control, "xy", names, values, start, [texts[first]] * 2)),
         text=escape(texts[first]),
         data=in_script(data),
         radius=HANDLE // 2,
@@ -124,11 +126,10 @@ def draggable(
     return finish(html, figure, None, [figure])
 
 
-def _reading(names: tuple[str, str], pair: tuple[float, float], text: str) -> str:
+def _reading(pair: tuple[float, float], text: str) -> str:
     if not text.strip():
         raise ValueError(f"there is no text at {pair}")
-    values = ", ".join(f"{name} = {value:.3g}" for name, value in zip(names, pair, strict=True))
-    return typeset(f"{values}. {text}")
+    return typeset(text)
 
 
 def _draw(axes: Axes, place: tuple[float, float], lines: Mapping[Line2D, Line]) -> None:
@@ -169,27 +170,32 @@ def _path(line: Line2D, points: Float[Tensor, "m 2"]) -> str:
     return "M" + " ".join(f"{u:g} {v:g}" for u, v in places)
 
 
-def _control(axis: str, name: str, start: int, n: int, text: str) -> str:
+def _control(axis: str, name: str, values: list[str], start: int, text: str) -> str:
+    """Return a label, the value, with room for the longest, and the control beside them."""
+    room, value = max(map(len, values)), values[start]
     return f"""
-<label for="{ID}-{axis}">{escape(name)}</label>
-<input id="{ID}-{axis}" type="range" min="0" max="{n - 1}" step="1" value="{start}"
- autocomplete="off" aria-valuetext="{escape(text)}" style="width:100%" />"""
+<span id="{ID}-{axis}-value"><label for="{ID}-{axis}">{escape(name)}</label> = \
+<b style="display:inline-block;min-width:{room}ch">{value}</b></span>
+<input id="{ID}-{axis}" type="range" min="0" max="{len(values) - 1}" step="1" value="{start}"
+ autocomplete="off" aria-valuetext="{value}. {escape(text)}" style="width:100%" hidden="" />"""
 
 
 # As for a slider: HTML and at the same time XML, a control that only a script shows, and a text
 # that the controls say. Only a finger that begins on the point drags it: elsewhere it scrolls.
 _TEMPLATE = """\
 <div class="ewc-figure" id="FIGUREID">
-<div role="img" aria-label="{alt}" aria-describedby="FIGUREID-text" style="{row}">{drawing}</div>
-<div class="control" hidden=""><div style="display:grid;grid-template-columns:auto 1fr;\
-gap:0 .5rem;max-width:26rem;margin:auto">{controls}
-</div></div>
+<div role="img" aria-label="{alt}" aria-describedby="FIGUREID-x-value FIGUREID-y-value \
+FIGUREID-text" style="{row}">{drawing}</div>
+<div style="display:grid;grid-template-columns:auto 1fr;gap:0 .5rem;max-width:26rem;\
+margin:auto">{controls}
+</div>
 <p id="FIGUREID-text">{text}</p>
 <script type="application/json">{data}</script>
 <script>(function () {{
 const get = name => document.getElementById("FIGUREID-" + name);
 const [x, y, point, text] = ["x", "y", "point", "text"].map(get);
 const figure = document.getElementById("FIGUREID"), picture = figure.querySelector("[role=img]");
+const values = figure.querySelectorAll("b");
 const data = JSON.parse(figure.querySelector("script").textContent);
 const lines = data.lines.map((_, n) => get("line" + n).querySelector("path"));
 const first = [data.x[x.defaultValue], data.y[y.defaultValue]];
@@ -200,7 +206,11 @@ function show() {{
   point.setAttribute("transform", "translate(" + shift + ")");
   lines.forEach((line, n) => line.setAttribute("d", data.lines[n][k]));
   text.textContent = data.texts[k];
-  [x, y].forEach(range => range.setAttribute("aria-valuetext", data.texts[k]));
+  [x, y].forEach((range, n) => {{
+    const value = data.values[n][range.value];
+    values[n].textContent = value;
+    range.setAttribute("aria-valuetext", value + ". " + data.texts[k]);
+  }});
 }}
 function place(event, svg) {{
   const at = new DOMPoint(event.clientX, event.clientY);
@@ -243,7 +253,7 @@ on("click", event => {{ hold(event); release(); }});
 }}));
 [x, y].forEach(range => range.addEventListener("input", show));
 point.style.cursor = "grab";
-figure.querySelector(".control").hidden = false;
+[x, y].forEach(range => {{ range.hidden = false; }});
 show();
 }})();</script>
 </div>"""

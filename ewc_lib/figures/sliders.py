@@ -38,7 +38,8 @@ def slider(
     frames
         The figures, by the value that the slider shows for each. All must have one size.
     texts
-        For each frame one sentence: what it shows. Written below the slider and read aloud.
+        For each frame one sentence: what it shows. Written below the slider and read aloud. It
+        need not say the value, which stands above the slider.
     name
         What the slider changes, for example ``"strength λ"``.
     alt
@@ -104,23 +105,22 @@ def _check(
 
 
 # HTML and at the same time XML. Without scripts the control would do nothing, so a script shows
-# it. The control is named by its label, and says value and text itself whenever it moves; the
-# written ones are silent, or they would be read twice.
+# it. Label and value share a line, and the text repeats neither. The control is named by the label
+# alone, and says value and text itself whenever it moves; the written ones are silent, or they
+# would be read twice.
 _TEMPLATE = """\
 <div class="ewc-figure" id="FIGUREID">
-<div role="img" aria-label="{alt}" aria-describedby="FIGUREID-text" style="display:grid;\
-grid-template-columns:minmax(0,1fr)">
+<div role="img" aria-label="{alt}" aria-describedby="FIGUREID-value FIGUREID-text" style="\
+display:grid;grid-template-columns:minmax(0,1fr)">
 {layers}</div>
-<div class="control" hidden="">
-<label for="FIGUREID-range">{name}</label>
+<div id="FIGUREID-value"><label for="FIGUREID-range">{name}</label> = <b>{value}</b></div>
 <input id="FIGUREID-range" type="range" min="0" max="{last}" step="1" value="{start}"
- autocomplete="off" aria-valuetext="{value}. {text}" style="width:min(100%,22rem)" />
-</div>
-<p id="FIGUREID-text">{name} = <b>{value}</b>. <span>{text}</span></p>
+ autocomplete="off" aria-valuetext="{value}. {text}" style="width:min(100%,22rem)" hidden="" />
+<p id="FIGUREID-text">{text}</p>
 <script type="application/json">{readings}</script>
 <script>(function () {{
 const figure = document.getElementById("FIGUREID");
-const [range, value, text] = ["input", "p b", "p span"].map(s => figure.querySelector(s));
+const [range, value, text] = ["input", "b", "p"].map(s => figure.querySelector(s));
 const frames = figure.querySelectorAll(".frame");
 const readings = JSON.parse(figure.querySelector("script").textContent);
 function show() {{
@@ -131,7 +131,7 @@ function show() {{
   range.setAttribute("aria-valuetext", readings[k].value + ". " + readings[k].text);
 }}
 range.addEventListener("input", show);
-figure.querySelector(".control").hidden = false;
+range.hidden = false;
 show();
 }})();</script>
 </div>"""

@@ -52,22 +52,43 @@ def test_the_figure_is_well_formed(made):
     assert ElementTree.fromstring(made.html).get("class") == "ewc-figure"
 
 
-def test_each_parameter_has_a_control_with_its_name_that_says_the_text(page):
+def test_each_parameter_has_a_control_with_its_name_that_says_value_and_text(page):
     assert [label.text for label in page.select("label")] == ["a", 'b "&"']
-    for label, n, start in zip(page.select("label"), (5, 3), ("1", "2"), strict=True):
+    wanted = [(5, "1", "1"), (3, "2", "100")]
+    for label, (n, start, value) in zip(page.select("label"), wanted, strict=True):
         control = page.find(id=label["for"])
         assert (control["type"], control["max"], control["value"]) == ("range", str(n - 1), start)
-        assert control["aria-valuetext"] == 'a = 1, b "&" = 100. Product <100>.'
+        assert control["aria-valuetext"] == f"{value}. Product <100>."
+
+
+def test_each_value_stands_beside_its_label_and_the_text_repeats_neither(page):
+    assert [label.parent.text for label in page.select("label")] == ["a = 1", 'b "&" = 100']
+    assert page.p.text == "Product <100>."
+
+
+def test_values_and_text_describe_the_picture(page):
+    parts = page.select_one("[role=img]")["aria-describedby"].split()
+    described = [page.find(id=part).text for part in parts]
+    assert described == ["a = 1", 'b "&" = 100', "Product <100>."]
+
+
+def test_a_negative_value_has_a_minus_sign():
+    _, axes = plt.subplots()
+    axes.set(xlim=(-3, 0), ylim=(0, 200))
+    made = draggable(axes, X - 3, Y, lambda p, q: f"{p:g}.", names=("a", "b"), alt="A point.")
+    page = BeautifulSoup(made.html, "html.parser")
+    assert (page.b.text, page.p.text) == ("−3", "−3.")
 
 
 def test_without_scripts_there_is_the_start_and_no_dead_control(page):
-    assert page.p.text == 'a = 1, b "&" = 100. Product <100>.'
-    assert all(control.find_parent(hidden=True) for control in page.select("input"))
+    assert [value.text for value in page.select("b")] == ["1", "100"]
+    assert all(control.has_attr("hidden") for control in page.select("input"))
+    assert all(not value.find_parent(hidden=True) for value in page.select("b"))
 
 
 def test_every_place_has_the_text_that_the_cell_computed(page):
     wanted = [f"Product <{p * q:.0f}>." for p in X.tolist() for q in Y.tolist()]
-    assert [text.partition(". ")[2] for text in data(page)["texts"]] == wanted
+    assert data(page)["texts"] == wanted
 
 
 def test_places_and_lines_stand_where_matplotlib_puts_them(page):
@@ -138,7 +159,9 @@ async def opened(made, width=390):
 
 
 async def text(tab):
-    return await tab.locator("p[id]").inner_text()
+    """Return what stands below the figure: the values beside their labels, and the text."""
+    values = await tab.locator("[id$=-value]").all_inner_texts()
+    return f"{', '.join(values)}. {await tab.locator('p[id]').inner_text()}"
 
 
 async def where(tab, column, row):
@@ -193,7 +216,8 @@ def test_arrow_keys_move_the_point_and_the_controls_say_where_it_is(made):
         return await text(tab), await x.get_attribute("aria-valuetext")
 
     shown, said = in_browser(scenario, made)
-    assert shown == said == 'a = 2, b "&" = 1. Product <2>.'
+    assert shown == 'a = 2, b "&" = 1. Product <2>.'
+    assert said == "2. Product <2>."
 
 
 @browser

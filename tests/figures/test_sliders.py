@@ -96,12 +96,19 @@ def test_the_control_has_a_name_and_says_what_the_frame_shows():
     assert page.input["aria-valuetext"] == '<1>. Slope "1" & no more.'
 
 
-def test_the_text_of_the_frame_is_on_the_page_and_describes_the_picture():
+def test_the_value_stands_beside_the_label_and_the_text_repeats_neither():
+    page = parse(make(start=1))
+    assert page.find("label").parent.text == "slope s = <1>"
+    assert page.p.text == 'Slope "1" & no more.'
+    assert page.text.count("slope s") == 1
+
+
+def test_value_and_text_of_the_frame_describe_the_picture():
     page = parse(make(start=1))
     picture = page.select_one("[role=img]")
     assert picture["aria-label"] == "A <line>."
-    described = page.find(id=picture["aria-describedby"])
-    assert described.text == 'slope s = <1>. Slope "1" & no more.'
+    described = [page.find(id=part).text for part in picture["aria-describedby"].split()]
+    assert described == ["slope s = <1>", 'Slope "1" & no more.']
 
 
 def test_every_frame_has_its_text():
@@ -112,7 +119,8 @@ def test_every_frame_has_its_text():
 
 def test_a_negative_number_has_a_minus_sign_and_a_hyphen_stays():
     page = parse(slider({"-1": draw(1)}, ["log-likelihood -2.5 at 3-4."], name="n", alt="A line."))
-    assert page.p.text == "n = −1. log-likelihood −2.5 at 3-4."
+    assert page.b.text == "−1"
+    assert page.p.text == "log-likelihood −2.5 at 3-4."
 
 
 def test_a_text_cannot_end_the_script():
@@ -126,7 +134,8 @@ def test_a_text_cannot_end_the_script():
 
 def test_without_scripts_there_is_a_frame_and_no_dead_control():
     page = parse(make())
-    assert page.input.find_parent(hidden=True) is not None
+    assert page.input.has_attr("hidden")
+    assert page.b.find_parent(hidden=True) is None
     assert page.select_one(".frame:not([hidden])") is not None
 
 
