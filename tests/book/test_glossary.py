@@ -17,7 +17,7 @@ GLOSSARY = BOOK / "reference" / "glossary.md"
 OTHERWISE: dict[str, tuple[str, ...]] = {
     "": ("single precision", "double precision", "weight decay"),
     "foundations/fisher": ("output biases",),
-    "foundations/score": ("one column for each parameter", "at *one* fixed point"),
+    "foundations/score": ("at *one* fixed point",),
     "practice/at_scale": ("Biases", "bias", "precision"),
     "practice/benchmarks": ("the row and the column", "bias", "Bias"),
     "practice/fine_tuning": ("half precision",),
