@@ -187,7 +187,7 @@ _TEMPLATE = """\
 <div role="img" aria-label="{alt}" aria-describedby="FIGUREID-x-value FIGUREID-y-value \
 FIGUREID-text" style="{row}">{drawing}</div>
 <div style="display:grid;grid-template-columns:auto 1fr;gap:0 .5rem;max-width:26rem;\
-margin:auto">{controls}
+margin:auto;text-align:left">{controls}
 </div>
 <p id="FIGUREID-text">{text}</p>
 <script type="application/json">{data}</script>
