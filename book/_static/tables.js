@@ -1,4 +1,5 @@
 // Tables of more than eight rows are sorted by a press on a header: upwards, downwards, as written.
+// What is to be read from top to bottom has the class in-order, and stays so.
 const SORTABLE = 8;
 
 // A number at the start of a cell, such as "−2.5 × 10⁻³ ± 0.1", or the text of the cell.
@@ -26,7 +27,7 @@ function sort(table, rows, header) {
   table.tBodies[0].append(...(order ? [...rows].sort(by) : rows));
 }
 
-for (const table of document.querySelectorAll("article table.table:has(> thead):not(:has(> thead a))")) {
+for (const table of document.querySelectorAll("article table.table:has(> thead):not(.in-order, :has(> thead a))")) {
   const rows = [...(table.tBodies[0]?.rows ?? [])];
   if (rows.length <= SORTABLE || table.tHead.rows.length > 1 || table.querySelector("[rowspan], [colspan]")) continue;
   for (const header of table.tHead.rows[0].cells) {
