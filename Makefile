@@ -92,7 +92,7 @@ notebooks: $(INSTALLED) ## Write the notebook beside each chapter
 	$(BIN)/python book/_ext/notebook_pairs.py
 
 .PHONY: figures
-figures: $(INSTALLED) ## Draw the figures of the README again
+figures: $(INSTALLED) ## Draw the figure of the first page and the README again
 	EWC_FIGURES=book/figures $(BIN)/pytest --nbmake book/foundations/ewc.ipynb
 
 .PHONY: links

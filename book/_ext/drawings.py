@@ -1,10 +1,12 @@
 """Alternative texts of figures that a page holds as SVG.
 
 A notebook offers a figure as a picture, to which MyST-NB gives the alternative text, and as a part
-of a page, to which this module hands it on.
+of a page, to which this module hands it on. A page that runs no code shows a picture; where a
+drawing lies beside the file, as :func:`ewc_lib.figures.save` writes it, HTML has that one.
 """
 
 from html import escape
+from pathlib import Path
 
 from docutils import nodes
 from myst_nb.sphinx_ import SelectMimeType
@@ -28,12 +30,31 @@ class NameDrawings(SphinxPostTransform):
                 (picture,) = drawing.parent.parent.findall(nodes.image)
                 if not picture.get("alt"):
                     _LOGGER.warning("a figure has no alternative text", location=drawing)
-                name = escape(picture.get("alt", "Figure"))
-                named = UNNAMED.replace('"Figure"', f'"{name}"')
-                text = drawing.astext().replace(UNNAMED, named, 1)
+                text = _name(drawing.astext(), picture)
                 drawing.replace_self(nodes.raw("", text, format="html", classes=drawing["classes"]))
+
+
+class ShowDrawings(SphinxPostTransform):
+    """Show a drawing in place of the picture beside it."""
+
+    default_priority = SelectMimeType.default_priority
+    formats = ("html",)
+
+    def run(self, **kwargs: object) -> None:
+        for picture in list(self.document.findall(nodes.image)):
+            path = Path(self.env.srcdir, picture["uri"]).with_suffix(".html")
+            if path.is_file():
+                text = _name(path.read_text("utf-8"), picture)
+                picture.replace_self(nodes.raw("", text, format="html"))
+
+
+def _name(html: str, picture: nodes.image) -> str:
+    """Give a drawing the alternative text of a picture."""
+    named = UNNAMED.replace("Figure", escape(picture.get("alt", "Figure")))
+    return html.replace(UNNAMED, named, 1)
 
 
 def setup(app: Sphinx) -> dict[str, object]:
     app.add_post_transform(NameDrawings)
+    app.add_post_transform(ShowDrawings)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

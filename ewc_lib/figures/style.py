@@ -165,7 +165,7 @@ def outline(
 
 
 def save(figure: Figure, name: str, numbers: Mapping[str, tuple[float, float]]) -> None:
-    """Write a figure for the README if ``$EWC_FIGURES`` asks for it; else see that it is current.
+    """Write a figure for other pages if ``$EWC_FIGURES`` asks for it; else see that it is current.
 
     The numbers are kept in the picture. Training rounds differently on every machine, so they are
     current if they are within two standard errors.
@@ -175,8 +175,9 @@ def save(figure: Figure, name: str, numbers: Mapping[str, tuple[float, float]]) 
     figure
         What to write.
     name
-        File name without its ending; a PNG with a white ground is written. ``$EWC_FIGURES`` is
-        its folder, seen from the repository.
+        File name without its ending. A PNG with a white ground is written for the README, and
+        beside it what :func:`drawing` returns, which the book shows in its place.
+        ``$EWC_FIGURES`` is their folder, seen from the repository.
     numbers
         What the figure shows: values with their standard errors.
 
@@ -191,6 +192,7 @@ def save(figure: Figure, name: str, numbers: Mapping[str, tuple[float, float]]) 
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"Software": None, "Numbers": json.dumps(numbers)}
         figure.savefig(path, dpi=150, facecolor="white", metadata=metadata)
+        path.with_suffix(".html").write_text(drawing(figure) + "\n", encoding="utf-8")
     elif path.exists():
         _check_numbers(path, numbers)
 

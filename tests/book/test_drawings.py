@@ -1,12 +1,14 @@
 """Alternative texts on figures that a page holds as SVG."""
 
+from types import SimpleNamespace
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pytest
 from bs4 import BeautifulSoup
 from docutils import nodes
 from docutils.utils import new_document
-from drawings import NameDrawings
+from drawings import NameDrawings, ShowDrawings
 
 from ewc_lib.figures import drawing
 
@@ -48,3 +50,15 @@ def test_other_parts_of_a_page_stay(html):
     before = document.pformat()
     NameDrawings(document).run()
     assert document.pformat() == before
+
+
+@pytest.mark.parametrize("name", ["result", "other"])
+def test_a_picture_gives_way_to_the_drawing_beside_it_and_leaves_it_its_text(html, name, tmp_path):
+    (tmp_path / "result.html").write_text(html)
+    document = new_document("page")
+    document.settings.env = SimpleNamespace(srcdir=tmp_path)
+    document += nodes.figure("", nodes.image(uri=f"{name}.png", alt='A "line".'))
+    ShowDrawings(document).run()
+    shown = [BeautifulSoup(raw.astext(), "html.parser") for raw in document.findall(nodes.raw)]
+    assert [page.div["aria-label"] for page in shown] == ['A "line".'] * (name == "result")
+    assert len(list(document.findall(nodes.image))) == (name == "other")

@@ -137,6 +137,8 @@ def test_save_writes_only_where_the_build_asks_for_it(repository, monkeypatch):
     monkeypatch.setenv("EWC_FIGURES", str(repository / "elsewhere"))
     style.save(figure, "result", SHOWN)
     assert (repository / "elsewhere" / "result.png").read_bytes().startswith(b"\x89PNG")
+    page = (repository / "elsewhere" / "result.html").read_text("utf-8")
+    assert page == style.drawing(figure) + "\n"
 
 
 def test_a_figure_with_the_same_numbers_is_current_and_not_written_again(repository, written):
