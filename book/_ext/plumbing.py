@@ -1,7 +1,8 @@
 """Pages without plumbing: what a cell does for the text or the register of claims is not shown.
 
 Readers see neither statements that only glue, nor `# checks:` comments, nor cells of which nothing
-else is left. What is executed, and the notebook, keep them.
+else is left. What is executed, and the notebook, keep them. The bar of a folded cell says what it
+folds: the code of what is shown below it, or, where nothing is shown, a check or a computation.
 """
 
 import ast
@@ -116,6 +117,14 @@ def _hide(app: Sphinx, document: nodes.document) -> None:
             cell.remove(source)
         if not cell.children:
             cell.parent.remove(cell)
+        elif cell.get("hide_mode"):
+            name = "{type}" if len(cell.children) > 1 else folded(text)
+            cell["prompt_show"], cell["prompt_hide"] = f"Show the {name}", f"Hide the {name}"
+
+
+def folded(text: str) -> str:
+    """Say what a cell without an output does."""
+    return "check" if re.search(r"^\s*assert\b", text, re.MULTILINE) else "computation"
 
 
 _INPUT = "cell_code_source"

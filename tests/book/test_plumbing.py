@@ -5,8 +5,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from bs4 import BeautifulSoup
 from notebook_pairs import chapters as sources
-from plumbing import visible
+from plumbing import folded, visible
 from prose import page_name
 
 from tests.book.site import SITE, chapters, require_pages
@@ -60,6 +61,23 @@ def test_what_does_more_is_shown(cell: str, shown: str) -> None:
 def test_a_name_that_a_later_cell_uses_is_shown_where_it_is_set() -> None:
     loop, later = "for a in b:\n    key = a\n    glue(key, 1)", "print(key)"
     assert visible([loop, later]) == ["for a in b:\n    key = a", later]
+
+
+@pytest.mark.parametrize(
+    ("cell", "what"),
+    [("x = 1\nfor y in x:\n    assert y", "check"), ("x = asserted()  # assert", "computation")],
+)
+def test_a_folded_cell_that_shows_nothing_says_what_it_does(cell: str, what: str) -> None:
+    assert folded(cell) == what
+
+
+def test_no_bar_promises_more_than_it_folds() -> None:
+    require_pages()
+    for page in chapters():
+        for cell in BeautifulSoup(page.read_text("utf-8"), "html.parser").select("div.cell"):
+            if cell.select_one("details.hide") and not cell.select_one(".cell_output"):
+                bar = cell.select_one("summary p.collapsed")
+                assert bar.get_text() in ("Show the check", "Show the computation")
 
 
 def test_no_page_shows_plumbing_and_every_notebook_keeps_it() -> None:
