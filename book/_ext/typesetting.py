@@ -1,7 +1,8 @@
 """Numbers that cells compute, set as a book sets them: 4 × 10⁻¹⁷ for 4e-17, − for a hyphen.
 
 This concerns numbers glued into the text and those in tables that cells show. A formula, code and
-what a cell prints stay as they are.
+what a cell prints stay as they are. Anywhere in the prose, no line ends between a number and what
+belongs to it: a sign of per cent, the unit of a memory, a ± or a =.
 """
 
 import re
@@ -13,14 +14,18 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 
 # A hyphen within a word or between two numbers is no minus.
 _NUMBER = re.compile(r"(?<![\w.,-])(-?)(\d[\d,]*(?:\.\d+)?)(?:e([+-]\d+))?(?![\w])")
-_JOINT = re.compile(r"(?<=\d) (?=[±%])|(?<=±) (?=\d)")  # where no line may end
-_MINUS, _TIMES = "−", "\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}"
+_UNITS = r"[±%]|[kMGT]i?B\b"
+_JOINT = re.compile(rf"(?<=\d)[ \n](?={_UNITS})|(?<=±)[ \n](?=\d)|(?<=\d)(?=%)")
+# The same where the number is glued: behind it, and before it.
+_BEHIND, _BEFORE = re.compile(rf"^[ \n](?={_UNITS})"), re.compile(r"(?<=[±=<])[ \n]$")
+_SPACE = "\N{NO-BREAK SPACE}"
+_MINUS, _TIMES = "−", f"{_SPACE}×{_SPACE}"
 
 
 def typeset(text: str, latex: bool = False) -> list[nodes.Node]:
     """Return a text with its numbers set."""
     found, end = list[nodes.Node](), 0
-    text = _JOINT.sub("\N{NO-BREAK SPACE}", text)
+    text = _JOINT.sub(_SPACE, text)
     for match in _NUMBER.finditer(text):
         sign, digits, exponent = match.groups()
         found += [nodes.Text(text[end : match.start()])] if match.start() > end else []
@@ -49,6 +54,9 @@ class _SetNumbers(SphinxPostTransform):
     formats = ("html", "latex")
 
     def run(self) -> None:
+        for text in list(self.document.findall(nodes.Text)):
+            if _is_prose(text) and (joined := join(text)) != text.astext():
+                text.parent.replace(text, nodes.Text(joined))
         for text in list(self._computed()):
             text.parent.replace(text, typeset(text.astext(), self.app.builder.format == "latex"))
 
@@ -61,8 +69,26 @@ class _SetNumbers(SphinxPostTransform):
                     yield from filter(_is_prose, table.findall(nodes.Text))
 
 
+def join(text: nodes.Text) -> str:
+    """Keep the numbers of the prose, typed or glued beside it, on the line of their units."""
+    joined = _JOINT.sub(_SPACE, text.astext())
+    place = text.parent.index(text)
+    before, after = (
+        text.parent[max(place - 1, 0)],
+        text.parent[min(place + 1, len(text.parent) - 1)],
+    )
+    if _is_number(before):
+        joined = _BEHIND.sub(_SPACE, joined)
+    return _BEFORE.sub(_SPACE, joined) if _is_number(after) else joined
+
+
+def _is_number(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Element) and "pasted-text" in node.get("classes", ())
+
+
 def _is_prose(text: nodes.Text) -> bool:
-    return not isinstance(text.parent, nodes.literal | nodes.math | nodes.raw)
+    kinds = nodes.literal | nodes.math | nodes.raw | nodes.FixedTextElement
+    return not isinstance(text.parent, kinds)
 
 
 def setup(app: Sphinx) -> dict[str, object]:

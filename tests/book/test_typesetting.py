@@ -5,7 +5,7 @@ import re
 import pytest
 from bs4 import BeautifulSoup
 from docutils import nodes
-from typesetting import typeset
+from typesetting import join, typeset
 
 from tests.book.site import chapters, require_pages
 
@@ -28,6 +28,7 @@ def shown(text: str, latex: bool = False) -> str:
         ("-0.12", "−0.12", "−0.12"),
         ("(-3, 5) to -1,234.5 %", "(−3, 5) to −1,234.5 %", "(−3, 5) to −1,234.5 %"),
         ("97.2 ± 0.3", "97.2 ± 0.3", "97.2 ± 0.3"),
+        ("97.2%", "97.2 %", "97.2 %"),
     ],
 )
 def test_powers_of_ten_and_minus_signs_are_set(text: str, page: str, paper: str) -> None:
@@ -38,6 +39,26 @@ def test_powers_of_ten_and_minus_signs_are_set(text: str, page: str, paper: str)
 @pytest.mark.parametrize("text", ["2012-2013", "EWC-2", "a1e-3", "step-0.1", "v2.6e", "", "x"])
 def test_what_is_no_number_stays(text: str) -> None:
     assert shown(text) == text
+
+
+@pytest.mark.parametrize(
+    ("prose", "joined"),
+    [
+        ("a 95 % interval", "a 95~% interval"),
+        ("a line\nends, 95\n% of it", "a line\nends, 95~% of it"),
+        ("of # % or # ±\n# points", "of #~% or #~±~# points"),
+        ("fill # GB of it", "fill #~GB of it"),
+        ("p = # here", "p =~# here"),
+        ("in # Greek letters, ± # or %", "in # Greek letters, ±~# or %"),
+    ],
+)
+def test_no_line_ends_between_a_number_and_what_belongs_to_it(prose: str, joined: str) -> None:
+    paragraph = nodes.paragraph()
+    for k, text in enumerate(prose.split("#")):  # a # is a glued number
+        paragraph += [nodes.inline("", "1", classes=["pasted-text"])] if k else []
+        paragraph += nodes.Text(text)
+    found = [join(text) for text in paragraph.findall(nodes.Text)]
+    assert "".join(found) == joined.replace("#", "1").replace("~", "\N{NO-BREAK SPACE}")
 
 
 def test_no_page_shows_a_computed_number_raw() -> None:
