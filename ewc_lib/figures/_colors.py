@@ -20,17 +20,19 @@ PALETTE = "colorblind"
 
 _VARIABLES = {color: f"--ewc-{k}" for k, color in enumerate(sns.color_palette(PALETTE).as_hex())}
 _BLACK = {"#000000", "#1a1a1a"}  # "black", and what seaborn makes of "k"
-_VARIABLES |= {GREY: "--ewc-grey", "#ffffff": "--ewc-ground"}
+_WHITE = "#ffffff"
+_VARIABLES |= {GREY: "--ewc-grey", _WHITE: "--ewc-ground"}
 
 
 def on_page(style: str, is_text: bool) -> str:
     """Let a page choose the colours of a CSS style. Grey text takes the text colour."""
 
     def variable(color: re.Match[str]) -> str:
-        if color[0] in _BLACK:
+        if color[0] in _BLACK or (is_text and color[0] == GREY):
             return "currentColor"
-        if is_text:  # what is not grey stands on a ground of its own
-            return "currentColor" if color[0] == GREY else color[0]
-        return f"var({_VARIABLES[color[0]]},{color[0]})" if color[0] in _VARIABLES else color[0]
+        is_fixed = is_text and color[0] == _WHITE  # stands on a ground of its own
+        if color[0] not in _VARIABLES or is_fixed:
+            return color[0]
+        return f"var({_VARIABLES[color[0]]},{color[0]})"
 
     return re.sub("#[0-9a-f]{6}", variable, style)

@@ -91,6 +91,13 @@ def test_a_white_line_is_a_gap_and_white_text_stays_white():
     assert "fill:#ffffff" in style
 
 
+def test_the_name_of_a_line_takes_the_colour_that_the_page_gives_the_line():
+    figure, axes = plt.subplots()
+    axes.text(0, 0.5, "a name", color="C0")
+    (style,) = [e.get("style") for e in elements(inline(figure, "a"), "text") if e.text == "a name"]
+    assert "fill:var(--ewc-0," in style
+
+
 @pytest.mark.parametrize("black", ["black", "k"])
 def test_black_takes_the_text_colour_of_the_page(black):
     figure, axes = plt.subplots()
