@@ -241,6 +241,7 @@ def figure(result: dict[str, Any]) -> Figure:
     sections = result["sections"]
     height = math.ceil(len(sections) / 2)
     drawn, panels = plt.subplots(height, 2, figsize=(7, 3.3 * height), squeeze=False)
+    drawn.set_layout_engine("constrained", h_pad=0.12)  # a title is that of the panel below it
     for axes in panels.flat[len(sections) :]:
         axes.set_axis_off()
     for axes, (name, section) in zip(panels.flat, sections.items(), strict=False):
@@ -250,7 +251,7 @@ def figure(result: dict[str, Any]) -> Figure:
         else:
             _draw_model(axes, [row for row in rows(result) if row.model == name])
     keys = [Line2D([], [], label=kind, linestyle="none", **_style(kind)) for kind in MARKERS]
-    panels.flat[len(sections) - 1].legend(handles=keys)
+    panels.flat[len(sections) - 1].legend(handles=keys, loc="upper left")
     return drawn
 
 
@@ -290,6 +291,7 @@ def _draw_linearity(axes: Axes, runs: list[Entry]) -> None:
     for kind in dict.fromkeys(run["kind"] for run in runs):
         axes.plot(*_medians(runs, kind), **_style(kind))
     axes.set(xscale="log", yscale="log", xlabel="observations", ylabel="seconds")
+    axes.set_ylim(top=30 * axes.get_ylim()[1])  # room for the legend
 
 
 def _style(kind: str) -> dict[str, Any]:
