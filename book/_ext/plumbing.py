@@ -2,7 +2,7 @@
 
 Readers see neither statements that only glue, nor `# checks:` comments, nor cells of which nothing
 else is left. What is executed, and the notebook, keep them. The bar of a folded cell says what it
-folds: the code of what is shown below it, or, where nothing is shown, a check or a computation.
+folds: the code of what is shown below it, or, where nothing is shown, what it does.
 """
 
 import ast
@@ -124,6 +124,8 @@ def _hide(app: Sphinx, document: nodes.document) -> None:
 
 def folded(text: str) -> str:
     """Say what a cell without an output does."""
+    if text.startswith(("import ", "from ")):
+        return "preparation"
     return "check" if re.search(r"^\s*assert\b", text, re.MULTILINE) else "computation"
 
 

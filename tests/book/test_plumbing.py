@@ -12,6 +12,7 @@ from prose import page_name
 
 from tests.book.site import SITE, chapters, require_pages
 
+WHAT = ("preparation", "computation", "check")
 PLUMBING = re.compile(r"\bglue\(|# checks:")
 
 
@@ -65,7 +66,11 @@ def test_a_name_that_a_later_cell_uses_is_shown_where_it_is_set() -> None:
 
 @pytest.mark.parametrize(
     ("cell", "what"),
-    [("x = 1\nfor y in x:\n    assert y", "check"), ("x = asserted()  # assert", "computation")],
+    [
+        ("x = 1\nfor y in x:\n    assert y", "check"),
+        ("x = asserted()  # assert", "computation"),
+        ("import math\n\nassert math", "preparation"),
+    ],
 )
 def test_a_folded_cell_that_shows_nothing_says_what_it_does(cell: str, what: str) -> None:
     assert folded(cell) == what
@@ -77,7 +82,7 @@ def test_no_bar_promises_more_than_it_folds() -> None:
         for cell in BeautifulSoup(page.read_text("utf-8"), "html.parser").select("div.cell"):
             if cell.select_one("details.hide") and not cell.select_one(".cell_output"):
                 bar = cell.select_one("summary p.collapsed")
-                assert bar.get_text() in ("Show the check", "Show the computation")
+                assert bar.get_text() in {f"Show the {what}" for what in WHAT}
 
 
 def test_no_page_shows_plumbing_and_every_notebook_keeps_it() -> None:
