@@ -15,7 +15,7 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 # A hyphen within a word or between two numbers is no minus.
 _NUMBER = re.compile(r"(?<![\w.,-])(-?)(\d[\d,]*(?:\.\d+)?)(?:e([+-]\d+))?(?![\w])")
 _UNITS = r"[±%]|[kMGT]i?B\b"
-_JOINT = re.compile(rf"(?<=\d)[ \n](?={_UNITS})|(?<=±)[ \n](?=\d)|(?<=\d)(?=%)")
+_JOINT = re.compile(rf"(?<=\d)[ \n](?={_UNITS})|(?<=[±=<])[ \n](?=\d)|(?<=\d)(?=%)")
 # The same where the number is glued: behind it, and before it.
 _BEHIND, _BEFORE = re.compile(rf"^[ \n](?={_UNITS})"), re.compile(r"(?<=[±=<])[ \n]$")
 _SPACE = "\N{NO-BREAK SPACE}"

@@ -48,7 +48,7 @@ def test_what_is_no_number_stays(text: str) -> None:
         ("a line\nends, 95\n% of it", "a line\nends, 95~% of it"),
         ("of # % or # ±\n# points", "of #~% or #~±~# points"),
         ("fill # GB of it", "fill #~GB of it"),
-        ("p = # here", "p =~# here"),
+        ("p = # here, at n = 5", "p =~# here, at n =~5"),
         ("in # Greek letters, ± # or %", "in # Greek letters, ±~# or %"),
     ],
 )
