@@ -91,6 +91,32 @@ def _is_prose(text: nodes.Text) -> bool:
     return not isinstance(text.parent, kinds)
 
 
+_MARK = re.compile(r"[，。；：？！、）」”.,;:?!)]+")
+
+
+class KeepMarks(SphinxPostTransform):
+    """Keeps a mark of punctuation on the line of the formula before it."""
+
+    default_priority = _SetNumbers.default_priority + 10
+    formats = ("html",)
+
+    def run(self) -> None:
+        for formula in list(self.document.findall(nodes.math)):
+            mark = _MARK.match(_text_behind(formula))
+            if mark:
+                place = formula.parent.index(formula)
+                rest = formula.parent[place + 1].astext()[mark.end() :]
+                joined = nodes.inline("", "", classes=["joined"])
+                formula.parent[place : place + 2] = [joined, nodes.Text(rest)]
+                joined += [formula, nodes.Text(mark[0])]
+
+
+def _text_behind(node: nodes.Node) -> str:
+    behind = node.next_node(descend=False, siblings=True)
+    return behind.astext() if isinstance(behind, nodes.Text) else ""
+
+
 def setup(app: Sphinx) -> dict[str, object]:
     app.add_post_transform(_SetNumbers)
+    app.add_post_transform(KeepMarks)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -5,7 +5,8 @@ import re
 import pytest
 from bs4 import BeautifulSoup
 from docutils import nodes
-from typesetting import join, typeset
+from docutils.utils import new_document
+from typesetting import KeepMarks, join, typeset
 
 from tests.book.site import chapters, require_pages
 
@@ -69,3 +70,15 @@ def test_no_page_shows_a_computed_number_raw() -> None:
         computed = tree.select(".pasted-text, .cell_output td, .cell_output th")
         found += [(page.stem, c.get_text()) for c in computed if RAW.search(c.get_text())]
     assert found == []
+
+
+@pytest.mark.parametrize(
+    ("behind", "mark"), [("，则", "，"), ("）。", "）。"), (", and", ","), (" and", ""), ("之", "")]
+)
+def test_a_mark_of_punctuation_stays_with_the_formula_before_it(behind: str, mark: str) -> None:
+    document = new_document("page")
+    document += nodes.paragraph("", "", nodes.Text("设 "), nodes.math("x", "x"), nodes.Text(behind))
+    KeepMarks(document).run()
+    assert document.astext() == f"设 x{behind}"
+    joined = [node.astext() for node in document.findall(nodes.inline)]
+    assert joined == ([f"x{mark}"] if mark else [])
