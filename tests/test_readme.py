@@ -2,13 +2,20 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
+CHINESE = (ROOT / "README.zh-CN.md").read_text("utf-8")
 
 
-def python_block():
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def python_block(text=README):
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     return code
+
+
+def without_comments(code):
+    return re.sub(r"[ ]*#.*", "", code)
 
 
 def test_the_example_runs_and_protects_the_first_task(capsys):
@@ -25,8 +32,18 @@ def test_the_example_is_short():
     assert len(statements) <= 15
 
 
-def test_every_local_link_and_picture_exists():
-    targets = re.findall(r"\]\(([^)]+)\)", README)
+def test_the_chinese_readme_has_the_same_example_code_and_links():
+    blocks = [re.findall(r"```.*?```", text, flags=re.DOTALL) for text in (README, CHINESE)]
+    one, other = ([without_comments(block) for block in found] for found in blocks)
+    assert one == other
+    prose = (re.sub(r"```.*?```", "", text, flags=re.DOTALL) for text in (README, CHINESE))
+    names = [re.findall(r"`[^`\n]+`", text) for text in prose]
+    assert {*names[0]} <= {*names[1]}
+
+
+@pytest.mark.parametrize("text", [README, CHINESE], ids=["English", "Chinese"])
+def test_every_local_link_and_picture_exists(text):
+    targets = re.findall(r"\]\(([^)]+)\)", text)
     assert targets
     assert not [t for t in targets if "://" not in t and not (ROOT / t).exists()]
 
