@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SITE := _build/html
+CHINESE := _build/zh
 PAPER := _build/latex
 PYTEST := $(BIN)/pytest tests ewc_lib --doctest-modules --numprocesses auto
 
@@ -53,6 +54,19 @@ build: $(INSTALLED)
 	rm -rf $(SITE)
 	$(BIN)/python book/_ext/execution.py
 	$(BIN)/jupyter-book build . -W --all --keep-going || { rm -rf $(SITE); exit 1; }
+	$(MAKE) --no-print-directory chinese || { rm -rf $(SITE); exit 1; }
+
+# The Chinese edition, from the chapters as they were executed for the English one.
+.PHONY: chinese
+chinese:
+	rm -rf $(CHINESE)/_build/html
+	$(BIN)/python book/_ext/chinese.py
+	$(BIN)/jupyter-book build . --config $(CHINESE)/_config.yml --path-output $(CHINESE) -W --all --keep-going
+	$(BIN)/python book/_ext/chinese.py --publish
+
+.PHONY: messages
+messages: pages ## Bring the catalogues of the Chinese edition up to date with the pages
+	$(BIN)/python book/_ext/messages.py
 
 .PHONY: pdf
 pdf: $(INSTALLED) ## Build the book as a PDF; needs XeLaTeX (see CONTRIBUTING)

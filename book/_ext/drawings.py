@@ -13,7 +13,9 @@ from myst_nb.sphinx_ import SelectMimeType
 from sphinx.application import Sphinx
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util import logging
+from translation import translated_part, translator
 
+COVER = "book/foundations/ewc"  # whose cells draw what other pages show
 UNNAMED = 'class="ewc-figure" role="img" aria-label="Figure"'
 
 _LOGGER = logging.getLogger(__name__)
@@ -44,7 +46,8 @@ class ShowDrawings(SphinxPostTransform):
         for picture in list(self.document.findall(nodes.image)):
             path = Path(self.env.srcdir, picture["uri"]).with_suffix(".html")
             if path.is_file():
-                text = _name(path.read_text("utf-8"), picture)
+                translate = translator(self.env, COVER)
+                text = _name(translated_part(path.read_text("utf-8"), translate), picture)
                 picture.replace_self(nodes.raw("", text, format="html"))
 
 

@@ -46,7 +46,7 @@ def name_folds_of_the_contents(page: Page) -> bool:
     """A control needs a name (WCAG 4.1.2), and this one shows an arrow alone."""
     found = _select(page, "summary:not([aria-label]):has(> span.toctree-toggle)")
     for summary in found:
-        summary["aria-label"] = "Pages below"
+        summary["aria-label"] = "下级页面" if _is_chinese(page) else "Pages below"
     return bool(found)
 
 
@@ -91,7 +91,8 @@ def name_the_region_of_the_sidebar(page: Page) -> bool:
     """Everything on a page belongs to a landmark."""
     found = _select(page, "div#pst-primary-sidebar:not([role])")
     for sidebar in found:
-        sidebar["role"], sidebar["aria-label"] = "region", "Book"
+        sidebar["role"] = "region"
+        sidebar["aria-label"] = "本书" if _is_chinese(page) else "Book"
     return bool(found)
 
 
@@ -114,6 +115,10 @@ def drop_module_without_a_page(page: Page) -> bool:
     for link in found:
         link.parent.decompose()
     return bool(found)
+
+
+def _is_chinese(page: Page) -> bool:
+    return bool(page.tree.html) and page.tree.html.get("lang", "").startswith("zh")
 
 
 def _select(page: Page, selector: str) -> list[Tag]:
@@ -249,6 +254,8 @@ def _finish(app: Sphinx, error: Exception | None, whole: bool) -> None:
     found = repair(Path(app.outdir))
     if app.config.ogp_site_url:  # then the tags hold addresses
         del found[drop_path_that_is_no_address.__name__]
+    if "sphinx.ext.viewcode" not in app.extensions:
+        del found[drop_dead_links_of_viewer.__name__], found[drop_module_without_a_page.__name__]
     needless = [name for name in found if not found[name]]
     if whole and needless:
         raise ExtensionError(f"no page needs these repairs: {', '.join(needless)}")

@@ -119,7 +119,13 @@ def _hide(app: Sphinx, document: nodes.document) -> None:
             cell.parent.remove(cell)
         elif cell.get("hide_mode"):
             name = "{type}" if len(cell.children) > 1 else folded(text)
-            cell["prompt_show"], cell["prompt_hide"] = f"Show the {name}", f"Hide the {name}"
+            cell["prompt_show"], cell["prompt_hide"] = _prompts(name, app.config.language)
+
+
+def _prompts(name: str, language: str) -> tuple[str, str]:
+    if language == "zh_CN":
+        return f"显示{_IN_CHINESE[name]}", f"隐藏{_IN_CHINESE[name]}"
+    return f"Show the {name}", f"Hide the {name}"
 
 
 def folded(text: str) -> str:
@@ -129,6 +135,7 @@ def folded(text: str) -> str:
     return "check" if re.search(r"^\s*assert\b", text, re.MULTILINE) else "computation"
 
 
+_IN_CHINESE = {"preparation": "准备代码", "check": "检验", "computation": "计算", "{type}": "代码"}
 _INPUT = "cell_code_source"
 
 

@@ -28,6 +28,10 @@ var splitQuery = (query) => {
         return [part for run in runs for part in _parts(run)]
 
 
+class _OfChinesePages(_WithChinese):
+    lang = "zh"
+
+
 def _parts(run: str) -> list[str]:
     """Return every two characters of a Chinese run, and any other run whole."""
     is_chinese = "\u3400" <= run[0] <= "\u9fff" and len(run) > 1
@@ -36,4 +40,5 @@ def _parts(run: str) -> list[str]:
 
 def setup(app: Sphinx) -> dict[str, object]:
     app.add_search_language(_WithChinese)
+    app.add_search_language(_OfChinesePages)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -16,6 +16,7 @@ PATTERNS = (
     "constraints.txt",
     "book/**/*.md",
     "book/**/*.bib",
+    "book/locale/**/*.po",
     "book/_*/*",
     "book/results/*",
     "book/figures/*",

@@ -1,13 +1,12 @@
 // What a link leads to, shown beside it: a formula, a result, a term, a publication, a function. It comes to a pointer
 // that rests and to the focus of the keyboard; it goes with them, or by Escape. A finger, which cannot rest, gets none.
-const SCRIPT = document.currentScript.src;
-const SITE = new URL("..", SCRIPT).href;
+const SITE = new URL(document.documentElement.dataset.content_root, location).href; // of this language
 const REST = 250; // milliseconds
 const box = Object.assign(document.createElement("div"), { id: "preview", role: "tooltip", popover: "manual" });
 
 const files = {};
 function load(name) {
-  const script = Object.assign(document.createElement("script"), { src: new URL(name, SCRIPT) });
+  const script = Object.assign(document.createElement("script"), { src: new URL(name, `${SITE}_static/`) });
   document.head.append(script);
   return new Promise((next) => script.addEventListener("load", next));
 }

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from translation import WHOLE
 
 from tests.book.site import PAGES, SITE, chapters, name, require_pages
 
@@ -35,16 +36,19 @@ pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
 MEGABYTE = 1_000_000
 FIRST = SITE / "index.html"  # leads on to the introduction
-READ = [page for page in PAGES if page != FIRST]
+ZH = SITE / "zh"
+READ = [page for page in PAGES if page not in (FIRST, ZH / FIRST.name)]
 
 
-MADE = "_modules", "api"  # folders of pages that are made from modules
+MADE = "_modules", "api", "zh"  # folders of pages that are made from modules, or not translated
 
 
 def kind(page: Path) -> str:
     """Return what a page has in common with those that are made in the same way."""
     if page in chapters():
         return "chapter"
+    if name(page).removeprefix("zh/").removesuffix(".html") in WHOLE:
+        return ""
     return next((folder for folder in MADE if folder in page.parts), "")
 
 
@@ -79,7 +83,7 @@ def test_every_kind_of_page_is_loaded_and_seen_by_every_reader() -> None:
     for visit in visits_to(READ):
         first[kind(visit.page)].add(visit.readers[0])
         seen[kind(visit.page)].add(visit.readers)
-    assert first.keys() == {"", "_modules", "api", "chapter"}
+    assert first.keys() == {"", "_modules", "api", "chapter", "zh"}
     assert all(readers == set(READERS) for readers in first.values())
     assert all(len(READERS) in map(len, readers) for readers in seen.values())
 
@@ -149,26 +153,39 @@ FOUND_BY = {
 }
 
 
-def test_the_search_finds_pages_by_english_and_by_chinese_words() -> None:
+FOUND_IN_CHINESE = {
+    "Fisher": "zh/book/foundations/fisher.html",
+    "似然": "zh/book/foundations/likelihood.html",
+    "信息矩阵": "zh/book/foundations/fisher.html",
+    "弹性权重巩固": "zh/book/foundations/ewc.html",
+}
+
+
+@pytest.mark.parametrize(("edition", "found_by"), [(SITE, FOUND_BY), (ZH, FOUND_IN_CHINESE)])
+def test_the_search_finds_pages_by_english_and_by_chinese_words(
+    edition: Path, found_by: dict[str, str]
+) -> None:
     # Without a server the results come without the lines around the word, and the console says so.
     async def search(*words: str) -> dict[str, list[str]]:
         found = {}
         async with open_browser() as browser:
             tab = await open_tab(browser)
             for word in words:
-                async with loaded(tab, Visit(SITE / "book" / "intro.html")) as page:
+                async with loaded(tab, Visit(edition / "book" / "intro.html")) as page:
                     await page.keyboard.press("Control+k")
                     await page.keyboard.insert_text(word)
                     await page.keyboard.press("Enter")
                     results = page.locator("#search-results li > a")
-                    await page.get_by_text(re.compile("Search finished|did not match")).wait_for()
+                    await page.get_by_text(
+                        re.compile("Search finished|did not match|搜索完成|没有|未找到")
+                    ).wait_for()
                     links = await results.evaluate_all("links => links.map(link => link.href)")
                 found[word] = [address.partition("/_build/html/")[2] for address in links]
         return found
 
-    results = asyncio.run(search(*FOUND_BY, "骆驼"))
+    results = asyncio.run(search(*found_by, "骆驼"))
     pages = {word: {link.partition("?")[0] for link in links} for word, links in results.items()}
-    assert {word for word, page in FOUND_BY.items() if page not in pages[word]} == set()
+    assert {word for word, page in found_by.items() if page not in pages[word]} == set()
     assert pages["骆驼"] == set()
 
 

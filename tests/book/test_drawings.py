@@ -56,7 +56,8 @@ def test_other_parts_of_a_page_stay(html):
 def test_a_picture_gives_way_to_the_drawing_beside_it_and_leaves_it_its_text(html, name, tmp_path):
     (tmp_path / "result.html").write_text(html)
     document = new_document("page")
-    document.settings.env = SimpleNamespace(srcdir=tmp_path)
+    config = SimpleNamespace(locale_dirs=[], language="en")
+    document.settings.env = SimpleNamespace(srcdir=tmp_path, config=config)
     document += nodes.figure("", nodes.image(uri=f"{name}.png", alt='A "line".'))
     ShowDrawings(document).run()
     shown = [BeautifulSoup(raw.astext(), "html.parser") for raw in document.findall(nodes.raw)]

@@ -15,7 +15,7 @@ from axe_playwright_python.base import AXE_SCRIPT
 from playwright.async_api import Locator, Page
 from previews import FILE
 
-from tests.book.site import SITE, require_pages
+from tests.book.site import SITE, name, require_pages
 from tests.book.visits import Reader, Visit, find_browser, loaded, open_browser, open_tab
 
 if not find_browser():
@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
 TEXTS = SITE / "_static" / FILE
 CHAPTER = SITE / "book" / "foundations" / "fisher.html"
+CHINESE = SITE / "zh" / "book" / "foundations" / "fisher.html"
 WITHOUT_FORMULAS = SITE / "book" / "reference" / "api" / "ewc_lib.errors.html"
 # A link of each kind, and what its preview holds.
 LINKS = {
@@ -50,19 +51,22 @@ async def look_at(page: Page, link: Locator) -> Locator:
     return preview
 
 
-def test_each_kind_of_link_has_a_preview_that_is_loaded_when_asked_for() -> None:
+@pytest.mark.parametrize("chapter", [CHAPTER, CHINESE], ids=name)
+def test_each_kind_of_link_has_a_preview_that_is_loaded_when_asked_for(chapter: Path) -> None:
+    texts = (SITE / "zh" if chapter == CHINESE else SITE) / "_static" / FILE
+
     async def visit_links(visit: Visit) -> None:
         async with opened(visit) as page:
-            assert TEXTS not in visit.loaded
+            assert texts not in visit.loaded
             for link, content in LINKS.items():
                 preview = await look_at(page, page.locator(f"article {link}:visible").first)
                 assert await preview.locator(content).count(), link
                 assert await preview.locator("a, [id], [tabindex]").count() == 0, link
                 await page.mouse.move(0, 0)
                 await preview.wait_for(state="detached")
-            assert TEXTS in visit.loaded
+            assert texts in visit.loaded
 
-    visit = Visit(CHAPTER)
+    visit = Visit(chapter)
     asyncio.run(visit_links(visit))
     assert (visit.external, visit.errors) == ([], [])
 

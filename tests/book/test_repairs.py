@@ -133,7 +133,8 @@ def repaired(folder: Path, body: str) -> str:
 
 def finish(folder: Path, whole: bool = True, address: str = "", error: object = None) -> None:
     config = SimpleNamespace(ogp_site_url=address)
-    pages._finish(SimpleNamespace(outdir=folder, config=config), error, whole)
+    app = SimpleNamespace(outdir=folder, config=config, extensions={"sphinx.ext.viewcode"})
+    pages._finish(app, error, whole)
 
 
 ALL = "".join(before for before, _ in EXAMPLES.values())
