@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SITE := _build/html
 CHINESE := _build/zh
+IN_CHINESE := --config $(CHINESE)/_config.yml --path-output $(CHINESE)
 PAPER := _build/latex
 PYTEST := $(BIN)/pytest tests ewc_lib --doctest-modules --numprocesses auto
 
@@ -61,7 +62,7 @@ build: $(INSTALLED)
 chinese:
 	rm -rf $(CHINESE)/_build/html
 	$(BIN)/python book/_ext/chinese.py
-	$(BIN)/jupyter-book build . --config $(CHINESE)/_config.yml --path-output $(CHINESE) -W --all --keep-going
+	$(BIN)/jupyter-book build . $(IN_CHINESE) -W --all --keep-going
 	$(BIN)/python book/_ext/chinese.py --publish
 
 .PHONY: messages
@@ -69,11 +70,18 @@ messages: pages ## Bring the catalogues of the Chinese edition up to date with t
 	$(BIN)/python book/_ext/messages.py
 
 .PHONY: pdf
-pdf: $(INSTALLED) ## Build the book as a PDF; needs XeLaTeX (see CONTRIBUTING)
+pdf: $(INSTALLED) ## Build the book as a PDF in both languages; needs XeLaTeX (see CONTRIBUTING)
 	$(BIN)/jupyter-book build . --builder latex -W --all --keep-going
-	max_print_line=1000 $(MAKE) --directory $(PAPER) PDFLATEX='latexmk -xelatex -quiet -halt-on-error'
-	! grep -aE '(eference|Citation) .* undefined|Missing character' $(PAPER)/ewc_lib.log
-	@echo "The book on paper: $(CURDIR)/$(PAPER)/ewc_lib.pdf"
+	$(call typeset,$(PAPER))
+	$(BIN)/python book/_ext/chinese.py
+	$(BIN)/jupyter-book build . $(IN_CHINESE) --builder latex -W --all --keep-going
+	$(call typeset,$(CHINESE)/_build/latex)
+
+define typeset
+	max_print_line=1000 $(MAKE) --directory $(1) PDFLATEX='latexmk -xelatex -quiet -halt-on-error'
+	! grep -aE '(eference|Citation) .* undefined|Missing character' $(1)/ewc_lib.log
+	@echo "The book on paper: $(CURDIR)/$(1)/ewc_lib.pdf"
+endef
 
 .PHONY: test
 test: lint pages ## Check the code, execute the chapters, run the tests, look at the pages

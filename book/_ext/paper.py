@@ -7,26 +7,40 @@ Sphinx's manual, with the two environments of code cells that the other one woul
 from sphinx.application import Sphinx
 from sphinx.config import Config
 
-# Inputs of cells have a grey frame, outputs none. The glossary has Chinese terms. Docstrings, which
-# know no macros, say \top for the transpose.
+# Inputs of cells have a grey frame, outputs none. Docstrings, which know no macros, say \top for
+# the transpose.
 _PREAMBLE = r"""
 \usepackage{changepage}
 \newenvironment{sphinxVerbatimInput}{}{}
 \newenvironment{sphinxVerbatimOutput}
   {\sphinxsetup{VerbatimBorderColor={RGB}{255,255,255}}\begin{adjustwidth}{1em}{}}
   {\end{adjustwidth}}
-\newfontfamily\chinese{WenQuanYi Micro Hei}
-\setTransitionsForCJK{\chinese}{\rmfamily}
 \renewcommand{\top}{\mathsf{T}}
 """
+
+# The glossary has Chinese terms.
+_SOME_CHINESE = r"""
+\newfontfamily\chinese{WenQuanYi Micro Hei}
+\setTransitionsForCJK{\chinese}{\rmfamily}
+"""
+
+# In the Chinese edition xeCJK, which Sphinx loads, changes the fonts instead.
+_ALL_CHINESE = r"""
+\setCJKmainfont{WenQuanYi Micro Hei}
+\setCJKsansfont{WenQuanYi Micro Hei}
+\setCJKmonofont{WenQuanYi Micro Hei Mono}
+"""
+_SCRIPTS = r"\usepackage[Latin,Greek]{ucharclasses}"
 
 
 def _set_paper(app: Sphinx, config: Config) -> None:
     config.latex_theme = "manual"
     config.latex_elements["papersize"] = "a4paper"
-    preamble = config.latex_elements["preamble"]
-    scripts = preamble.replace("[Latin,Greek]{ucharclasses}", "[Latin,Greek,CJK]{ucharclasses}")
-    config.latex_elements["preamble"] = scripts + _PREAMBLE
+    is_chinese = config.language == "zh_CN"
+    scripts = "" if is_chinese else _SCRIPTS.replace("Greek]", "Greek,CJK]")
+    preamble = config.latex_elements["preamble"].replace(_SCRIPTS, scripts)
+    fonts = _ALL_CHINESE if is_chinese else _SOME_CHINESE
+    config.latex_elements["preamble"] = preamble + _PREAMBLE + fonts
 
 
 def setup(app: Sphinx) -> dict[str, object]:

@@ -63,7 +63,8 @@ def _offer_paper(
 ) -> None:
     """Link the book on paper from the first page, if `make pdf` has made it."""
     if page == app.config.root_doc and _paper(app).exists():
-        context["body"] += f'<p><a href="../{_paper(app).name}">The book as a PDF</a></p>'
+        text = "本书的 PDF" if app.config.language == "zh_CN" else "The book as a PDF"
+        context["body"] += f'<p><a href="../{_paper(app).name}">{text}</a></p>'
 
 
 def _paper(app: Sphinx) -> Path:

@@ -23,6 +23,7 @@ PATTERNS = (
     "ewc_lib/**/*.py",
     "tests/**/*.py",
     "_build/latex/*.pdf",
+    "_build/zh/_build/latex/*.pdf",
 )
 
 

@@ -62,7 +62,7 @@ def test_the_first_page_links_the_book_on_paper_if_there_is_one(made, tmp_path: 
     app = SimpleNamespace(
         outdir=tmp_path / "html",
         builder=SimpleNamespace(format="html"),
-        config=SimpleNamespace(root_doc="book/intro"),
+        config=SimpleNamespace(root_doc="book/intro", language="en"),
     )
     app.outdir.mkdir()
     if made:
