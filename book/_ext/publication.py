@@ -25,7 +25,8 @@ def _add_address(app: Sphinx, config: Config) -> None:
     if not repository:
         return
     owner, name = repository.split("/")
-    config.ogp_site_url = f"https://{owner}.github.io/{name}/"
+    edition = "zh/" if config.language == "zh_CN" else ""
+    config.ogp_site_url = f"https://{owner}.github.io/{name}/{edition}"
     config.ogp_social_cards = {**config.ogp_social_cards, "enable": True}
     config.html_theme_options |= {
         "repository_url": f"https://github.com/{repository}",

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from html import escape, unescape
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from docutils import nodes
 from myst_nb.ext.glue.roles import PasteTextRole
@@ -215,25 +216,26 @@ def _say_what_is_not(app: Sphinx, document: nodes.document) -> None:
             title.parent.insert(1, note)
 
 
-def _link_editions(app: Sphinx, page: str, template: str, context: dict, tree: object) -> None:
+def _link_editions(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], tree: object
+) -> None:
     """Give each page the address of the same page in the other language."""
-    to_root = "../" * page.count("/")
-    here = f"{page}{app.builder.link_suffix}"
     is_chinese = app.config.language == LANGUAGE
+    is_code = page.startswith("_modules/")  # which is in the English edition alone
+    up = "../" * page.count("/")
+    here, there = (f"{name}.html" for name in (page, app.config.root_doc if is_code else page))
     context["is_chinese"] = is_chinese
-    context["other_edition"] = f"{to_root}../{here}" if is_chinese else f"{to_root}zh/{here}"
-    site = app.config.ogp_site_url
-    places = (
-        {"en": f"{site}{here}", "zh-CN": f"{site}zh/{here}"}
-        if site
-        else {
-            "zh-CN" if is_chinese else "en": here.rpartition("/")[2],
-            "en" if is_chinese else "zh-CN": context["other_edition"],
-        }
-    )
+    context["other_edition"] = f"{up}../{there}" if is_chinese else f"{up}zh/{there}"
+    if is_code:
+        return
+    site = app.config.ogp_site_url.removesuffix("zh/")
+    english, chinese = f"{site}{here}", f"{site}zh/{here}"
+    if not site:
+        places = here.rpartition("/")[2], context["other_edition"]
+        english, chinese = reversed(places) if is_chinese else places
     context["metatags"] = context.get("metatags", "") + "".join(
         f'<link rel="alternate" hreflang="{language}" href="{place}" />'
-        for language, place in places.items()
+        for language, place in (("en", english), ("zh-CN", chinese))
     )
 
 

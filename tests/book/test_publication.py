@@ -32,10 +32,14 @@ def test_a_folder_without_git_has_no_repository(tmp_path: Path) -> None:
     assert publication._remote(tmp_path) is None
 
 
-def configured(monkeypatch: pytest.MonkeyPatch, folder: Path, repository: str) -> SimpleNamespace:
+def configured(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, repository: str, language: str = "en"
+) -> SimpleNamespace:
     monkeypatch.setenv("GITHUB_REPOSITORY", repository)
     cards = {"enable": False, "image": "logo.png"}
-    config = SimpleNamespace(html_theme_options={}, ogp_site_url="", ogp_social_cards=cards)
+    config = SimpleNamespace(
+        html_theme_options={}, ogp_site_url="", ogp_social_cards=cards, language=language
+    )
     publication._add_address(SimpleNamespace(srcdir=folder), config)
     return config
 
@@ -53,6 +57,8 @@ def test_there_is_no_button_if_it_is_not_known(monkeypatch, tmp_path) -> None:
 def test_pages_have_a_social_card_where_the_address_of_the_site_is_known(monkeypatch, tmp_path):
     known = configured(monkeypatch, tmp_path, "a/b")
     assert known.ogp_site_url == "https://a.github.io/b/"
+    chinese = configured(monkeypatch, tmp_path, "a/b", language="zh_CN")
+    assert chinese.ogp_site_url == "https://a.github.io/b/zh/"
     assert known.ogp_social_cards == {"enable": True, "image": "logo.png"}
     assert not configured(monkeypatch, tmp_path, "").ogp_social_cards["enable"]
 

@@ -1,8 +1,11 @@
 """Texts that cells compute are translated with their numbers left where they are."""
 
 import json
+import re
+from types import SimpleNamespace
 
-from translation import masked, translated, translated_part
+import pytest
+from translation import _link_editions, masked, translated, translated_part
 
 CHINESE = {
     "{0} of {1} images": "{1} 张图像中的 {0} 张",
@@ -49,3 +52,32 @@ def test_the_texts_of_a_figure_are_translated_and_nothing_else() -> None:
 def test_data_in_a_script_hold_no_markup() -> None:
     html = '<script type="application/json">["a \\u003c b"]</script>'
     assert "<b>" not in translated_part(html, lambda message: "<b>")
+
+
+@pytest.mark.parametrize("site", ["", "https://a.org/b/"])
+@pytest.mark.parametrize(
+    ("language", "page", "other"),
+    [
+        ("en", "book/x", "../zh/book/x.html"),
+        ("zh_CN", "book/x", "../../book/x.html"),
+        ("en", "_modules/ewc_lib/x", "../../zh/book/intro.html"),
+        ("en", "search", "zh/search.html"),
+    ],
+)
+def test_a_page_links_the_same_page_of_the_other_edition(
+    language: str, page: str, other: str, site: str
+) -> None:
+    address = f"{site}zh/" if site and language == "zh_CN" else site
+    config = SimpleNamespace(language=language, root_doc="book/intro", ogp_site_url=address)
+    context: dict[str, str] = {}
+    _link_editions(SimpleNamespace(config=config), page, "", context, None)
+    assert context["other_edition"] == other
+    found = dict(re.findall(r'hreflang="([^"]+)" href="([^"]+)"', context.get("metatags", "")))
+    if page.startswith("_modules"):
+        assert found == {}
+    elif site:
+        assert found == {"en": f"{site}{page}.html", "zh-CN": f"{site}zh/{page}.html"}
+    else:
+        here = f"{page.rpartition('/')[2]}.html"
+        places = (here, other) if language == "en" else (other, here)
+        assert found == dict(zip(("en", "zh-CN"), places, strict=True))
