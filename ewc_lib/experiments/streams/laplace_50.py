@@ -25,8 +25,8 @@ __all__ = ["LAPLACE_50"]
 SEARCH_SEED = 1000
 """The seed on which settings are chosen."""
 
-ROUNDS = 3
-"""Of the search: the starting values, and twice what lies beyond or beside the best."""
+ROUNDS = 5
+"""Of the search: the starting values, and four times what lies beyond or beside the best."""
 
 STRENGTHS = {"strength": [1.0, 10.0, 100.0]}
 
@@ -36,7 +36,7 @@ _SHARED = {
         "online EWC": STRENGTHS,
         "Kronecker Laplace": STRENGTHS,
     },
-    "budget": 5,
+    "budget": 7,
 }
 
 
