@@ -226,13 +226,10 @@ def _link_editions(
     here, there = (f"{name}.html" for name in (page, app.config.root_doc if is_code else page))
     context["is_chinese"] = is_chinese
     context["other_edition"] = f"{up}../{there}" if is_chinese else f"{up}zh/{there}"
-    if is_code:
-        return
     site = app.config.ogp_site_url.removesuffix("zh/")
+    if is_code or not site:  # search engines want whole addresses
+        return
     english, chinese = f"{site}{here}", f"{site}zh/{here}"
-    if not site:
-        places = here.rpartition("/")[2], context["other_edition"]
-        english, chinese = reversed(places) if is_chinese else places
     context["metatags"] = context.get("metatags", "") + "".join(
         f'<link rel="alternate" hreflang="{language}" href="{place}" />'
         for language, place in (("en", english), ("zh-CN", chinese))
