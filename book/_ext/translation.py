@@ -25,6 +25,8 @@ from sphinx.transforms.i18n import Locale
 from sphinx.util.nodes import extract_messages
 from sphinx_exercise.nodes import exercise_subtitle, exercise_title, solution_title
 
+from ewc_lib.figures._interactive import in_script
+
 LANGUAGE = "zh_CN"
 FOLDER = "book/locale"
 NOTE = "messages.json"
@@ -35,7 +37,7 @@ WHOLE = frozenset(
 """The pages that are translated from start to end; of the others, what leads through them."""
 
 IS_PARTIAL = re.compile(r"book/(?:practice/\w+|reference/(?:\w+|api/index))")
-UNTRANSLATED = "本页正文尚未译成中文，以下为英文原文；标题与提要已译。"
+UNTRANSLATED = "本页正文尚未译成中文，以下为英文原文"
 
 _NUMBER = re.compile(r"[−+-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]\d+)?")
 _WORD = re.compile(r"[A-Za-z]{2}")
@@ -101,8 +103,7 @@ def _in_data(script: str, translate: Translate) -> str:
             return [walk(value) for value in data]
         return translated(data, translate) if isinstance(data, str) else data
 
-    text = json.dumps(walk(json.loads(script)), ensure_ascii=False, separators=(",", ":"))
-    return text.translate({ord(c): f"\\u{ord(c):04x}" for c in "<>&"})
+    return in_script(walk(json.loads(script)))
 
 
 class _Messages(SphinxTransform):
@@ -212,7 +213,8 @@ def _say_what_is_not(app: Sphinx, document: nodes.document) -> None:
     if app.config.language == LANGUAGE and app.env.docname not in WHOLE:
         title = document.next_node(nodes.title)
         if title:
-            note = nodes.paragraph("", UNTRANSLATED, classes=["untranslated"])
+            rest = "；标题与提要已译。" if app.env.metadata[app.env.docname][NOTE] else "。"
+            note = nodes.paragraph("", UNTRANSLATED + rest, classes=["untranslated"])
             title.parent.insert(1, note)
 
 
