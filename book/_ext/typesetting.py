@@ -91,29 +91,33 @@ def _is_prose(text: nodes.Text) -> bool:
     return not isinstance(text.parent, kinds)
 
 
-_MARK = re.compile(r"[，。；：？！、）」”.,;:?!)]+")
+_OPENING, _MARK = re.compile(r"[(（“「]+$"), re.compile(r"^[，。；：？！、）」”.,;:?!)]+")
 
 
 class KeepMarks(SphinxPostTransform):
-    """Keeps a mark of punctuation on the line of the formula before it."""
+    """Keeps a mark of punctuation on the line of the formula before it, a bracket on that after."""
 
     default_priority = _SetNumbers.default_priority + 10
     formats = ("html",)
 
     def run(self) -> None:
         for formula in list(self.document.findall(nodes.math)):
-            mark = _MARK.match(_text_behind(formula))
-            if mark:
-                place = formula.parent.index(formula)
-                rest = formula.parent[place + 1].astext()[mark.end() :]
+            before, behind = _taken(formula, -1, _OPENING), _taken(formula, 1, _MARK)
+            if before or behind:
                 joined = nodes.inline("", "", classes=["joined"])
-                formula.parent[place : place + 2] = [joined, nodes.Text(rest)]
-                joined += [formula, nodes.Text(mark[0])]
+                formula.parent.replace(formula, joined)
+                joined += [nodes.Text(before), formula, nodes.Text(behind)]
 
 
-def _text_behind(node: nodes.Node) -> str:
-    behind = node.next_node(descend=False, siblings=True)
-    return behind.astext() if isinstance(behind, nodes.Text) else ""
+def _taken(node: nodes.Node, step: int, marks: re.Pattern[str]) -> str:
+    """Take marks from the text beside a node."""
+    place = node.parent.index(node) + step
+    text = node.parent[place] if 0 <= place < len(node.parent) else None
+    match = marks.search(text) if isinstance(text, nodes.Text) else None
+    if not match:
+        return ""
+    node.parent[place] = nodes.Text(marks.sub("", text))
+    return match[0]
 
 
 def setup(app: Sphinx) -> dict[str, object]:

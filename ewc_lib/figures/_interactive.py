@@ -50,8 +50,9 @@ class Interactive:
 
 
 def typeset(text: str) -> str:
-    """Write negative numbers with a minus sign."""
-    return re.sub(r"(?<![\w.)-])-(?=\.?\d)", "−", text)
+    """Write numbers with a minus sign, and keep a sign of per cent beside its number."""
+    text = re.sub(r"(?<![\w.)-])-(?=\.?\d)", "−", text)
+    return re.sub(r"(?<=\d)%", "\N{NO-BREAK SPACE}%", text)
 
 
 def in_script(data: object) -> str:

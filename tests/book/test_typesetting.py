@@ -73,12 +73,20 @@ def test_no_page_shows_a_computed_number_raw() -> None:
 
 
 @pytest.mark.parametrize(
-    ("behind", "mark"), [("，则", "，"), ("）。", "）。"), (", and", ","), (" and", ""), ("之", "")]
+    ("before", "behind", "joined"),
+    [
+        ("设 ", "，则", "x，"),
+        ("（", "）。", "（x）。"),
+        ("by (", ", and", "(x,"),
+        ("by", " and", ""),
+        ("(or) ", "之", ""),
+    ],
 )
-def test_a_mark_of_punctuation_stays_with_the_formula_before_it(behind: str, mark: str) -> None:
+def test_a_formula_keeps_its_marks_of_punctuation(before: str, behind: str, joined: str) -> None:
     document = new_document("page")
-    document += nodes.paragraph("", "", nodes.Text("设 "), nodes.math("x", "x"), nodes.Text(behind))
+    parts = nodes.Text(before), nodes.math("x", "x"), nodes.Text(behind)
+    document += nodes.paragraph("", "", *parts)
     KeepMarks(document).run()
-    assert document.astext() == f"设 x{behind}"
-    joined = [node.astext() for node in document.findall(nodes.inline)]
-    assert joined == ([f"x{mark}"] if mark else [])
+    assert document.astext() == f"{before}x{behind}"
+    found = [node.astext() for node in document.findall(nodes.inline)]
+    assert found == ([joined] if joined else [])

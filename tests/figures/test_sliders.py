@@ -123,6 +123,12 @@ def test_a_negative_number_has_a_minus_sign_and_a_hyphen_stays():
     assert page.p.text == "log-likelihood −2.5 at 3-4."
 
 
+def test_a_sign_of_per_cent_stays_beside_its_number():
+    page = parse(slider({"20%": draw(1)}, ["9% is as % says."], name="n", alt="A line."))
+    assert page.b.text == "20\N{NO-BREAK SPACE}%"
+    assert page.p.text == "9\N{NO-BREAK SPACE}% is as % says."
+
+
 def test_a_text_cannot_end_the_script():
     frames, texts = {"</script>": draw(1)}, ["<!-- </script> <script>"]
     markup = slider(frames, texts, name="n", alt="A line.").html
