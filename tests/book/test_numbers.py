@@ -20,13 +20,14 @@ ALLOWED = {
     },
     "foundations/likelihood": {
         "accuracy be 0.90? Could it be 0.60": CHOSEN,
-        "accuracy of 0.95 makes": CHOSEN,
-        "as 0.90 does": CHOSEN,
-        "as 0.60 does. Divide": CHOSEN,
+        "At the accuracy 0.95": CHOSEN,
+        "as at 0.90": CHOSEN,
+        "as at 0.60. Divide": CHOSEN,
         "1.96 standard deviations": "leaves out 5 of 100 cases of a Gaussian",
         "So 0.60 is out, 0.90 is not": CHOSEN,
         "0.95 times": CHOSEN,
         "a truth of 0.9 is kept": CHOSEN,
+        "accuracies from 0.5 to 0.99": CHOSEN,
     },
     "foundations/score": {
         "accuracy is 0.80. Which way": CHOSEN,
