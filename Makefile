@@ -52,18 +52,20 @@ pages: $(INSTALLED)
 
 .PHONY: build
 build: $(INSTALLED)
-	rm -rf $(SITE)
+	rm -rf $(SITE) $(CHINESE)/_build/html
 	$(BIN)/python book/_ext/execution.py
-	$(BIN)/jupyter-book build . -W --all --keep-going || { rm -rf $(SITE); exit 1; }
-	$(MAKE) --no-print-directory chinese || { rm -rf $(SITE); exit 1; }
+	$(BIN)/python book/_ext/chinese.py
+	$(MAKE) --no-print-directory --jobs=2 english chinese && $(BIN)/python book/_ext/chinese.py --publish \
+	|| { rm -rf $(SITE); exit 1; }
 
-# The Chinese edition, from the chapters as they were executed for the English one.
+# Both editions from the chapters as they were executed, side by side.
+.PHONY: english
+english:
+	$(BIN)/jupyter-book build . -W --all --keep-going
+
 .PHONY: chinese
 chinese:
-	rm -rf $(CHINESE)/_build/html
-	$(BIN)/python book/_ext/chinese.py
-	$(BIN)/jupyter-book build . $(IN_CHINESE) -W --all --keep-going
-	$(BIN)/python book/_ext/chinese.py --publish
+	$(BIN)/jupyter-book build . $(IN_CHINESE) -W --all --keep-going --quiet
 
 .PHONY: messages
 messages: pages ## Bring the catalogues of the Chinese edition up to date with the pages
