@@ -13,10 +13,10 @@ from pathlib import Path
 from babel.messages.catalog import Catalog
 from babel.messages.pofile import read_po, write_po
 from fingerprints import ROOT
+from prose import glossary
 from translation import FOLDER, LANGUAGE, NOTE
 from wording import problems
 
-GLOSSARY = "book/reference/glossary"
 SITE = ROOT / "_build" / "html"
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 """A date that the format asks for; the history of the file knows better."""
@@ -61,15 +61,13 @@ def faults(page: str, current: list[str], found: Catalog) -> list[str]:
 @cache
 def terms() -> dict[str, str]:
     """Return the entry of the glossary of each term, by its English or Chinese name."""
-    names, found, entry = catalogue(GLOSSARY), dict[str, str](), ""
-    text = (ROOT / f"{GLOSSARY}.md").read_text("utf-8")
-    for line in text.split("```{glossary}\n")[1].split("\n```")[0].splitlines():
-        if not line or line.startswith(" "):
-            entry = ""
-            continue
-        entry = entry or line
-        found |= dict.fromkeys((line.lower(), str(names[line].string).lower()), entry)
-    return found
+    translated = catalogue("book/reference/glossary")
+    return {
+        name.lower(): names[0]
+        for names in glossary()
+        for term in names
+        for name in (term, str(translated[term].string))
+    }
 
 
 def updated(page: str, current: list[str]) -> Catalog:

@@ -6,6 +6,7 @@ Sphinx's manual, with the two environments of code cells that the other one woul
 
 from sphinx.application import Sphinx
 from sphinx.config import Config
+from translation import LANGUAGE
 
 # Inputs of cells have a grey frame, outputs none. Docstrings, which know no macros, say \top for
 # the transpose.
@@ -36,7 +37,7 @@ _SCRIPTS = r"\usepackage[Latin,Greek]{ucharclasses}"
 def _set_paper(app: Sphinx, config: Config) -> None:
     config.latex_theme = "manual"
     config.latex_elements["papersize"] = "a4paper"
-    is_chinese = config.language == "zh_CN"
+    is_chinese = config.language == LANGUAGE
     scripts = "" if is_chinese else _SCRIPTS.replace("Greek]", "Greek,CJK]")
     preamble = config.latex_elements["preamble"].replace(_SCRIPTS, scripts)
     fonts = _ALL_CHINESE if is_chinese else _SOME_CHINESE

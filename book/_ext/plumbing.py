@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from claims import CHECKS
 from docutils import nodes
 from sphinx.application import Sphinx
+from translation import LANGUAGE
 
 _BLOCKS = (ast.For, ast.While, ast.If, ast.With, ast.FunctionDef)
 
@@ -123,7 +124,7 @@ def _hide(app: Sphinx, document: nodes.document) -> None:
 
 
 def _prompts(name: str, language: str) -> tuple[str, str]:
-    if language == "zh_CN":
+    if language == LANGUAGE:
         return f"显示{_IN_CHINESE[name]}", f"隐藏{_IN_CHINESE[name]}"
     return f"Show the {name}", f"Hide the {name}"
 

@@ -64,6 +64,18 @@ def page_name(path: Path) -> str:
     return path.relative_to(BOOK).with_suffix("").as_posix()
 
 
+@cache
+def glossary() -> dict[tuple[str, ...], str]:
+    """Return the definition of each entry of the glossary, by its terms."""
+    page = (BOOK / "reference" / "glossary.md").read_text("utf-8")
+    found = {}
+    for entry in re.split(r"\n\s*\n", page.split("```{glossary}\n")[1].split("\n```")[0]):
+        lines = entry.splitlines()
+        names = tuple(line for line in lines if not line.startswith(" "))
+        found[names] = " ".join(line.strip() for line in lines[len(names) :])
+    return found
+
+
 def parts(text: str) -> list[Part]:
     """Split the text of a page, in order.
 

@@ -18,6 +18,7 @@ from docutils import nodes
 from notebook_pairs import say_plainly
 from sphinx.application import Sphinx
 from sphinx.config import Config
+from translation import LANGUAGE
 
 
 def _add_address(app: Sphinx, config: Config) -> None:
@@ -25,7 +26,7 @@ def _add_address(app: Sphinx, config: Config) -> None:
     if not repository:
         return
     owner, name = repository.split("/")
-    edition = "zh/" if config.language == "zh_CN" else ""
+    edition = "zh/" if config.language == LANGUAGE else ""
     config.ogp_site_url = f"https://{owner}.github.io/{name}/{edition}"
     config.ogp_social_cards = {**config.ogp_social_cards, "enable": True}
     config.html_theme_options |= {
@@ -64,7 +65,7 @@ def _offer_paper(
 ) -> None:
     """Link the book on paper from the first page, if `make pdf` has made it."""
     if page == app.config.root_doc and _paper(app).exists():
-        text = "本书的 PDF" if app.config.language == "zh_CN" else "The book as a PDF"
+        text = "本书的 PDF" if app.config.language == LANGUAGE else "The book as a PDF"
         context["body"] += f'<p><a href="../{_paper(app).name}">{text}</a></p>'
 
 

@@ -5,13 +5,10 @@ chapter. Headings, titles, formulas, code and the texts of other links are left 
 """
 
 import re
-from functools import cache
 from pathlib import Path
 
 import pytest
-from prose import BOOK, blank, blank_math, page_name, pages, parts
-
-GLOSSARY = BOOK / "reference" / "glossary.md"
+from prose import blank, blank_math, glossary, page_name, pages, parts
 
 # Phrases, by chapter or for all of them, in which a word means something else than the term.
 OTHERWISE: dict[str, tuple[str, ...]] = {
@@ -27,18 +24,6 @@ OTHERWISE: dict[str, tuple[str, ...]] = {
 LINK = r"\{term\}`(?P<text>[^`<]+?)\s*(?:<(?P<target>[^`>]+)>)?`"
 # Roles, code and links.
 NOT_RUNNING = r"(?:\{[\w:+-]+\})?(?P<ticks>`+)(?!`).*?(?<!`)(?P=ticks)(?!`)|\[[^\]]*\]\([^)]*\)"
-
-
-@cache
-def glossary() -> dict[tuple[str, ...], str]:
-    """Return the definition of each entry, by its terms."""
-    block = GLOSSARY.read_text("utf-8").split("```{glossary}\n")[1].split("\n```")[0]
-    found = {}
-    for entry in re.split(r"\n\s*\n", block.strip("\n")):
-        lines = entry.splitlines()
-        names = tuple(line for line in lines if not line.startswith(" "))
-        found[names] = " ".join(line.strip() for line in lines[len(names) :])
-    return found
 
 
 def pattern(term: str) -> re.Pattern[str]:

@@ -7,10 +7,10 @@ import messages
 import pytest
 from babel.messages.catalog import Catalog
 from messages import catalogue, faults, updated, write
+from prose import glossary
 from translation import WHOLE
 
 from tests.book.site import require_pages
-from tests.book.test_glossary import glossary
 
 require_pages()
 
@@ -29,7 +29,7 @@ def test_the_pages_that_are_whole_have_messages_and_so_has_every_chapter() -> No
 
 
 def test_a_term_has_the_name_that_the_english_glossary_gives_it() -> None:
-    names = catalogue(messages.GLOSSARY)
+    names = catalogue("book/reference/glossary")
     for entry, definition in glossary().items():
         given = re.split(r"[,(/]", definition.partition(".")[0].rstrip(")"))
         assert names[entry[0]].string in [name.strip() for name in given]
