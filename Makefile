@@ -54,7 +54,6 @@ pages: $(INSTALLED)
 build: $(INSTALLED)
 	rm -rf $(SITE) $(CHINESE)/_build/html
 	$(BIN)/python book/_ext/execution.py
-	$(BIN)/python book/_ext/chinese.py
 	$(MAKE) --no-print-directory --jobs=2 english chinese && $(BIN)/python book/_ext/chinese.py --publish \
 	|| { rm -rf $(SITE); exit 1; }
 
@@ -65,6 +64,7 @@ english:
 
 .PHONY: chinese
 chinese:
+	$(BIN)/python book/_ext/chinese.py
 	$(BIN)/jupyter-book build . $(IN_CHINESE) -W --all --keep-going --quiet
 
 .PHONY: messages
