@@ -59,7 +59,7 @@ STREAMS = {
 """The experiments on streams of tasks, by name, and what each is about."""
 
 PRESETS = {
-    "laplace-50": ("mnist", "longer", "digits"),
+    "laplace-50": ("mnist", "longer", "ten", "digits"),
     "permuted-mnist": ("small", "three-scenarios", "kirkpatrick", "zenke", "digits"),
     "split-cifar10": ("cifar10", "digits"),
 }

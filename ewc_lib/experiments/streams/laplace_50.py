@@ -4,7 +4,8 @@ Ritter et al. (2018) report more than 90 % for the latter on a network with two 
 100 units. Strengths, and the learning rate of plain training, are searched on validation images
 and on a seed that is not used again, with as many runs for each. ``longer`` asks whether more
 training and factors from all images reach what is published: three times the updates, at a third of
-the rate.
+the rate. ``ten`` searches the rate of plain training on the small network and the ten tasks of
+:mod:`.permuted_mnist`.
 """
 
 from __future__ import annotations
@@ -103,6 +104,16 @@ LAPLACE_50 = Experiment(
             "hidden": [100, 100],
             "rate": 3e-4,
             "steps": 3000,
+            "batch": 128,
+            "n_samples": None,
+        },
+        "ten": {
+            "knobs": {"none": {"rate": [3e-5, 1e-4, 3e-4]}},
+            "budget": 6,
+            "rate": 1e-3,
+            "tasks": 10,
+            "hidden": [400, 400],
+            "steps": 2000,
             "batch": 128,
             "n_samples": None,
         },
