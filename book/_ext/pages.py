@@ -50,6 +50,16 @@ def name_folds_of_the_contents(page: Page) -> bool:
     return bool(found)
 
 
+def name_the_contents_by_what_they_hold(page: Page) -> bool:
+    """The templates of the theme name them "Main", "Page" and "sidebar", in English alone."""
+    found = False
+    for tag in page.tree(["nav", "button"]):
+        for attribute in ("aria-label", "title"):
+            if names := CONTENTS.get(tag.get(attribute, "")):
+                tag[attribute], found = names[_is_chinese(page)], True
+    return found
+
+
 def name_theme_switch_within(page: Page) -> bool:
     """As above: the switch shows its state, so the name stands beside it, unseen."""
     found = _select(page, "button.theme-switch-button[aria-label]")
@@ -159,6 +169,12 @@ def _anchors(path: Path) -> frozenset[str]:
     return frozenset(re.findall(r'\sid="([^"]*)"', path.read_text("utf-8")))
 
 
+CONTENTS = {
+    "Main": ("Contents of the book", "全书目录"),
+    "Page": ("Contents of the page", "本页目录"),
+    "Toggle primary sidebar": ("Show or hide the contents of the book", "显示或隐藏全书目录"),
+    "Toggle secondary sidebar": ("Show or hide the contents of the page", "显示或隐藏本页目录"),
+}
 # Jupyter Book always loads Thebe, which needs a network and a server that nobody runs here.
 THEBE = [
     'script:-soup-contains("THEBE_JS_URL")',
@@ -173,6 +189,7 @@ REPAIRS: dict[str, Repair] = {
         name_search_by_its_text,
         name_folds_by_their_text,
         name_folds_of_the_contents,
+        name_the_contents_by_what_they_hold,
         name_theme_switch_within,
         list_references_as_items,
         set_parameters_in_lines,

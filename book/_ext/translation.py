@@ -22,8 +22,14 @@ from sphinx.environment import BuildEnvironment
 from sphinx.locale import init as catalogue
 from sphinx.transforms import SphinxTransform
 from sphinx.transforms.i18n import Locale
+from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.nodes import extract_messages
-from sphinx_exercise.nodes import exercise_subtitle, exercise_title, solution_title
+from sphinx_exercise.nodes import (
+    exercise_subtitle,
+    exercise_title,
+    is_exercise_node,
+    solution_title,
+)
 
 from ewc_lib.figures._interactive import in_script
 
@@ -42,6 +48,7 @@ UNTRANSLATED = "本页正文尚未译成中文，以下为英文原文"
 _NUMBER = re.compile(r"[−+-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]\d+)?")
 _WORD = re.compile(r"[A-Za-z]{2}")
 _PLACES = re.compile(r'(?P<before>>|aria-(?:label|valuetext)=")(?P<text>[^<>"]+)(?=[<"])')
+_FULL = {" (": "（", ")": "）"}
 _SCRIPT = re.compile(r"(?P<before><script\b[^>]*>)(?P<script>.*?)(?=</script>)", re.DOTALL)
 _DATA = '<script type="application/json">'
 
@@ -121,10 +128,24 @@ class _Messages(SphinxTransform):
                 _replace(node, lambda message: noted.append(message) or message)
         self.env.metadata[page][NOTE] = list(dict.fromkeys(noted))
         if page in WHOLE and self.config.language == LANGUAGE:
-            for title in self.document.findall(solution_title):  # which its extension leaves so
-                title[:] = [nodes.Text("解答")]
+            for title in self.document.findall(solution_title):  # made again from its parent
+                title.parent["title"] = "解答"
             for node in _computed(self.document):
                 _replace(node, translator(self.env, page))
+
+
+class _Brackets(SphinxPostTransform):
+    """Sets the brackets around the title of an exercise in full width."""
+
+    default_priority = 23  # when sphinx-exercise has put them there
+    formats = ("html", "latex")
+
+    def run(self, **kwargs: object) -> None:
+        if self.config.language == LANGUAGE and self.env.docname in WHOLE:
+            for exercise in self.document.findall(is_exercise_node):
+                title = exercise[0]
+                for text in [part for part in title if isinstance(part, nodes.Text)]:
+                    title.replace(text, nodes.Text(_FULL.get(text.astext(), text.astext())))
 
 
 def translator(env: BuildEnvironment, page: str) -> Translate:
@@ -242,6 +263,7 @@ def setup(app: Sphinx) -> dict[str, object]:
     app.setup_extension("myst_nb")
     app.add_role_to_domain("glue", "text", _PasteText(), override=True)
     app.add_transform(_Messages)
+    app.add_post_transform(_Brackets)
     app.connect("doctree-read", _name_parts, priority=900)  # after sphinx-external-toc
     app.connect("doctree-read", _say_what_is_not)
     app.connect("html-page-context", _link_editions)

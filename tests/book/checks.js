@@ -46,9 +46,9 @@ window.checks = {
     return [`${page.scrollWidth} > ${page.clientWidth}`, ...guilty.slice(0, 8).map((e) => e.outerHTML.slice(0, 80))];
   },
 
-  // Tables that scroll in their box, so that a column is out of sight.
-  cutTables() {
-    const boxes = [...document.querySelectorAll("article *:has(> table)")];
+  // Tables and formulas that scroll in their box, so that a part is out of sight.
+  cut() {
+    const boxes = [...document.querySelectorAll("article :is(*:has(> table), div.math)")];
     return boxes.filter((box) => box.scrollWidth > box.clientWidth + 1).map((box) => box.innerText.slice(0, 80));
   },
 

@@ -110,8 +110,8 @@ def test_the_page_does_not_scroll_sideways(visit: Visit) -> None:
     assert visit.too_wide == []
 
 
-def test_every_column_of_a_table_is_on_the_screen(visit: Visit) -> None:
-    assert visit.cut_tables == []
+def test_all_of_a_table_and_of_a_formula_is_on_the_screen(visit: Visit) -> None:
+    assert visit.cut == []
 
 
 def test_the_page_is_accessible(visit: Visit) -> None:
@@ -205,6 +205,7 @@ const range = document.querySelector("input"), bar = document.querySelector("rec
 range.addEventListener("input", () => bar.setAttribute("width", 9 + 9 * range.value));
 </script>"""
 TABLE = "<table style='width: 700px'><tr><td>A cell</td></tr></table>"
+LONG = "<p style='width: 700px'>A formula</p>"
 LIGHT, DARK = READERS[0], READERS[-1]
 ADDRESS = "https://example.org/picture.png"
 DIM = '<p class="dim">Dim.</p><style>html[data-theme="dark"] .dim { color: #333; }</style>'
@@ -223,6 +224,10 @@ PLANTED: dict[str, tuple[str, tuple[Reader, ...]]] = {
     "dead slider": (SLIDER, READERS),
     "wide": ('<p style="width: 700px">Wide.</p>', READERS),
     "cut table": (f"<article><div style='overflow: auto'>{TABLE}</div></article>", READERS),
+    "cut formula": (
+        f"<article><div class='math' style='overflow: auto'>{LONG}</div></article>",
+        READERS,
+    ),
     "dim, loaded light": (DIM, READERS),
     "dim, loaded dark": (DIM, READERS[::-1]),
     "stubborn": (STUBBORN, (LIGHT, DARK)),
@@ -271,9 +276,12 @@ def test_a_page_too_wide_for_a_phone_is_found_there_alone(planted: dict[str, Vis
     assert found == {reader for reader in READERS if reader.width == 375}
 
 
-def test_a_table_too_wide_for_a_phone_is_found_there_alone(planted: dict[str, Visit]) -> None:
-    assert planted["cut table"].too_wide == []
-    found = {reader for reader, _ in planted["cut table"].cut_tables}
+@pytest.mark.parametrize("defect", ["cut table", "cut formula"])
+def test_what_is_too_wide_for_a_phone_is_found_there_alone(
+    planted: dict[str, Visit], defect: str
+) -> None:
+    assert planted[defect].too_wide == []
+    found = {reader for reader, _ in planted[defect].cut}
     assert found == {reader for reader in READERS if reader.width == 375}
 
 

@@ -75,6 +75,16 @@ def test_a_translated_page_has_no_english_but_names_in_brackets(page: str) -> No
     assert re.findall(r"[A-Za-z]{3,} [a-z]{2,} [a-z]{2,}", text) == []
 
 
+@pytest.mark.parametrize("page", sorted(p for p in WHOLE if "/foundations/" in p))
+def test_exercises_and_solutions_have_chinese_headings(page: str) -> None:
+    tree = read(ZH / f"{page}.html")
+    headings = [tag.get_text() for tag in tree.select(".exercise > .admonition-title")]
+    assert all(re.fullmatch(r"练习 \d+\.\d+ （.+）", heading) for heading in headings)
+    solutions = [tag.get_text() for tag in tree.select(".solution > .admonition-title")]
+    assert len(headings) == len(solutions) > 0
+    assert set(solutions) == {"解答"}
+
+
 def read(path: Path) -> BeautifulSoup:
     return BeautifulSoup(path.read_text("utf-8"), "html.parser")
 

@@ -25,6 +25,11 @@ EXAMPLES = {
         '<summary><span class="toctree-toggle"><i></i></span></summary>',
         '<summary aria-label="Pages below"><span class="toctree-toggle"><i></i></span></summary>',
     ),
+    "name_the_contents_by_what_they_hold": (
+        '<nav aria-label="Main"></nav><button title="Toggle secondary sidebar"></button>',
+        '<nav aria-label="Contents of the book"></nav>'
+        '<button title="Show or hide the contents of the page"></button>',
+    ),
     "name_theme_switch_within": (
         '<button class="theme-switch-button a" aria-label="Color mode"><i></i></button>',
         '<button class="theme-switch-button a"><span class="visually-hidden">Color mode</span>'

@@ -43,7 +43,7 @@ class Visit:
     errors: list[str] = field(default_factory=list)
     untypeset: list[str] = field(default_factory=list)
     too_wide: list[tuple[Reader, str]] = field(default_factory=list)
-    cut_tables: list[tuple[Reader, str]] = field(default_factory=list)
+    cut: list[tuple[Reader, str]] = field(default_factory=list)
     violations: list[tuple[Reader, str]] = field(default_factory=list)
     dead_sliders: list[tuple[Reader, str]] = field(default_factory=list)
     sliders: int = 0
@@ -164,7 +164,7 @@ async def _look_at_layout(tab: Page, reader: Reader, visit: Visit) -> None:
     if shown != reader.theme:
         visit.errors.append(f"the page is {shown}, not {reader.theme}")
     visit.too_wide += [(reader, found) for found in await tab.evaluate("checks.tooWide()")]
-    visit.cut_tables += [(reader, cut) for cut in await tab.evaluate("checks.cutTables()")]
+    visit.cut += [(reader, cut) for cut in await tab.evaluate("checks.cut()")]
     sliders = await tab.locator("input[type=range]").all()
     visit.sliders = len(sliders)
     for slider in sliders:
