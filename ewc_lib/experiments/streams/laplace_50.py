@@ -98,8 +98,8 @@ LAPLACE_50 = Experiment(
             "n_samples": 5000,
         },
         "longer": {
-            "knobs": {"Kronecker Laplace": {"strength": [1.0, 3.2]}},
-            "budget": 2,
+            "knobs": {"Kronecker Laplace": {"strength": [1.0, 3.2, 10.0]}},
+            "budget": 3,
             "tasks": 50,
             "hidden": [100, 100],
             "rate": 3e-4,
