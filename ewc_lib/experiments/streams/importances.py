@@ -77,7 +77,7 @@ VARIANTS: dict[str, Importance] = {
 RANDOM = ("sketch", "sampled", "batched")
 """Variants that draw random numbers."""
 
-SEARCHED = (*VARIANTS, "SI", "MAS", "L2")
+SEARCHED = (*VARIANTS, "SI", "MAS", "L2", "EWC-DR")
 """All methods that have a strength."""
 
 
