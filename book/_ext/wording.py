@@ -27,6 +27,17 @@ SETTING = {
     "emphasis beside punctuation": rf"{_CLOSED}\*+{_WORD}|{_WORD}\*+{_OPEN}",
     "a straight quotation mark": '"',
 }
+# A second word for what the book calls by one.
+SECOND = {
+    "情景": "情境",
+    "词元": "token",
+    "对角线元素|对角元(?!素)": "对角元素",
+    "海[森塞]": "黑塞",
+    "贝努利": "伯努利",
+    "施瓦兹": "施瓦茨",
+    "费[雪希]": "Fisher",
+    "准确度": "准确率",
+}
 
 
 def shared(text: str, terms: Mapping[str, str]) -> Counter[str]:
@@ -66,6 +77,8 @@ def problems(original: str, translation: str, terms: Mapping[str, str]) -> Itera
     text = _plain(translation)
     for fault, pattern in SETTING.items():
         yield from (f"has {fault}: …{match[0]}…" for match in re.finditer(pattern, text))
+    for pattern, word in SECOND.items():
+        yield from (f"has {match[0]} for {word}" for match in re.finditer(pattern, text))
 
 
 def _plain(text: str) -> str:

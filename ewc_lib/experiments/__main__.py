@@ -48,7 +48,7 @@ STREAMS = {
     "images.",
     "fisher-variants": "Task-incremental split MNIST with six importances, each over many "
     "strengths.",
-    "importances": "Permuted MNIST with twelve importances, the strength of each chosen on "
+    "importances": "Permuted MNIST with thirteen importances, the strength of each chosen on "
     "held-out images.",
     "permuted-mnist": "Ten tasks with permuted pixels; presets of several publications.",
     "stability": "Five permuted tasks at strengths from 0.1 to 1e12, with SGD and with Adam.",

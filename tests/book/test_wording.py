@@ -63,3 +63,8 @@ def test_a_term_may_be_shown_in_other_words() -> None:
 def test_what_is_set_wrongly_is_found(text: str, fault: str) -> None:
     found = [found for found in problems(text, text, TERMS) if fault in found]
     assert found
+
+
+def test_a_second_word_for_one_thing_is_found() -> None:
+    assert list(problems("a scenario", "一种情景", TERMS)) == ["has 情景 for 情境"]
+    assert list(problems("a diagonal entry", "一个对角元素", TERMS)) == []

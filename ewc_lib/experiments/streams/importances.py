@@ -200,7 +200,7 @@ _SHARED = {"tasks": 5, "rate": 1e-3, "grid": decades(-1, 5, step=2), "budget": 8
 
 IMPORTANCES = Experiment(
     name="importances",
-    summary="Permuted MNIST with twelve importances, the strength of each chosen on held-out "
+    summary="Permuted MNIST with thirteen importances, the strength of each chosen on held-out "
     "images.",
     protocols={
         "mnist": {
