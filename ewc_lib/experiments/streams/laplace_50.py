@@ -22,6 +22,7 @@ from ewc_lib.data import Images, hold_out
 from ewc_lib.experiments.runs.choosing import choose, propose
 from ewc_lib.experiments.runs.protocols import METHODS, Experiment, Protocol, play
 from ewc_lib.experiments.runs.store import Run
+from ewc_lib.experiments.streams.permuted_mnist import PROTOCOLS as PERMUTED
 
 __all__ = ["LAPLACE_50"]
 
@@ -110,12 +111,7 @@ LAPLACE_50 = Experiment(
         "ten": {
             "knobs": {"none": {"rate": [3e-5, 1e-4, 3e-4]}},
             "budget": 6,
-            "rate": 1e-3,
-            "tasks": 10,
-            "hidden": [400, 400],
-            "steps": 2000,
-            "batch": 128,
-            "n_samples": None,
+            **{k: v for k, v in PERMUTED["small"].items() if k not in ("methods", "optimizer")},
         },
         "digits": {
             **_SHARED,

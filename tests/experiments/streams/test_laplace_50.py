@@ -3,7 +3,6 @@ from collections import Counter
 from ewc_lib.data import digits, hold_out
 from ewc_lib.experiments.streams import laplace_50
 from ewc_lib.experiments.streams.laplace_50 import LAPLACE_50
-from ewc_lib.experiments.streams.permuted_mnist import PERMUTED_MNIST
 from tests.experiments.cases import run
 
 
@@ -39,9 +38,3 @@ def test_the_search_never_sees_a_test_image(monkeypatch):
     assert of_search.x_test.equal(hold_out(digits())[1].x_test)
     assert len(of_search.x_train) + len(of_search.x_test) == len(digits().x_train)
     assert final.x_test.equal(digits().x_test)
-
-
-def test_ten_tasks_are_those_of_permuted_mnist_but_for_the_rate():
-    ten, small = LAPLACE_50.protocols["ten"], PERMUTED_MNIST.protocols["small"]
-    for name in ("tasks", "hidden", "steps", "batch", "rate"):
-        assert ten[name] == small[name]
