@@ -170,7 +170,7 @@ def train(
     rates = _made(scheduler, optimizer)
     if regularizer is not None:
         regularizer.before_task()
-    losses = []
+    losses: list[Any] = []
     if not model.training:
         model.train()
     device = device_of(model)
@@ -179,12 +179,14 @@ def train(
         for done, piece in enumerate(bar, start=1):
             if done == 1:
                 check_knows(regularizer, model, criterion, piece)
-            losses.append(_step(objective, piece, optimizer, regularizer, metric))
+            loss = _step(objective, piece, optimizer, regularizer, metric)
+            # A number: kept tensors tear the heap apart. An accelerator is not waited for.
+            losses.append(loss.item() if loss.is_cpu else loss)
             if rates is not None:
                 rates.step()
             if on_step is not None:
                 on_step(done)
-    return torch.stack(losses).tolist() if losses else []
+    return torch.stack(losses).tolist() if losses and isinstance(losses[0], Tensor) else losses
 
 
 def _made(scheduler: Scheduler | MakesScheduler | None, optimizer: Optimizer) -> Scheduler | None:

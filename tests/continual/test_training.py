@@ -1,3 +1,4 @@
+import gc
 from functools import partial
 
 import pytest
@@ -318,3 +319,14 @@ def test_a_proximal_step_may_name_its_metric_and_no_other_word():
     ]
     with pytest.raises(ValueError, match="proximal must be one of 'optimizer', 'euclidean', True"):
         proximal_metric("adam")
+
+
+def test_no_tensor_of_a_step_outlives_it(digits):
+    kept = []
+
+    def count(_):
+        kept.append(sum(torch.is_tensor(one) for one in gc.get_objects()))
+
+    losses = train(mlp((64, 8, 10), seed=0), digits.train, steps=20, seed=0, on_step=count)
+    assert kept[1] == kept[-1]
+    assert [type(loss) for loss in losses] == [float] * 20
