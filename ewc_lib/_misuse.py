@@ -77,9 +77,9 @@ def warn_of_rates(say: Once, optimizer: Optimizer, structure: str) -> None:
             "rates",
             f"structure={structure!r} couples parameters, so the proximal step after {name} goes "
             f"by the learning rate alone, without what {name} divides each entry by: a strength "
-            "is a euclidean one here, larger than that of a diagonal by about one over the size of "
-            "a gradient: search it anew. metric='euclidean' says that this is meant; in "
-            "form='gradient' a strength is that of the loss",
+            "is a euclidean one here, larger than that of a diagonal by a factor of about one over "
+            "the size of a gradient: search it anew. metric='euclidean' says that this is meant; "
+            "in form='gradient' a strength is that of the loss",
         )
 
 

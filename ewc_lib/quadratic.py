@@ -304,8 +304,8 @@ class QuadraticPenalty(Kept):
         metric
             Of the proximal step, as there. A strength is that of the loss with ``"optimizer"`` and
             a diagonal precision. With another structure, as ``"kronecker"``, and an optimizer that
-            divides entries, as Adam, it is a euclidean one: for the same effect larger by about one
-            over the size of a gradient, to be searched anew.
+            divides entries, as Adam, it is a euclidean one: for the same effect larger by a factor
+            of about one over the size of a gradient, to be searched anew.
 
         Returns
         -------
