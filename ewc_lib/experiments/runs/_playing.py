@@ -77,6 +77,9 @@ def play(
 ) -> dict[str, Any]:
     """Learn a stream by Adam, with a multilayer perceptron, and return the outcome.
 
+    Of a training that diverged before its last task it is only that: ``diverged`` is true, and
+    accuracies are NaN.
+
     Parameters
     ----------
     stream
@@ -100,16 +103,22 @@ def play(
     model = MultiHead(mlp(sizes, seed)).to(device)
     if "optimizer" not in options:  # fused: the same update in one kernel, in half the time
         options["optimizer"] = partial(torch.optim.Adam, lr=protocol["rate"], fused=True)
-    learned = learn(
-        stream,
-        model,
-        regularizer(model),
-        steps=protocol["steps"],
-        batch_size=protocol["batch"],
-        seed=seed,
-        progress=False,
-        **options,
-    )
+    try:
+        learned = learn(
+            stream,
+            model,
+            regularizer(model),
+            steps=protocol["steps"],
+            batch_size=protocol["batch"],
+            seed=seed,
+            progress=False,
+            **options,
+        )
+    except ValueError as problem:  # the parameters are NaN when the Fisher information is due
+        if "NaN" not in str(problem) and "not finite" not in str(problem):
+            raise
+        lost = {"accuracy": math.nan} | ({} if valid is None else {"valid": math.nan})
+        return {**lost, "diverged": True}
     found = outcome(learned)
     evaluate = options.get("evaluate") or accuracy
     return found if valid is None else {**found, "valid": average_over(model, valid, evaluate)}

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -71,3 +73,25 @@ def test_validation_images_are_judged_as_the_test_images_are():
 
     assert average_over(model, stream, judge) == pytest.approx(0.3)
     assert seen == [(range(2 * t, 2 * t + 2), len(stream.test(t)[1])) for t in range(5)]
+
+
+def test_a_run_that_diverges_before_its_last_task_is_an_outcome():
+    stream = split(data.digits(), scenario="domain", seed=0)
+    settings = {"hidden": [8], "rate": 0.1, "steps": 30, "batch": 32}
+    found = play(
+        stream,
+        settings,
+        "cpu",
+        lambda model: METHODS["EWC"](model, 1e9, 0),
+        seed=0,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    )
+    assert found["diverged"]
+    assert math.isnan(found["accuracy"])
+
+
+def test_another_fault_of_a_run_is_not_taken_for_divergence():
+    stream = split(data.digits(), scenario="domain", seed=0)
+    settings = {"hidden": [8], "rate": 0.1, "steps": -1, "batch": 32}
+    with pytest.raises(ValueError, match="steps"):
+        play(stream, settings, "cpu", lambda model: None, seed=0)
