@@ -2,8 +2,9 @@
 
 ``small`` is a budget for two cores; the second strength of SI was found by trying. The other
 presets follow publications: van de Ven and Tolias (2019, domain-incremental), Kirkpatrick et al.
-(2017, figure 2B; the learning rate and the strength of EWC are not given there, so these are
-ours), and Zenke et al. (2017). In our convention SI has twice their factor.
+(2017: the tasks of figure 2B, network and epochs of figure 2A, no dropout, no early stopping; they
+search lower learning rates and do not give the strength of EWC, so both are ours), and Zenke et
+al. (2017). In our convention SI has twice their factor.
 
 ``three-scenarios`` has the strengths of the public code of van de Ven and Tolias of December 2019,
 in our convention: 500 for EWC, 1000 for online EWC and 5 for SI there. Their online EWC multiplies
